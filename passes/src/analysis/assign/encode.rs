@@ -1,0 +1,249 @@
+//! How the tensors of quantized nodes are written.
+
+use std::sync::Arc;
+
+use super::select::Selection;
+use crate::diag::{self, Diagnostic, Place, Severity};
+use crate::encoding::Encoding;
+use crate::grid::{self, Grid};
+use crate::id::{NodeId, Site, ValueId};
+use crate::model::{Edit, Model, Patch};
+use crate::observe::{Observer, Purpose, Sketch};
+use crate::tensor::Tensor;
+use crate::{ops, parallel};
+
+/// How the scale of a weight channel is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WeightScale {
+    /// The largest magnitude at the largest code.
+    MinMax,
+    /// The smallest squared error of rounding to nearest.
+    Mse,
+}
+
+/// A 32-bit bias is kept this far from saturation.
+const BIAS_LIMIT: f64 = (1_u64 << 30) as f64;
+
+/// Records the encodings of everything that `selection` reads and writes.
+pub(super) fn encode(
+    model: &Model,
+    selection: &Selection,
+    observer: &dyn Observer,
+    weights: WeightScale,
+    patch: &mut Patch,
+) {
+    let graph = model.graph();
+    let mut by_value: Vec<Option<Encoding>> = vec![None; graph.n_values()];
+    let mut is_written = vec![false; graph.n_values()];
+    let mut wanted: Vec<ValueId> = selection.written.iter().map(|(value, _)| *value).collect();
+    wanted.extend(selection.reads.iter().filter_map(|(node, input)| graph.node(*node)?.input((*input).into())));
+    wanted.sort_unstable();
+    wanted.dedup();
+    let encodings = parallel::map(&wanted, |value| Some(activation(model.stats().distribution(*value)?, observer)));
+    for (value, encoding) in wanted.iter().zip(encodings) {
+        by_value[value.index()] = encoding;
+    }
+    for &(value, shares) in &selection.written {
+        is_written[value.index()] = true;
+        if let Some(source) = shares {
+            by_value[value.index()] = by_value[source.index()].clone();
+        }
+        if let Some(encoding) = &by_value[value.index()] {
+            note_dead(model, value, patch);
+            patch.edit(Edit::Encode { site: Site::Value(value), encoding: encoding.clone() });
+        }
+    }
+    for &(node, input) in &selection.reads {
+        let Some(value) = graph.node(node).and_then(|n| n.input(input.into())) else { continue };
+        if let (false, Some(encoding)) = (is_written[value.index()], &by_value[value.index()]) {
+            note_dead(model, value, patch);
+            patch.edit(Edit::Encode { site: Site::Use { node, input }, encoding: encoding.clone() });
+        }
+    }
+    let linear: Vec<NodeId> =
+        selection.reads.iter().map(|(node, _)| *node).filter(|node| ops::linear(graph, *node).is_some()).collect();
+    let parameters = parallel::map(&linear, |node| parameters(model, *node, &by_value, weights));
+    for edits in parameters.into_iter().flatten() {
+        edits.edits.into_iter().for_each(|edit| patch.edit(edit));
+        edits.note.into_iter().for_each(|note| patch.note(note));
+    }
+}
+
+fn note_dead(model: &Model, value: ValueId, patch: &mut Patch) {
+    if let Some(sketch) = model.stats().distribution(value)
+        && sketch.min() == 0.0
+        && sketch.max() == 0.0
+    {
+        let place = Place::Value(Arc::clone(&model.graph().value(value).name));
+        let message = "it was all zero in calibration: its scale is 1, and the data may not exercise the model";
+        patch.note(Diagnostic::new(diag::SMALL_RANGE, Severity::Warning, place, message));
+    }
+}
+
+/// Asymmetric 8-bit codes over the observer's range.
+fn activation(sketch: &Sketch, observer: &dyn Observer) -> Encoding {
+    let grid = uint8();
+    let (low, high) = grid.range();
+    let range = observer.range(sketch, Purpose { levels: high - low + 1.0, symmetric: false });
+    let (scale, zero_point) = affine(range, low, high);
+    Encoding::per_tensor(grid, scale, zero_point)
+}
+
+/// Scale and zero point that map `range` onto the codes from `low` to `high`; scale 1 for a range without extent.
+#[expect(clippy::cast_possible_truncation, reason = "a zero point between the ends of the grid; a scale rounded to f32")]
+fn affine(range: (f64, f64), low: f64, high: f64) -> (f32, i32) {
+    let (from, to) = (range.0.min(0.0), range.1.max(0.0));
+    let scale = (to - from) / (high - low);
+    if scale < f64::from(f32::MIN_POSITIVE) || !scale.is_finite() {
+        return (1.0, low as i32);
+    }
+    let zero_point = (low - from / scale).round_ties_even().clamp(low, high);
+    (scale as f32, zero_point as i32)
+}
+
+fn uint8() -> &'static dyn Grid {
+    grid::find("uint8").unwrap_or_else(|| unreachable!("the grid table has uint8"))
+}
+
+fn int8() -> &'static dyn Grid {
+    grid::find("int8").unwrap_or_else(|| unreachable!("the grid table has int8"))
+}
+
+fn int32() -> &'static dyn Grid {
+    grid::find("int32").unwrap_or_else(|| unreachable!("the grid table has int32"))
+}
+
+struct Parameters {
+    edits: Vec<Edit>,
+    note: Option<Diagnostic>,
+}
+
+/// The encodings of weight and bias of the linear node `id`.
+#[expect(clippy::cast_possible_truncation, reason = "scales are rounded to f32 once")]
+fn parameters(model: &Model, id: NodeId, by_value: &[Option<Encoding>], how: WeightScale) -> Option<Parameters> {
+    let graph = model.graph();
+    let node = graph.node(id)?;
+    let roles = ops::linear(graph, id)?;
+    let weight = graph.constant_input(node, roles.weight.into())?;
+    let input_scale = f64::from(*by_value[node.input(roles.activation.into())?.index()].as_ref()?.scale.first()?);
+    let mut scales = channel_scales(weight, roles.out_axis, how)?;
+    let bias = roles.bias.and_then(|bias| graph.constant_input(node, bias.into()));
+    let raised = match bias {
+        Some(bias) => raise_for_bias(&mut scales, &bias.floats()?, input_scale),
+        None => 0,
+    };
+    let weight_scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
+    let mut edits = vec![Edit::Encode {
+        site: Site::Use { node: id, input: roles.weight },
+        encoding: per_channel(int8(), roles.out_axis, weight_scales.clone()),
+    }];
+    if let (Some(input), Some(bias)) = (roles.bias, bias) {
+        // Exactly the f32 product: runtimes check it, or ignore what is stored and use it.
+        let products = weight_scales.iter().map(|&s| input_scale as f32 * s).collect();
+        let axis = bias.shape().len().saturating_sub(1);
+        edits.push(Edit::Encode { site: Site::Use { node: id, input }, encoding: per_channel(int32(), axis, products) });
+    }
+    let note = (raised > 0).then(|| {
+        let message = format!("the weight scale of {raised} channels was raised so that their bias fits 32 bits");
+        Diagnostic::new(diag::BIAS_SATURATED, Severity::Warning, Place::Node(Arc::clone(&node.name)), message)
+    });
+    Some(Parameters { edits, note })
+}
+
+/// Per channel, or per tensor where there is one channel: many readers take a vector of one for a scalar.
+fn per_channel(grid: &'static dyn Grid, axis: usize, scales: Vec<f32>) -> Encoding {
+    match scales.as_slice() {
+        [one] => Encoding::per_tensor(grid, *one, 0),
+        _ => Encoding::per_axis(grid, axis, scales),
+    }
+}
+
+/// The scale of every output channel; a channel of zeros takes the median of the others.
+fn channel_scales(weight: &Tensor, axis: usize, how: WeightScale) -> Option<Vec<f64>> {
+    let channels = *weight.shape().get(axis)?;
+    let inner: usize = weight.shape()[axis + 1..].iter().product();
+    let values = weight.floats()?;
+    let mut by_channel: Vec<Vec<f32>> = vec![Vec::with_capacity(values.len() / channels.max(1)); channels];
+    for (index, run) in values.chunks(inner.max(1)).enumerate() {
+        by_channel[index % channels].extend_from_slice(run);
+    }
+    let mut scales: Vec<f64> = by_channel.iter().map(|channel| scale_of(channel, how)).collect();
+    let mut live: Vec<f64> = scales.iter().copied().filter(|&s| s > 0.0).collect();
+    live.sort_by(f64::total_cmp);
+    let median = live.get(live.len() / 2).copied().unwrap_or(1.0);
+    scales.iter_mut().filter(|s| **s <= 0.0).for_each(|s| *s = median);
+    Some(scales)
+}
+
+/// The scale for one channel: 0 when it is all zero, never below what f32 holds with full precision.
+fn scale_of(channel: &[f32], how: WeightScale) -> f64 {
+    let top = channel.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    if top == 0.0 {
+        return 0.0;
+    }
+    let widest = f64::from(top) / 127.0;
+    let best = match how {
+        WeightScale::MinMax => widest,
+        WeightScale::Mse => least_squares_scale(channel, widest),
+    };
+    best.max(f64::from(f32::MIN_POSITIVE))
+}
+
+/// Of scales from the widest down to 0.7 of it, the one with the smallest squared rounding error.
+fn least_squares_scale(channel: &[f32], widest: f64) -> f64 {
+    #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
+    let error = |scale: f64| -> f64 {
+        let scale = scale as f32;
+        let mut points: Vec<f32> = channel.iter().map(|w| w / scale).collect();
+        int8().snap(&mut points, 0.0);
+        points.iter().zip(channel).map(|(p, w)| f64::from(p * scale - w).powi(2)).sum()
+    };
+    let candidates = (0..=30).map(|step| widest * (1.0 - 0.01 * f64::from(step)));
+    candidates.map(|scale| (error(scale), scale)).min_by(|a, b| a.0.total_cmp(&b.0)).map_or(widest, |(_, scale)| scale)
+}
+
+/// Raises scales until every bias fits, with room, at input scale times weight scale; returns how many were raised.
+fn raise_for_bias(scales: &mut [f64], bias: &[f32], input_scale: f64) -> usize {
+    let mut raised = 0;
+    for (scale, &bias) in scales.iter_mut().zip(bias) {
+        let least = (f64::from(bias).abs() / (input_scale * BIAS_LIMIT)).max(f64::from(f32::MIN_POSITIVE) / input_scale);
+        if *scale < least {
+            *scale = least;
+            raised += 1;
+        }
+    }
+    raised
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_map_onto_codes() {
+        assert_eq!(affine((0.0, 25.5), 0.0, 255.0), (0.1, 0));
+        let (scale, zero_point) = affine((-1.0, 1.0), 0.0, 255.0);
+        assert!((scale - 2.0 / 255.0).abs() < 1e-9 && zero_point == 128, "{scale} {zero_point}");
+        assert_eq!(affine((0.0, 0.0), 0.0, 255.0), (1.0, 0));
+        assert_eq!(affine((0.0, 1e-44), 0.0, 255.0), (1.0, 0));
+    }
+
+    #[test]
+    fn a_dead_channel_takes_the_median_scale() {
+        let weight = Tensor::of([3, 2], vec![127.0_f32, -1.0, 0.0, 0.0, 12.7, 1.0]);
+        let scales = channel_scales(&weight, 0, WeightScale::MinMax).unwrap();
+        assert!((scales[0] - 1.0).abs() < 1e-6 && (scales[2] - 0.1).abs() < 1e-6);
+        assert!(scales[1] > 0.05, "{scales:?}");
+        let dead = channel_scales(&Tensor::of([2, 1], vec![0.0_f32; 2]), 0, WeightScale::Mse).unwrap();
+        assert_eq!(dead, [1.0, 1.0]);
+    }
+
+    #[test]
+    fn a_large_bias_raises_the_weight_scale() {
+        // 1e6 / (1e-3 · 1e-9) = 1e18 steps do not fit 32 bits; at 2^30 steps the scale is 1e6 / (1e-3 · 2^30).
+        let mut scales = [1e-9, 1.0];
+        assert_eq!(raise_for_bias(&mut scales, &[1e6, 1.0], 1e-3), 1);
+        assert!((scales[0] - 1e6 / (1e-3 * 1_073_741_824.0)).abs() < 1e-6);
+        assert!((scales[1] - 1.0).abs() < 1e-12);
+    }
+}

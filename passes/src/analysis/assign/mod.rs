@@ -1,0 +1,91 @@
+//! Which nodes run on codes, and how each of their tensors is written.
+
+mod encode;
+mod select;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use crate::diag::{self, Diagnostic, Place, Severity};
+use crate::id::ValueId;
+use crate::model::{Decision, Edit, Model, Patch};
+use crate::observe;
+use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
+
+crate::declare_pass! {
+    /// Decides which nodes run on codes and how each of their tensors is written.
+    ///
+    /// The target's table says which operators it runs on codes, when that pays, and what their results must be. Heavy
+    /// operators (convolutions, matrix products) come first; cheap ones follow where all their activations are codes
+    /// already and someone quantized reads the result. Activations are asymmetric per tensor, with zero at the lowest code
+    /// for tensors that are never negative; weights symmetric per output channel; biases 32-bit at input scale times
+    /// weight scale, the weight scale raised where a bias would not fit. A tensor that a float node reads too is rounded
+    /// only for its quantized readers, unless its producer must write codes. Every decision records its reason.
+    INFO {
+        name: "assign-encodings",
+        source: "Jacob et al. 2018, arXiv:1712.05877, section 2; placement after the target's measured rules",
+        requires: Facts::CALIBRATED,
+        establishes: Facts::ENCODED,
+        preserves: Facts::ALL,
+        fidelity: PlanOnly,
+        options: &[
+            OptionInfo { name: "observer", doc: "how activation ranges are chosen: min-max, percentile, mse (default), entropy" },
+            OptionInfo { name: "keep", doc: "the share that percentile keeps, 0.9999 by default" },
+            OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max or mse (default)" },
+        ],
+    }
+}
+
+pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |options| Ok(Box::new(AssignEncodings::new(options)?)) };
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct AssignEncodings {
+    observer: Box<dyn observe::Observer>,
+    weights: encode::WeightScale,
+}
+
+impl AssignEncodings {
+    fn new(options: &Options) -> Result<Self, OptionError> {
+        let name = options.text("observer", "mse");
+        let observer = observe::find(name, options.number("keep")?).ok_or_else(|| {
+            let names: Vec<&str> = observe::OBSERVERS.iter().map(|entry| entry.about.name).collect();
+            OptionError { option: "observer".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
+        })?;
+        let weights = match options.text("weights", "mse") {
+            "min-max" => encode::WeightScale::MinMax,
+            "mse" => encode::WeightScale::Mse,
+            other => {
+                let problem = format!("`{other}` is neither min-max nor mse");
+                return Err(OptionError { option: "weights".into(), problem });
+            }
+        };
+        Ok(Self { observer, weights })
+    }
+}
+
+impl Pass for AssignEncodings {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<ValueId> {
+        select::wishes(model.graph(), cx.target)
+    }
+
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
+        let mut patch = Patch::on(model);
+        let selection = select::select(model, cx.target, cx.keep_float);
+        encode::encode(model, &selection, self.observer.as_ref(), self.weights, &mut patch);
+        for (node, choice) in &selection.choices {
+            let quantized = choice.is_quantized();
+            patch.count(if quantized { "quantized" } else { "kept float" }, 1);
+            if let select::Choice::Float { reason, notable: true } = choice {
+                let name = model.graph().node(*node).map(|n| Arc::clone(&n.name)).unwrap_or_default();
+                patch.note(Diagnostic::new(diag::KEPT_FLOAT, Severity::Note, Place::Node(name), reason.clone()));
+            }
+            patch.edit(Edit::Decide { node: *node, decision: Decision { quantized, reason: choice.reason() } });
+        }
+        Ok(patch)
+    }
+}

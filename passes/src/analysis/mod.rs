@@ -1,0 +1,8 @@
+//! Passes that decide.
+
+mod assign;
+
+use crate::pass::PassEntry;
+
+/// Order is the order of the manual, not of the pipeline.
+pub static PASSES: &[PassEntry] = &[assign::ENTRY];

@@ -1,0 +1,17 @@
+//! Every pass: the stages' tables, joined in the order of the manual.
+
+use crate::pass::PassEntry;
+use crate::{analysis, calibrate, normalize, rounding};
+
+/// Every table of passes.
+pub static STAGES: &[(&str, &[PassEntry])] = &[
+    ("normalize", normalize::PASSES),
+    ("calibrate", calibrate::PASSES),
+    ("analysis", analysis::PASSES),
+    ("rounding", rounding::PASSES),
+];
+
+/// Every pass, in the order of the manual.
+pub fn passes() -> Vec<&'static PassEntry> {
+    STAGES.iter().flat_map(|(_, table)| table.iter()).collect()
+}

@@ -1,0 +1,159 @@
+//! Diagnostics: what a run tells its user, each with a stable code that `explain` has a page for.
+
+use std::fmt;
+
+use crate::id::Name;
+
+/// A stable code, `OQ` and four digits: 1xxx load and import, 2xxx normalize, 3xxx calibrate, 4xxx equalize and
+/// analysis, 5xxx rounding, 6xxx lower and emit, 7xxx verify, 9xxx our own bugs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Code(pub &'static str);
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// For information.
+    Note,
+    /// The result stands, but the user should look.
+    Warning,
+    /// The run, or what was asked of it, failed.
+    Error,
+}
+
+impl fmt::Display for Severity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Note => "note",
+            Self::Warning => "warning",
+            Self::Error => "error",
+        })
+    }
+}
+
+/// What it is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The model as a whole.
+    Model,
+    /// These nodes.
+    Node(Name),
+    /// This tensor.
+    Value(Name),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Model => f.write_str("the model"),
+            Self::Node(name) => write!(f, "node `{}`", name.escape_debug()),
+            Self::Value(name) => write!(f, "tensor `{}`", name.escape_debug()),
+        }
+    }
+}
+
+/// Something the user should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Diagnostic {
+    /// Which kind of thing.
+    pub code: Code,
+    /// How bad.
+    pub severity: Severity,
+    /// Where.
+    pub place: Place,
+    /// What and why, one sentence, lower case, no full stop.
+    pub message: String,
+    /// What to do about it, where something can be done.
+    pub help: Option<String>,
+}
+
+impl Diagnostic {
+    /// A diagnostic without help.
+    pub fn new(code: Code, severity: Severity, place: Place, message: impl Into<String>) -> Self {
+        Self { code, severity, place, message: message.into(), help: None }
+    }
+
+    /// The same with a way out.
+    #[must_use]
+    pub fn help(mut self, help: impl Into<String>) -> Self {
+        self.help = Some(help.into());
+        self
+    }
+}
+
+impl fmt::Display for Diagnostic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}[{}]: {}\n  at {}", self.severity, self.code.0, self.message, self.place)?;
+        if let Some(help) = &self.help {
+            write!(f, "\n  help: {help}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The page of one code.
+#[derive(Clone, Copy, Debug)]
+pub struct CodePage {
+    /// The code.
+    pub code: Code,
+    /// One line.
+    pub title: &'static str,
+    /// What it means and what to do.
+    pub text: &'static str,
+}
+
+macro_rules! codes {
+    ($($name:ident = $code:literal, $title:literal, $text:literal;)*) => {
+        $(#[doc = $title] pub const $name: Code = Code($code);)*
+        /// Every code, in order.
+        pub static CODES: &[CodePage] = &[$(CodePage { code: $name, title: $title, text: $text }),*];
+    };
+}
+
+codes! {
+    NEWER_IR = "OQ1001", "the model is written for a newer IR than this tool knows",
+        "Fields that the newer IR added are not carried. Re-export the model for an IR up to 14, or update onnx-quant.";
+    OPAQUE_OPERATOR = "OQ1002", "an operator is not known here and is carried untouched",
+        "The operator's domain or name is not in the operator table. It keeps its inputs, outputs and attributes, stays in float, and statistics of what it computes come from the executor, if that knows it.";
+    UNCONVERTED_OPSET = "OQ1003", "the model's opset is newer than 21 and is kept",
+        "Operators are converted up to opset 21. A model that already imports a newer one is carried as it is.";
+    FOLD_TOO_LARGE = "OQ2001", "a constant expression was not folded because its result would be large",
+        "Folding is capped at 64 MiB per result, and what grows a constant more than 16 times beyond a mebibyte is left to the runtime, so that a small file cannot ask for terabytes.";
+    BLOCKED_REWRITE = "OQ2002", "a rewrite saw its pattern but declined",
+        "The message names the reason. Nothing was changed.";
+    NONFINITE_ACTIVATION = "OQ3001", "a tensor had NaN or infinite values in calibration",
+        "They are counted and left out of the range, so that no infinity sets a scale. Infinite masks are usual and harmless in attention; anything else deserves a look at the data.";
+    FEW_SAMPLES = "OQ3002", "very few values were seen for a tensor",
+        "With fewer than 100 values a percentile or an entropy search says little; the range falls back to minimum and maximum.";
+    NEVER_SEEN = "OQ3003", "a tensor was never computed during calibration",
+        "No sample reached it, as in a branch that was not taken. What needs its range stays in float.";
+    KEPT_FLOAT = "OQ4001", "a node that could be quantized stays in float",
+        "The message gives the reason: an option, a shape, a missing constant, or a rule of the target.";
+    SMALL_RANGE = "OQ4002", "a tensor was all zero in calibration",
+        "It gets scale 1 and zero point 0. If the tensor is really dead, its consumers do nothing; if not, the data does not exercise the model.";
+    BIAS_SATURATED = "OQ5001", "a bias did not fit 32 bits at its scale and the weight scale was raised",
+        "The bias is stored at input scale times weight scale. Where the weights of a channel are tiny, that product is too fine for the bias; the channel's weight scale was raised until it fits.";
+    NONFINITE_WEIGHT = "OQ5002", "a weight has NaN or infinite values",
+        "A weight that is not finite cannot be quantized. The node stays in float; mend or re-export the model.";
+    NOT_FUSED = "OQ6001", "the target will not fuse this node",
+        "The quantize and dequantize nodes around it cost time without speeding the node up.";
+    GREW = "OQ6002", "the quantized model is not smaller than the float model",
+        "Little of the model is weights that could be quantized. The summary says what was quantized and what was not.";
+    VERIFY_STRUCTURE = "OQ7001", "the written model does not read back as what was planned",
+        "The file was imported again and differs from the plan it was written from. This is a bug in onnx-quant: please report it with the model.";
+    VERIFY_NUMBERS = "OQ7002", "the written model does not compute what was simulated",
+        "The file was imported again and run on calibration samples; a tensor differs from the simulation. This is a bug in onnx-quant: please report it with the model.";
+    LOW_FIDELITY = "OQ7003", "the quantized model is far from the float model",
+        "End to end the outputs differ more than a usual 8-bit model's do. See the worst layers in the summary, and keep those in float with --keep-float.";
+    BUG = "OQ9001", "a bug in onnx-quant",
+        "Something that cannot happen happened. Please report it, with the model if you can share it.";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_unique_and_in_order() {
+        assert!(CODES.windows(2).all(|pair| pair[0].code < pair[1].code));
+    }
+}

@@ -1,0 +1,88 @@
+//! Integers of any width.
+
+use super::{Grid, GridInfo};
+use crate::about::About;
+use crate::tensor::DType;
+
+/// The whole numbers that `bits` bits hold, signed in two's complement or unsigned; a narrow grid leaves out the most
+/// negative one, so that it is symmetric.
+#[derive(Debug)]
+pub struct IntGrid {
+    info: GridInfo,
+    low: f64,
+    high: f64,
+}
+
+const SOURCE: &str = "ONNX operator specification, QuantizeLinear-25";
+
+const fn int(name: &'static str, doc: &'static str, bits: u32, storage: DType, low: f64, high: f64) -> IntGrid {
+    let about = About { name, doc, source: SOURCE };
+    IntGrid { info: GridInfo { about, bits, storage, integer: true }, low, high }
+}
+
+pub(super) static INT8: IntGrid = int("int8", "Signed 8-bit integers, -128 to 127.", 8, DType::I8, -128.0, 127.0);
+pub(super) static UINT8: IntGrid = int("uint8", "Unsigned 8-bit integers, 0 to 255.", 8, DType::U8, 0.0, 255.0);
+pub(super) static INT8_NARROW: IntGrid =
+    int("int8-narrow", "Symmetric signed 8-bit integers, -127 to 127, for weights.", 8, DType::I8, -127.0, 127.0);
+pub(super) static INT16: IntGrid =
+    int("int16", "Signed 16-bit integers, -32768 to 32767.", 16, DType::I16, -32768.0, 32767.0);
+pub(super) static UINT16: IntGrid =
+    int("uint16", "Unsigned 16-bit integers, 0 to 65535.", 16, DType::U16, 0.0, 65535.0);
+pub(super) static INT4: IntGrid = int("int4", "Signed 4-bit integers, -8 to 7.", 4, DType::I4, -8.0, 7.0);
+pub(super) static UINT4: IntGrid = int("uint4", "Unsigned 4-bit integers, 0 to 15.", 4, DType::U4, 0.0, 15.0);
+pub(super) static INT2: IntGrid = int("int2", "Signed 2-bit integers, -2 to 1.", 2, DType::I2, -2.0, 1.0);
+pub(super) static UINT2: IntGrid = int("uint2", "Unsigned 2-bit integers, 0 to 3.", 2, DType::U2, 0.0, 3.0);
+pub(super) static INT32: IntGrid =
+    int("int32", "Signed 32-bit integers, for biases.", 32, DType::I32, -2_147_483_648.0, 2_147_483_647.0);
+
+/// Adding and subtracting 1.5·2²³ rounds an f32 below 2²² to a whole number, ties to even, without a call.
+const ROUND: f32 = 12_582_912.0;
+
+impl Grid for IntGrid {
+    fn info(&self) -> &GridInfo {
+        &self.info
+    }
+
+    fn range(&self) -> (f64, f64) {
+        (self.low, self.high)
+    }
+
+    fn nearest(&self, x: f64) -> f64 {
+        if x.is_nan() { 0.0_f64.clamp(self.low, self.high) } else { x.round_ties_even().clamp(self.low, self.high) }
+    }
+
+    fn below(&self, x: f64) -> f64 {
+        x.floor().clamp(self.low, self.high)
+    }
+
+    fn above(&self, x: f64) -> f64 {
+        x.ceil().clamp(self.low, self.high)
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "bounds of up to 16 bits are exact in f32; 32 bits go by f64")]
+    fn snap(&self, xs: &mut [f32], zero: f32) {
+        if self.info.bits > 16 {
+            for x in xs {
+                *x = (self.nearest(f64::from(x.round_ties_even()) + f64::from(zero)) - f64::from(zero)) as f32;
+            }
+            return;
+        }
+        let (low, high) = (self.low as f32 - zero, self.high as f32 - zero);
+        for x in xs {
+            // `max` and `min` drop NaN; both bounds are whole numbers, so clamping first changes no rounding.
+            *x = (x.max(low).min(high) + ROUND) - ROUND;
+        }
+    }
+
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "two's complement is what is wanted")]
+    fn encode(&self, point: f64) -> u32 {
+        let code = self.nearest(point) as i64 as u32;
+        if self.info.bits == 32 { code } else { code & ((1 << self.info.bits) - 1) }
+    }
+
+    fn decode(&self, code: u32) -> f64 {
+        let unused = 32 - self.info.bits;
+        let shifted = code << unused;
+        if self.low < 0.0 { f64::from(shifted.cast_signed() >> unused) } else { f64::from(shifted >> unused) }
+    }
+}

@@ -1,0 +1,109 @@
+//! Number formats: finite sets of real points, before scaling.
+
+mod int;
+
+use std::fmt::Debug;
+
+use crate::about::About;
+use crate::tensor::DType;
+
+pub use int::IntGrid;
+
+/// A finite set of real points, before scaling. Every method takes and returns unscaled numbers; ties round to even and
+/// what lies outside saturates.
+pub trait Grid: Debug + Send + Sync {
+    /// Name, documentation, storage.
+    fn info(&self) -> &GridInfo;
+    /// The smallest and the largest point.
+    fn range(&self) -> (f64, f64);
+    /// The point nearest to `x`; NaN gives the point nearest to 0.
+    fn nearest(&self, x: f64) -> f64;
+    /// The largest point at or under `x`, or the smallest point where there is none.
+    fn below(&self, x: f64) -> f64;
+    /// The smallest point at or over `x`, or the largest point where there is none.
+    fn above(&self, x: f64) -> f64;
+    /// Replaces every `x` by the point of the grid shifted by `-zero` that ONNX's `QuantizeLinear` picks: the value is
+    /// rounded first and `zero`, a whole number for integer grids and 0 otherwise, is added after.
+    fn snap(&self, xs: &mut [f32], zero: f32);
+    /// The code of a point of the grid, in the low [`GridInfo::bits`] bits.
+    fn encode(&self, point: f64) -> u32;
+    /// The point of a code; bits above the grid's are ignored.
+    fn decode(&self, code: u32) -> f64;
+}
+
+/// What a grid says about itself.
+#[derive(Debug)]
+pub struct GridInfo {
+    /// Name and documentation.
+    pub about: About,
+    /// Bits of one code.
+    pub bits: u32,
+    /// The ONNX element type that stores codes.
+    pub storage: DType,
+    /// Whether a zero point may shift it.
+    pub integer: bool,
+}
+
+/// Every grid, in the order of the manual.
+pub static GRIDS: &[&dyn Grid] = &[
+    &int::INT8,
+    &int::UINT8,
+    &int::INT8_NARROW,
+    &int::INT16,
+    &int::UINT16,
+    &int::INT4,
+    &int::UINT4,
+    &int::INT2,
+    &int::UINT2,
+    &int::INT32,
+];
+
+/// The grid called `name`.
+pub fn find(name: &str) -> Option<&'static dyn Grid> {
+    GRIDS.iter().copied().find(|grid| grid.info().about.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Exhaustive up to 16 bits: codes and points map onto each other, `nearest` is idempotent and truly nearest.
+    #[test]
+    fn codes_and_points_are_one_to_one() {
+        for grid in GRIDS.iter().filter(|grid| grid.info().bits <= 16) {
+            let (low, high) = grid.range();
+            let points: Vec<f64> = (0..1_u32 << grid.info().bits)
+                .map(|code| grid.decode(code))
+                .filter(|point| (low..=high).contains(point))
+                .collect();
+            for &point in &points {
+                assert!((grid.decode(grid.encode(point)) - point).abs() < 1e-12, "{grid:?} {point}");
+                assert!((grid.nearest(point) - point).abs() < 1e-12, "{grid:?} {point}");
+            }
+            for &x in &[low - 1.0, low, -0.6, 0.0, 0.5, 1.5, 2.2, high, high + 3.0, 1e30] {
+                let best = points.iter().map(|p| (p - x).abs()).fold(f64::INFINITY, f64::min);
+                assert!(((grid.nearest(x) - x).abs() - best).abs() < 1e-9, "{grid:?} {x}");
+                assert!(grid.below(x) <= x || grid.below(x) <= low, "{grid:?} {x}");
+                assert!(grid.above(x) >= x || grid.above(x) >= high, "{grid:?} {x}");
+            }
+        }
+    }
+
+    /// QuantizeLinear rounds before the zero point is added: 0.5, 1.5, 2.5 with zero point 1 give codes 1, 3, 3.
+    #[test]
+    fn the_zero_point_is_added_after_rounding() {
+        let mut xs = [0.5, 1.5, 2.5, -3.0, 300.0, f32::NAN];
+        int::UINT8.snap(&mut xs, 1.0);
+        assert_eq!(xs[..5], [0.0, 2.0, 2.0, -1.0, 254.0]);
+    }
+
+    #[test]
+    fn snap_agrees_with_nearest() {
+        for grid in GRIDS {
+            let mut xs: Vec<f32> = (-4000..4000).map(|i| i as f32 * 0.037).collect();
+            let want: Vec<f32> = xs.iter().map(|&x| grid.nearest(f64::from(x)) as f32).collect();
+            grid.snap(&mut xs, 0.0);
+            assert_eq!(xs, want, "{grid:?}");
+        }
+    }
+}

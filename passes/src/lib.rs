@@ -1,0 +1,32 @@
+//! The middle of onnx-quant: the graph, the numbers, and the passes over them.
+//!
+//! Start reading at [`model`]: a [`model::Model`] is a float [`ir::Graph`], what was measured on it ([`model::Stats`]) and
+//! what was decided about it ([`model::Plan`]). A [`pass::Pass`] is a pure function from a model to a
+//! [`model::Patch`]; [`pass::PassManager`] applies patches and checks them. [`simulate`] runs a plan, [`lower`] spells it.
+//!
+//! Stages, in the order a model meets them: [`normalize`], [`calibrate`], [`analysis`], [`rounding`], [`lower`]. They do
+//! not use one another; they meet in the model.
+//!
+//! This crate does not read, write, print, or ask for the time; it knows no protobuf and no named target.
+
+pub mod about;
+pub mod analysis;
+pub mod calibrate;
+pub mod catalogue;
+pub mod diag;
+pub mod encoding;
+pub mod exec;
+pub mod grid;
+pub mod id;
+pub mod ir;
+pub mod lower;
+pub mod model;
+pub mod normalize;
+pub mod observe;
+pub mod ops;
+pub mod parallel;
+pub mod pass;
+pub mod rounding;
+pub mod simulate;
+pub mod target;
+pub mod tensor;

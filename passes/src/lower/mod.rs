@@ -1,0 +1,5 @@
+//! Spelling a plan as graph nodes. Used by targets.
+
+mod qdq;
+
+pub use qdq::lower as qdq;

@@ -1,0 +1,283 @@
+//! A plan as `QuantizeLinear` and `DequantizeLinear` nodes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::encoding::{Encoding, Granularity};
+use crate::id::{Name, NodeId, Site, ValueId};
+use crate::ir::{Attr, Attrs, BuildError, Builder, Def, Graph, Node, OpKey, TensorType, Type, walk};
+use crate::model::{Model, Plan};
+use crate::target::{LowerError, Lowered};
+use crate::tensor::{DType, Tensor};
+
+/// The float graph of `model` with a quantize-dequantize pair for every encoded activation and a dequantized constant for
+/// every encoded constant.
+///
+/// A tensor encoded at its value is read through its pair by everyone, graph outputs included: the pair's result then
+/// carries the output's name. A tensor encoded at some uses has one pair for those that share an encoding. Zero points are
+/// explicit, except for 32-bit biases.
+///
+/// # Errors
+/// [`LowerError`] for an encoded constant without codes, a tensor with two different encodings, or a name clash.
+pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
+    let graph = model.graph();
+    let mut lowering = Lowering {
+        graph,
+        plan: model.plan(),
+        opset: model.meta.opset(),
+        builder: Builder::new(graph.name(), graph.doc()),
+        raw: BTreeMap::new(),
+        pairs: BTreeMap::new(),
+        constants: BTreeMap::new(),
+    };
+    for &input in graph.inputs() {
+        let value = graph.value(input);
+        let id = lowering.builder.input(&value.name, value.ty.clone()).map_err(bug)?;
+        lowering.raw.insert(input, id);
+    }
+    lowering.reserve_names();
+    for (id, node) in graph.nodes() {
+        lowering.node(id, node)?;
+    }
+    for &output in graph.outputs() {
+        lowering.output(output)?;
+    }
+    let notes = Vec::new();
+    Ok(Lowered { graph: lowering.builder.finish().map_err(bug)?, meta: Arc::clone(&model.meta), notes })
+}
+
+fn bug(error: BuildError) -> LowerError {
+    LowerError { place: "the model".into(), problem: format!("a bug in onnx-quant: {error}") }
+}
+
+/// Where a constant's codes come from: equal ones are stored once.
+type CodesKey = (ValueId, Option<*const Tensor>);
+
+struct Lowering<'a> {
+    graph: &'a Graph,
+    plan: &'a Plan,
+    opset: u32,
+    builder: Builder,
+    /// Values as they are computed.
+    raw: BTreeMap<ValueId, ValueId>,
+    /// Values behind their pairs, by encoding.
+    pairs: BTreeMap<ValueId, Vec<(Encoding, ValueId)>>,
+    /// Constants behind their dequantize nodes, by codes and encoding.
+    constants: BTreeMap<CodesKey, Vec<(Encoding, ValueId)>>,
+}
+
+impl Lowering<'_> {
+    /// Keeps the names of all original tensors for themselves, whatever is added.
+    fn reserve_names(&mut self) {
+        for (_, node) in self.graph.nodes() {
+            for &output in node.outputs.iter().flatten() {
+                let value = self.graph.value(output);
+                let hidden = self.plan.encoding(Site::Value(output)).is_some() && self.graph.outputs().contains(&output);
+                let name = if hidden { format!("{}.float", value.name) } else { value.name.to_string() };
+                let name = if hidden { self.fresh(&name) } else { name };
+                let id = self.builder.value(&name);
+                self.builder.set_type(id, value.ty.clone());
+                self.raw.insert(output, id);
+            }
+        }
+    }
+
+    /// A name that is free here and in the float graph.
+    fn fresh(&self, stem: &str) -> String {
+        let mut name = self.builder.fresh(stem);
+        while self.graph.find(&name).is_some() {
+            name.push('_');
+            name = self.builder.fresh(&name);
+        }
+        name
+    }
+
+    fn node(&mut self, id: NodeId, node: &Node) -> Result<(), LowerError> {
+        let mut copy = node.clone();
+        for (index, input) in copy.inputs.iter_mut().enumerate() {
+            if let Some(value) = *input {
+                let site = u16::try_from(index).ok().map(|input| Site::Use { node: id, input });
+                *input = Some(self.read(value, site)?);
+            }
+        }
+        for value in walk::captures(node) {
+            let captured = self.read(value, None)?;
+            for body in &mut copy.bodies {
+                for inner in &mut body.graph.values {
+                    if let Def::Capture(outer) = &mut inner.def
+                        && *outer == value
+                    {
+                        *outer = captured;
+                    }
+                }
+            }
+        }
+        for output in copy.outputs.iter_mut().flatten() {
+            *output = self.raw[output];
+        }
+        self.builder.node(copy).map_err(bug)?;
+        Ok(())
+    }
+
+    fn output(&mut self, value: ValueId) -> Result<(), LowerError> {
+        let read = self.read(value, None)?;
+        let name = Arc::clone(&self.builder.get(read).name);
+        self.builder.output(&name);
+        Ok(())
+    }
+
+    /// The value that a reader at `site` (or anyone, for `None`) sees.
+    fn read(&mut self, value: ValueId, site: Option<Site>) -> Result<ValueId, LowerError> {
+        let at_value = Site::Value(value);
+        let by_use = site.and_then(|site| Some((site, self.plan.encoding(site)?)));
+        let by_value = self.plan.encoding(at_value).map(|encoding| (at_value, encoding));
+        if let (Some((_, a)), Some((_, b))) = (by_use, by_value)
+            && a != b
+        {
+            let place = format!("tensor `{}`", self.graph.value(value).name);
+            return Err(LowerError { place, problem: "it has two different encodings: it would be rounded twice".into() });
+        }
+        match (by_use.or(by_value), self.graph.constant(value)) {
+            (Some((site, encoding)), Some(_)) => self.encoded_constant(value, site, &encoding.clone()),
+            (Some((_, encoding)), None) => self.pair(value, &encoding.clone()),
+            (None, Some(tensor)) => self.plain_constant(value, &Arc::clone(tensor)),
+            (None, None) => Ok(self.raw[&value]),
+        }
+    }
+
+    fn plain_constant(&mut self, value: ValueId, tensor: &Arc<Tensor>) -> Result<ValueId, LowerError> {
+        if let Some(&id) = self.raw.get(&value) {
+            return Ok(id);
+        }
+        let name = Arc::clone(&self.graph.value(value).name);
+        let id = self.builder.constant(&name, Arc::clone(tensor)).map_err(bug)?;
+        self.raw.insert(value, id);
+        Ok(id)
+    }
+
+    fn encoded_constant(&mut self, value: ValueId, site: Site, encoding: &Encoding) -> Result<ValueId, LowerError> {
+        let name = Arc::clone(&self.graph.value(value).name);
+        let codes = self.plan.codes(site).ok_or_else(|| LowerError {
+            place: format!("tensor `{name}`"),
+            problem: "it is encoded but was never rounded: put `round` into the pipeline".into(),
+        })?;
+        let key = (value, Some(Arc::as_ptr(codes)));
+        if let Some((_, id)) = self.constants.get(&key).and_then(|all| all.iter().find(|(e, _)| e == encoding)) {
+            return Ok(*id);
+        }
+        let stem = self.fresh(&format!("{name}.codes"));
+        let codes_id = self.builder.constant(&stem, Arc::clone(codes)).map_err(bug)?;
+        let shape = codes.shape().to_vec();
+        let result = self.dequantize(&name, codes_id, encoding, &shape)?;
+        self.constants.entry(key).or_default().push((encoding.clone(), result));
+        Ok(result)
+    }
+
+    /// The result of the quantize-dequantize pair for an activation, made when it is first asked for.
+    fn pair(&mut self, value: ValueId, encoding: &Encoding) -> Result<ValueId, LowerError> {
+        if let Some((_, id)) = self.pairs.get(&value).and_then(|all| all.iter().find(|(e, _)| e == encoding)) {
+            return Ok(*id);
+        }
+        let name = Arc::clone(&self.graph.value(value).name);
+        let shape_type = self.graph.value(value).ty.tensor().cloned().unwrap_or_default();
+        let storage = encoding.grid.info().storage;
+        let codes_name = self.fresh(&format!("{name}.codes"));
+        let codes = self.builder.value(&codes_name);
+        self.builder.set_type(codes, Type::Tensor(TensorType::new(Some(storage), shape_type.shape.clone())));
+        let (scale, zero_point) = self.parameters(&name, encoding, &[])?;
+        let inputs = vec![Some(self.raw[&value]), Some(scale), zero_point];
+        self.add("QuantizeLinear", &format!("{name}.quantize"), inputs, codes, encoding, &[])?;
+        let returned = self.graph.outputs().contains(&value) && self.plan.encoding(Site::Value(value)).is_some();
+        let result_name = if returned { name.to_string() } else { self.fresh(&format!("{name}.dequantized")) };
+        let result = self.builder.value(&result_name);
+        self.builder.set_type(result, Type::Tensor(shape_type));
+        let inputs = vec![Some(codes), Some(scale), zero_point];
+        self.add("DequantizeLinear", &format!("{name}.dequantize"), inputs, result, encoding, &[])?;
+        self.pairs.entry(value).or_default().push((encoding.clone(), result));
+        Ok(result)
+    }
+
+    fn dequantize(
+        &mut self,
+        name: &Name,
+        codes: ValueId,
+        encoding: &Encoding,
+        shape: &[usize],
+    ) -> Result<ValueId, LowerError> {
+        let (scale, zero_point) = self.parameters(name, encoding, shape)?;
+        let result_name = self.fresh(&format!("{name}.dequantized"));
+        let result = self.builder.value(&result_name);
+        self.builder.set_type(result, Type::Tensor(TensorType::known(DType::F32, shape)));
+        let mut inputs = vec![Some(codes), Some(scale)];
+        inputs.extend(zero_point.map(Some));
+        self.add("DequantizeLinear", &format!("{name}.dequantize"), inputs, result, encoding, shape)?;
+        Ok(result)
+    }
+
+    /// The constants for scale and zero point.
+    fn parameters(
+        &mut self,
+        name: &Name,
+        encoding: &Encoding,
+        shape: &[usize],
+    ) -> Result<(ValueId, Option<ValueId>), LowerError> {
+        let scale_shape = encoding.scale_shape(shape);
+        let scale = Arc::new(Tensor::of(scale_shape.clone(), encoding.scale.to_vec()));
+        let scale_name = self.fresh(&format!("{name}.scale"));
+        let scale = self.builder.constant(&scale_name, scale).map_err(bug)?;
+        if encoding.grid.info().storage == DType::I32 {
+            return Ok((scale, None));
+        }
+        let ones = Encoding { scale: vec![1.0; encoding.scale.len()].into(), ..encoding.clone() };
+        // Decoding subtracts the zero point, encoding adds it: the code of 0 is the zero point itself.
+        let zeros = vec![0.0; encoding.zero_point.len()];
+        let flat = Encoding { granularity: group_axis(encoding), ..ones };
+        let codes = flat.encode(&zeros, &[zeros.len()]).and_then(|codes| {
+            Ok(codes.reshaped(scale_shape).unwrap_or(codes))
+        });
+        let codes = codes.map_err(|e| LowerError { place: format!("tensor `{name}`"), problem: e.to_string() })?;
+        let zero_name = self.fresh(&format!("{name}.zero_point"));
+        let zero_point = self.builder.constant(&zero_name, Arc::new(codes)).map_err(bug)?;
+        Ok((scale, Some(zero_point)))
+    }
+
+    fn add(
+        &mut self,
+        op: &str,
+        name: &str,
+        inputs: Vec<Option<ValueId>>,
+        output: ValueId,
+        encoding: &Encoding,
+        shape: &[usize],
+    ) -> Result<(), LowerError> {
+        let mut attrs = Attrs::new();
+        let axis = |axis: usize| Attr::Int(i64::try_from(axis).unwrap_or(i64::MAX));
+        match encoding.granularity {
+            Granularity::Tensor => {}
+            Granularity::Axis(a) => drop(attrs.insert("axis".into(), axis(a))),
+            Granularity::Block { axis: a, size } => {
+                attrs.insert("axis".into(), axis(a));
+                attrs.insert("block_size".into(), axis(size.min(shape.get(a).copied().unwrap_or(size).max(1))));
+            }
+        }
+        let node = Node {
+            name: name.into(),
+            op: OpKey { domain: "".into(), name: op.into(), opset: self.opset },
+            inputs,
+            outputs: vec![Some(output)],
+            attrs,
+            bodies: Vec::new(),
+            notes: None,
+        };
+        self.builder.node(node).map_err(bug)?;
+        Ok(())
+    }
+}
+
+/// How a flat list of groups is cut: each its own.
+fn group_axis(encoding: &Encoding) -> Granularity {
+    match encoding.granularity {
+        Granularity::Tensor => Granularity::Tensor,
+        _ => Granularity::Axis(0),
+    }
+}

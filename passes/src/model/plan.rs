@@ -1,0 +1,67 @@
+//! The plan: everything decided about the float graph.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::encoding::Encoding;
+use crate::id::{NodeId, Site};
+use crate::ir::Graph;
+use crate::tensor::Tensor;
+
+/// Whether a node runs quantized, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// Whether the target will compute it on codes.
+    pub quantized: bool,
+    /// The rule that decided, one phrase.
+    pub reason: String,
+}
+
+/// Encodings and rounded codes, by site, and the decision for every node that was considered.
+///
+/// An encoding at [`Site::Value`] holds for everyone who reads the tensor; one at [`Site::Use`] for that read alone. A
+/// tensor never has both with different encodings: one tensor is one decision.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    pub(crate) encodings: BTreeMap<Site, Encoding>,
+    pub(crate) codes: BTreeMap<Site, Arc<Tensor>>,
+    pub(crate) decisions: BTreeMap<NodeId, Decision>,
+}
+
+impl Plan {
+    /// The encodings, in the order of their sites.
+    pub fn encodings(&self) -> impl Iterator<Item = (Site, &Encoding)> {
+        self.encodings.iter().map(|(&site, encoding)| (site, encoding))
+    }
+
+    /// The encoding at exactly `site`.
+    pub fn encoding(&self, site: Site) -> Option<&Encoding> {
+        self.encodings.get(&site)
+    }
+
+    /// The encoding that `input` of `node` is read in: its own, or that of the tensor.
+    pub fn encoding_of_use(&self, graph: &Graph, node: NodeId, input: u16) -> Option<&Encoding> {
+        let value = graph.node(node)?.input(input.into())?;
+        self.encoding(Site::Use { node, input }).or_else(|| self.encoding(Site::Value(value)))
+    }
+
+    /// The rounded codes at `site`, in the storage type of the encoding's grid.
+    pub fn codes(&self, site: Site) -> Option<&Arc<Tensor>> {
+        self.codes.get(&site)
+    }
+
+    /// What was decided about each node that was considered.
+    pub fn decisions(&self) -> impl Iterator<Item = (NodeId, &Decision)> {
+        self.decisions.iter().map(|(&node, decision)| (node, decision))
+    }
+
+    /// What was decided about `node`.
+    pub fn decision(&self, node: NodeId) -> Option<&Decision> {
+        self.decisions.get(&node)
+    }
+
+    /// Whether nothing is encoded.
+    pub fn is_empty(&self) -> bool {
+        self.encodings.is_empty()
+    }
+}

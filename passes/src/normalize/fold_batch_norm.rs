@@ -1,0 +1,95 @@
+//! Batch normalization into the linear operator before it.
+
+use super::scale_linear::Scaled;
+use crate::ir::{Graph, Node};
+use crate::model::Patch;
+use crate::pass::{Facts, Miss, PassEntry, PassInfo, Rewrite, RewriteSite, Sweep};
+
+crate::declare_pass! {
+    /// Folds inference-mode `BatchNormalization` into the `Conv`, `ConvTranspose` or `Gemm` that feeds it.
+    ///
+    /// With γ, β, μ, σ² of shape `f32[C_out]` and s = γ / √(σ² + ε):
+    ///
+    /// ```text
+    /// W'[o, …] = s[o] · W[o, …]                 W: f32[C_out, C_in / groups, k…]
+    /// b'[o]    = s[o] · (b[o] − μ[o]) + β[o]     b: f32[C_out], zero if absent
+    /// ```
+    ///
+    /// Equal over the reals; computed in f64 and rounded once. Declines when the linear result has another reader or is
+    /// a graph output, when a statistic is not constant, when the node trains, and when a factor is over 10⁶.
+    INFO {
+        name: "fold-batch-norm",
+        source: "Jacob et al. 2018, arXiv:1712.05877, section 3.2",
+        requires: Facts::NONE,
+        establishes: Facts::NONE,
+        preserves: Facts::SHAPES,
+        fidelity: UpToRounding,
+        options: &[],
+    }
+}
+
+pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::new(Sweep(FoldBatchNorm))) };
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct FoldBatchNorm;
+
+impl Rewrite for FoldBatchNorm {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn anchors(&self) -> &'static [&'static str] {
+        &["BatchNormalization"]
+    }
+
+    fn rewrite(&self, site: &RewriteSite<'_>, patch: &mut Patch) -> Result<(), Miss> {
+        let norm = site.node;
+        let input = norm.input(0).ok_or(Miss::NoMatch)?;
+        let (producer, _) = site.graph().producer(input).ok_or(Miss::NoMatch)?;
+        let linear = Scaled::of(site.graph(), producer).filter(Scaled::takes_bias).ok_or(Miss::NoMatch)?;
+        if site.sole_producer(input).is_none() {
+            return Err(Miss::Blocked("the result to be normalized has another reader".into()));
+        }
+        if norm.int("training_mode", 0) != 0 || norm.outputs.iter().skip(1).any(Option::is_some) {
+            return Err(Miss::Blocked("the normalization is in training mode".into()));
+        }
+        if patch.touches(producer) {
+            return Err(Miss::NoMatch);
+        }
+        let (scale, shift) = affine(site.graph(), norm, linear.channels)?;
+        let folded = linear.fold(&scale, &shift, "bn", patch);
+        let mut folded = folded.ok_or(Miss::Blocked("a factor is over 1e6 or the bias is no row".into()))?;
+        folded.outputs.clone_from(&norm.outputs);
+        folded.outputs.truncate(1);
+        let mut kept = folded.clone();
+        kept.outputs.resize(norm.outputs.len(), None);
+        patch.replace(site.id, kept);
+        patch.erase(producer);
+        patch.count("folded", 1);
+        Ok(())
+    }
+}
+
+/// s = γ / √(σ² + ε) and β − s·μ, per channel.
+fn affine(graph: &Graph, norm: &Node, channels: usize) -> Result<(Vec<f64>, Vec<f64>), Miss> {
+    let row = |input: usize| {
+        let values = graph.constant_input(norm, input).and_then(|t| t.floats().map(std::borrow::Cow::into_owned));
+        let values = values.ok_or(Miss::Blocked("a statistic is not constant".into()))?;
+        if values.len() == channels { Ok(values) } else { Err(Miss::Blocked("a statistic has another length".into())) }
+    };
+    let (gamma, beta, mean, variance) = (row(1)?, row(2)?, row(3)?, row(4)?);
+    let epsilon = f64::from(norm.float("epsilon", 1e-5));
+    let mut scale = Vec::with_capacity(channels);
+    let mut shift = Vec::with_capacity(channels);
+    for c in 0..channels {
+        let spread = f64::from(variance[c]) + epsilon;
+        if spread.is_nan() || spread <= 0.0 {
+            return Err(Miss::Blocked("a variance is not positive".into()));
+        }
+        let s = f64::from(gamma[c]) / spread.sqrt();
+        scale.push(s);
+        shift.push(f64::from(beta[c]) - s * f64::from(mean[c]));
+    }
+    Ok((scale, shift))
+}

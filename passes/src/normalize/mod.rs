@@ -1,0 +1,27 @@
+//! Passes that bring a float graph to a plain form without changing its function.
+
+mod absorb_qdq;
+mod drop_dead;
+mod eliminate_identity;
+mod fold_affine;
+mod fold_batch_norm;
+mod fold_constants;
+mod fold_gemm_scalars;
+mod fold_pad;
+mod infer_shapes;
+mod scale_linear;
+
+use crate::pass::PassEntry;
+
+/// Order is the order of the manual, not of the pipeline.
+pub static PASSES: &[PassEntry] = &[
+    infer_shapes::ENTRY,
+    absorb_qdq::ENTRY,
+    fold_constants::ENTRY,
+    eliminate_identity::ENTRY,
+    fold_gemm_scalars::ENTRY,
+    fold_batch_norm::ENTRY,
+    fold_affine::ENTRY,
+    fold_pad::ENTRY,
+    drop_dead::ENTRY,
+];

@@ -1,0 +1,139 @@
+//! Observers: how a range is chosen from what calibration saw.
+//!
+//! Calibration keeps one [`Sketch`] per tensor, whatever the number of samples; every observer is a function of it.
+
+mod entropy;
+mod min_max;
+mod mse;
+mod percentile;
+mod sketch;
+
+pub use sketch::{Bucket, Sketch};
+
+use std::fmt::Debug;
+
+use crate::about::About;
+
+/// What the range will be used for.
+#[derive(Clone, Copy, Debug)]
+pub struct Purpose {
+    /// The number of points of the grid.
+    pub levels: f64,
+    /// Whether the range must be symmetric around 0.
+    pub symmetric: bool,
+}
+
+/// A way to choose a range. The range always contains 0; `low <= 0 <= high`.
+pub trait Observer: Debug + Send + Sync {
+    /// Name, documentation, source.
+    fn about(&self) -> &'static About;
+    /// The range for a tensor of distribution `sketch`; (0, 0) when it saw nothing but zeros.
+    fn range(&self, sketch: &Sketch, purpose: Purpose) -> (f64, f64);
+}
+
+/// Makes an observer from its one number, where it takes one.
+type Build = fn(Option<f64>) -> Box<dyn Observer>;
+
+/// An observer in the catalogue.
+pub struct ObserverEntry {
+    /// Name, documentation, source.
+    pub about: &'static About,
+    /// Makes it; the number is its `keep` option.
+    pub build: Build,
+}
+
+/// Every observer, in the order of the manual.
+pub static OBSERVERS: &[ObserverEntry] = &[
+    ObserverEntry { about: &min_max::ABOUT, build: |_| Box::new(min_max::MinMax) },
+    ObserverEntry { about: &percentile::ABOUT, build: |keep| Box::new(percentile::Percentile::new(keep)) },
+    ObserverEntry { about: &mse::ABOUT, build: |_| Box::new(mse::Mse) },
+    ObserverEntry { about: &entropy::ABOUT, build: |_| Box::new(entropy::Entropy) },
+];
+
+/// The observer called `name`; `keep` is its option.
+pub fn find(name: &str, keep: Option<f64>) -> Option<Box<dyn Observer>> {
+    OBSERVERS.iter().find(|entry| entry.about.name == name).map(|entry| (entry.build)(keep))
+}
+
+/// Below this many values a tail says nothing: observers fall back to minimum and maximum.
+const FEW: u64 = 100;
+
+/// `(low, high)` widened to contain 0, and mirrored for symmetric purposes.
+fn around_zero(low: f64, high: f64, purpose: Purpose) -> (f64, f64) {
+    let (low, high) = (low.min(0.0), high.max(0.0));
+    if purpose.symmetric { (-high.max(-low), high.max(-low)) } else { (low, high) }
+}
+
+fn extremes(sketch: &Sketch, purpose: Purpose) -> (f64, f64) {
+    around_zero(sketch.min(), sketch.max(), purpose)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The `i`-th of `n` quantiles of N(0, 1), by Acklam-free bisection of the error function's series.
+    pub(super) fn normal(n: usize) -> Vec<f32> {
+        // Sum of 12 uniforms minus 6, from a fixed linear congruence: near enough to normal for ranges.
+        let mut state = 1_u64;
+        let mut uniform = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1_u32 << 24) as f32
+        };
+        (0..n).map(|_| (0..12).map(|_| uniform()).sum::<f32>() - 6.0).collect()
+    }
+
+    fn sketch(values: &[f32]) -> Sketch {
+        let mut sketch = Sketch::default();
+        sketch.see(values);
+        sketch
+    }
+
+    #[test]
+    fn every_observer_stays_near_the_data_and_contains_zero() {
+        let bell = sketch(&normal(20_000));
+        let positive = sketch(&normal(20_000).iter().map(|v| v.abs() + 1.0).collect::<Vec<_>>());
+        for entry in OBSERVERS {
+            let observer = (entry.build)(None);
+            for symmetric in [false, true] {
+                let purpose = Purpose { levels: 256.0, symmetric };
+                for data in [&bell, &positive] {
+                    let (low, high) = observer.range(data, purpose);
+                    let (min, max) = extremes(data, purpose);
+                    assert!(low <= 0.0 && high >= 0.0, "{observer:?}");
+                    assert!(high <= max * 1.2 && low >= min * 1.2, "{observer:?} {low} {high} {min} {max}");
+                    assert!(high > 1.5, "{observer:?} {high}");
+                }
+                assert_eq!(observer.range(&Sketch::default(), purpose), (0.0, 0.0), "{observer:?}");
+                assert_eq!(observer.range(&sketch(&[0.0; 200]), purpose), (0.0, 0.0), "{observer:?}");
+            }
+        }
+    }
+
+    /// A power of two is an exact change of units, so the range must follow it exactly.
+    #[test]
+    fn ranges_follow_the_units() {
+        let values = normal(5_000);
+        let doubled: Vec<f32> = values.iter().map(|v| v * 1024.0).collect();
+        for entry in OBSERVERS {
+            let observer = (entry.build)(None);
+            let purpose = Purpose { levels: 256.0, symmetric: false };
+            let (a, b) = (observer.range(&sketch(&values), purpose), observer.range(&sketch(&doubled), purpose));
+            assert!((a.0 * 1024.0 - b.0).abs() < 1e-6 * b.0.abs(), "{observer:?}");
+            assert!((a.1 * 1024.0 - b.1).abs() < 1e-6 * b.1.abs(), "{observer:?}");
+        }
+    }
+
+    #[test]
+    fn one_outlier_does_not_set_the_range_of_mse_and_entropy() {
+        let mut values = normal(200_000);
+        values.push(100.0);
+        let data = sketch(&values);
+        let purpose = Purpose { levels: 256.0, symmetric: true };
+        for name in ["mse", "entropy", "percentile"] {
+            let (_, high) = find(name, None).unwrap().range(&data, purpose);
+            assert!(high < 60.0, "{name} {high}");
+        }
+        assert!((find("min-max", None).unwrap().range(&data, purpose).1 - 100.0).abs() < 1e-9);
+    }
+}

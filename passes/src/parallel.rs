@@ -1,0 +1,50 @@
+//! Work on all cores with results that do not depend on how many there are.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use rayon::prelude::*;
+
+/// `f` of every item, in the order of the items.
+pub fn map<T: Sync, U: Send>(items: &[T], f: impl Fn(&T) -> U + Sync + Send) -> Vec<U> {
+    items.par_iter().map(f).collect()
+}
+
+/// Runs jobs `0..jobs` on `threads` plain threads, each with a state of its own made by `start`, and returns the states.
+/// Which job lands in which state depends on timing: states must be such that merging them does not care.
+///
+/// # Errors
+/// The error of the job with the smallest number among those that failed; the jobs not yet begun are left out then.
+pub fn workers<S: Send, E: Send>(
+    threads: usize,
+    jobs: usize,
+    start: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, usize) -> Result<(), E> + Sync,
+) -> Result<Vec<S>, E> {
+    let next = AtomicUsize::new(0);
+    let stop = AtomicBool::new(false);
+    let run = || {
+        let mut state = start();
+        while !stop.load(Ordering::Relaxed) {
+            let job = next.fetch_add(1, Ordering::Relaxed);
+            if job >= jobs {
+                break;
+            }
+            if let Err(error) = work(&mut state, job) {
+                stop.store(true, Ordering::Relaxed);
+                return Err((job, error));
+            }
+        }
+        Ok(state)
+    };
+    let results: Vec<Result<S, (usize, E)>> = std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..threads.clamp(1, jobs.max(1))).map(|_| scope.spawn(run)).collect();
+        // A worker that panicked takes the run down with it: its counts would be missing.
+        let join = |handle: std::thread::ScopedJoinHandle<'_, _>| handle.join().unwrap_or_else(|p| std::panic::resume_unwind(p));
+        handles.into_iter().map(join).collect()
+    });
+    let (states, failures): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
+    match failures.into_iter().filter_map(Result::err).min_by_key(|(job, _)| *job) {
+        Some((_, error)) => Err(error),
+        None => Ok(states.into_iter().filter_map(Result::ok).collect()),
+    }
+}

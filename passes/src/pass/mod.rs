@@ -1,0 +1,115 @@
+//! Passes: pure functions from a model to a patch, and what runs them.
+
+mod fact;
+mod manager;
+mod options;
+mod pipeline;
+mod rewrite;
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+
+pub use fact::Facts;
+pub use manager::{Instrument, PassManager, RunError, StepRecord, Trace};
+pub use options::{OptionError, OptionInfo, Options};
+pub use pipeline::{Pipeline, PipelineError, Step, nearest};
+pub use rewrite::{Miss, Rewrite, Site as RewriteSite, Sweep};
+
+use crate::about::About;
+use crate::exec::{DataError, Dataset, Executor, Progress};
+use crate::id::ValueId;
+use crate::model::{Model, Patch};
+use crate::simulate::SimulateError;
+use crate::target::{KeepFloat, Target};
+
+/// One step of the middle: a pure function from a model to a patch.
+pub trait Pass: Debug + Send + Sync {
+    /// Name, documentation, facts.
+    fn info(&self) -> &'static PassInfo;
+    /// The tensors whose distribution this pass will read; the nearest earlier `calibrate` measures them.
+    fn wishes(&self, _model: &Model, _cx: &PassContext<'_>) -> BTreeSet<ValueId> {
+        BTreeSet::new()
+    }
+    /// The patch that does the work. An empty patch says that nothing is left to do.
+    ///
+    /// # Errors
+    /// [`PassError`] for reasons in the model, the data or the executor.
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError>;
+}
+
+/// What a pass says about itself.
+#[derive(Debug)]
+pub struct PassInfo {
+    /// Name, documentation, source.
+    pub about: About,
+    /// Must hold before.
+    pub requires: Facts,
+    /// Hold after.
+    pub establishes: Facts,
+    /// Survive a patch that changes the graph; the others are dropped.
+    pub preserves: Facts,
+    /// What it may do to the function.
+    pub fidelity: Fidelity,
+    /// What can be set.
+    pub options: &'static [OptionInfo],
+}
+
+/// What a pass may do to the function that the graph computes. Tests read this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fidelity {
+    /// Bit-equal.
+    Exact,
+    /// Equal over the reals; sums are reassociated.
+    UpToRounding,
+    /// The graph is not touched.
+    PlanOnly,
+}
+
+/// What a pass may use besides the model.
+pub struct PassContext<'a> {
+    /// Where the model will run.
+    pub target: &'a dyn Target,
+    /// Runs float graphs.
+    pub executor: &'a dyn Executor,
+    /// Calibration samples; `None` when none were given.
+    pub dataset: Option<&'a dyn Dataset>,
+    /// What later passes want measured; the manager fills it in.
+    pub wishes: BTreeSet<ValueId>,
+    /// What stays in float because the user said so.
+    pub keep_float: &'a KeepFloat,
+    /// Worker threads.
+    pub threads: usize,
+    /// The most bytes that tensors held at once for measuring may take.
+    pub tap_budget: usize,
+    /// Told about long work.
+    pub progress: &'a dyn Progress,
+}
+
+/// Why a pass stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PassError {
+    /// The model or plan does not run.
+    #[error(transparent)]
+    Simulate(#[from] SimulateError),
+    /// A sample cannot be used.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The pass needs samples.
+    #[error("calibration samples are needed, and none were given: pass them with --data")]
+    NoData,
+    /// The user asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+    /// Something in the model.
+    #[error("{0}")]
+    Model(String),
+}
+
+/// A pass in the catalogue.
+pub struct PassEntry {
+    /// Name, documentation, facts.
+    pub info: &'static PassInfo,
+    /// Makes it from its options.
+    pub build: fn(&Options) -> Result<Box<dyn Pass>, OptionError>,
+}

@@ -1,0 +1,308 @@
+//! Running a plan: the float graph with every encoded tensor rounded by our own arithmetic.
+//!
+//! No executor is ever shown a quantize or dequantize node. The graph is cut wherever an encoded activation is read; the
+//! float parts between the cuts run on the executor, and [`crate::encoding::Encoding::simulate`] rounds what crosses.
+//! Encoded constants enter the parts already rounded. With an empty plan there is one part: the float model.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use crate::exec::{ExecError, Executor, Session};
+use crate::id::{NodeId, Site, ValueId};
+use crate::ir::{Body, BuildError, Builder, Def, Graph, Node, Type};
+use crate::model::Plan;
+use crate::tensor::{DType, Tensor};
+
+/// Why a plan cannot be run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SimulateError {
+    /// A float part does not run.
+    #[error(transparent)]
+    Exec(#[from] ExecError),
+    /// An encoding does not fit the tensor it is for.
+    #[error("tensor `{tensor}`: {problem}")]
+    Encoding {
+        /// The tensor.
+        tensor: String,
+        /// What does not fit.
+        problem: String,
+    },
+    /// A part cannot be cut out.
+    #[error("a bug in onnx-quant: cutting the graph failed: {0}")]
+    Cut(#[from] BuildError),
+}
+
+/// A tensor as someone reads it: as computed, or through the encoding at a site.
+type Version = (ValueId, Option<Site>);
+
+/// A plan, ready to run from several threads.
+pub struct Simulation {
+    parts: Vec<Part>,
+    encodings: BTreeMap<Site, crate::encoding::Encoding>,
+    names: BTreeMap<ValueId, String>,
+    inputs: Vec<ValueId>,
+    constants: BTreeMap<ValueId, Arc<Tensor>>,
+    wanted: Vec<Version>,
+}
+
+struct Part {
+    session: Box<dyn Session>,
+    feeds: Vec<Version>,
+    outputs: Vec<ValueId>,
+}
+
+impl std::fmt::Debug for Simulation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Simulation({} parts)", self.parts.len())
+    }
+}
+
+/// Tells which version of a value each reader sees.
+struct Cutter<'a> {
+    graph: &'a Graph,
+    plan: &'a Plan,
+}
+
+impl Cutter<'_> {
+    fn of_use(&self, node: NodeId, input: usize, value: ValueId) -> Version {
+        let by_use = u16::try_from(input).ok().map(|input| Site::Use { node, input });
+        let by_use = by_use.filter(|site| self.plan.encoding(*site).is_some());
+        (value, by_use.or_else(|| self.of_value(value).1))
+    }
+
+    fn of_value(&self, value: ValueId) -> Version {
+        let site = Site::Value(value);
+        (value, self.plan.encoding(site).is_some().then_some(site))
+    }
+
+    /// Everything `node` reads, captures included.
+    fn reads(&self, id: NodeId, node: &Node) -> Vec<Version> {
+        let inputs = node.inputs.iter().enumerate().filter_map(|(i, v)| Some(self.of_use(id, i, (*v)?)));
+        inputs.chain(crate::ir::walk::captures(node).into_iter().map(|v| self.of_value(v))).collect()
+    }
+
+    fn is_constant(&self, value: ValueId) -> bool {
+        self.graph.constant(value).is_some()
+    }
+
+    /// For every node, how many cuts lie on the longest way to it.
+    fn depths(&self) -> BTreeMap<NodeId, usize> {
+        let mut depths = BTreeMap::new();
+        for (id, node) in self.graph.nodes() {
+            let depth = self.reads(id, node).into_iter().filter(|(value, _)| !self.is_constant(*value));
+            let depth = depth.map(|(value, site)| {
+                let producer = self.graph.producer(value).and_then(|(node, _)| depths.get(&node).copied());
+                producer.unwrap_or(0) + usize::from(site.is_some())
+            });
+            depths.insert(id, depth.max().unwrap_or(0));
+        }
+        depths
+    }
+}
+
+impl Simulation {
+    /// Makes `graph` under `plan` ready to run; [`Self::run`] will return `wanted`, each as its readers see it at
+    /// [`Site::Value`].
+    ///
+    /// # Errors
+    /// [`SimulateError`].
+    pub fn prepare(
+        graph: &Graph,
+        plan: &Plan,
+        executor: &dyn Executor,
+        wanted: &[ValueId],
+    ) -> Result<Self, SimulateError> {
+        let cutter = Cutter { graph, plan };
+        let depths = cutter.depths();
+        let wanted: Vec<Version> = wanted.iter().map(|&value| cutter.of_value(value)).collect();
+        let needed = crate::ir::walk::needed(graph, &BTreeSet::new(), &wanted.iter().map(|w| w.0).collect::<Vec<_>>());
+        let needed: BTreeSet<NodeId> = needed.0.into_iter().collect();
+        let mut by_depth: BTreeMap<usize, Vec<NodeId>> = BTreeMap::new();
+        for (id, _) in graph.nodes().filter(|(id, _)| needed.contains(id)) {
+            by_depth.entry(depths[&id]).or_default().push(id);
+        }
+        // What a part must hand on: everything read elsewhere.
+        let mut exported: BTreeSet<ValueId> = wanted.iter().map(|w| w.0).collect();
+        for (id, node) in graph.nodes().filter(|(id, _)| needed.contains(id)) {
+            for (value, site) in cutter.reads(id, node) {
+                let producer = graph.producer(value).map(|(producer, _)| depths[&producer]);
+                if producer.is_some_and(|depth| site.is_some() || depth != depths[&id]) {
+                    exported.insert(value);
+                }
+            }
+        }
+        let parts = by_depth.values().map(|nodes| cut(&cutter, nodes, &exported, executor)).collect::<Result<_, _>>()?;
+        Ok(Self {
+            parts,
+            encodings: plan.encodings().map(|(site, encoding)| (site, encoding.clone())).collect(),
+            names: graph.value_ids().map(|id| (id, graph.value(id).name.to_string())).collect(),
+            inputs: graph.inputs().to_vec(),
+            constants: wanted
+                .iter()
+                .filter_map(|(value, _)| Some((*value, Arc::clone(graph.constant(*value)?))))
+                .collect(),
+            wanted,
+        })
+    }
+
+    /// Runs one sample: `feeds` are the graph inputs in order; returns the wanted tensors in order.
+    ///
+    /// # Errors
+    /// [`SimulateError`].
+    pub fn run(&self, feeds: &[Tensor]) -> Result<Vec<Tensor>, SimulateError> {
+        let mut known: BTreeMap<Version, Tensor> =
+            self.inputs.iter().zip(feeds).map(|(&value, tensor)| ((value, None), tensor.clone())).collect();
+        known.extend(self.constants.iter().map(|(&value, tensor)| ((value, None), tensor.as_ref().clone())));
+        let mut last_reader: BTreeMap<ValueId, usize> = BTreeMap::new();
+        for (index, part) in self.parts.iter().enumerate() {
+            last_reader.extend(part.feeds.iter().map(|(value, _)| (*value, index)));
+        }
+        last_reader.extend(self.wanted.iter().map(|(value, _)| (*value, usize::MAX)));
+        for (index, part) in self.parts.iter().enumerate() {
+            let feeds = part.feeds.iter().map(|v| self.version(&mut known, *v)).collect::<Result<Vec<_>, _>>()?;
+            let outputs = part.session.run(&feeds)?;
+            known.extend(part.outputs.iter().zip(outputs).map(|(&value, tensor)| ((value, None), tensor)));
+            known.retain(|(value, _), _| last_reader.get(value).is_some_and(|&last| last > index));
+        }
+        self.wanted.iter().map(|v| self.version(&mut known, *v)).collect()
+    }
+
+    fn version(&self, known: &mut BTreeMap<Version, Tensor>, at: Version) -> Result<Tensor, SimulateError> {
+        let (value, site) = at;
+        let problem = |problem: String| SimulateError::Encoding { tensor: self.names[&value].clone(), problem };
+        if let Some(tensor) = known.get(&at) {
+            return Ok(tensor.clone());
+        }
+        let raw = known.get(&(value, None)).ok_or_else(|| problem("was not computed before it is read".into()))?;
+        let Some(encoding) = site.and_then(|site| self.encodings.get(&site)) else {
+            return Ok(raw.clone());
+        };
+        let mut values = raw.values::<f32>().ok_or_else(|| problem(format!("is {}", raw.dtype().name())))?.into_owned();
+        encoding.simulate(&mut values, raw.shape()).map_err(|e| problem(e.to_string()))?;
+        let rounded = Tensor::of(raw.shape(), values);
+        known.insert(at, rounded.clone());
+        Ok(rounded)
+    }
+}
+
+/// The part of the graph made of `nodes`, all of one depth.
+fn cut(
+    cutter: &Cutter<'_>,
+    nodes: &[NodeId],
+    exported: &BTreeSet<ValueId>,
+    executor: &dyn Executor,
+) -> Result<Part, SimulateError> {
+    let inside: BTreeSet<ValueId> =
+        nodes.iter().filter_map(|&id| cutter.graph.node(id)).flat_map(|n| n.outputs.iter().flatten().copied()).collect();
+    let mut part = PartBuilder {
+        cutter,
+        inside: &inside,
+        builder: Builder::new(cutter.graph.name(), ""),
+        versions: BTreeMap::new(),
+        feeds: Vec::new(),
+    };
+    for &id in nodes {
+        part.add(id)?;
+    }
+    let mut outputs: Vec<ValueId> = Vec::new();
+    for &value in inside.iter().filter(|value| exported.contains(value)) {
+        part.builder.output(&cutter.graph.value(value).name);
+        outputs.push(value);
+    }
+    let PartBuilder { builder, feeds, .. } = part;
+    let session = executor.prepare(&builder.finish()?)?;
+    Ok(Part { session, feeds, outputs })
+}
+
+struct PartBuilder<'a> {
+    cutter: &'a Cutter<'a>,
+    inside: &'a BTreeSet<ValueId>,
+    builder: Builder,
+    versions: BTreeMap<Version, ValueId>,
+    feeds: Vec<Version>,
+}
+
+impl PartBuilder<'_> {
+    fn add(&mut self, id: NodeId) -> Result<(), SimulateError> {
+        let Some(node) = self.cutter.graph.node(id) else { return Ok(()) };
+        let mut copy = node.clone();
+        for (index, input) in copy.inputs.iter_mut().enumerate() {
+            if let Some(value) = *input {
+                *input = Some(self.read(self.cutter.of_use(id, index, value))?);
+            }
+        }
+        for body in &mut copy.bodies {
+            self.recapture(body)?;
+        }
+        for output in copy.outputs.iter_mut().flatten() {
+            let value = self.cutter.graph.value(*output);
+            *output = self.builder.value(&value.name);
+            self.builder.set_type(*output, value.ty.clone());
+        }
+        self.builder.node(copy)?;
+        Ok(())
+    }
+
+    fn recapture(&mut self, body: &mut Body) -> Result<(), SimulateError> {
+        for value in &mut body.graph.values {
+            if let Def::Capture(outer) = &mut value.def {
+                *outer = self.read(self.cutter.of_value(*outer))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The id, in the part, of a version of a value of the graph.
+    fn read(&mut self, version: Version) -> Result<ValueId, SimulateError> {
+        if let Some(&id) = self.versions.get(&version) {
+            return Ok(id);
+        }
+        let (value, site) = version;
+        let (graph, plan) = (self.cutter.graph, self.cutter.plan);
+        let source = graph.value(value);
+        let id = if let Some(tensor) = graph.constant(value) {
+            let name = self.builder.fresh(&source.name);
+            match site {
+                Some(site) => self.builder.constant(&name, rounded_constant(plan, site, tensor, &source.name)?)?,
+                None => self.builder.constant(&name, Arc::clone(tensor))?,
+            }
+        } else if site.is_none() && self.inside.contains(&value) {
+            self.builder.value(&source.name)
+        } else {
+            let name = match site {
+                Some(_) => self.builder.fresh(&format!("{}.quantized", source.name)),
+                None => source.name.to_string(),
+            };
+            self.feeds.push(version);
+            self.builder.input(&name, source.ty.clone())?
+        };
+        self.versions.insert(version, id);
+        Ok(id)
+    }
+}
+
+/// The constant at `site` as its codes say, or rounded to nearest where none were chosen.
+fn rounded_constant(plan: &Plan, site: Site, tensor: &Arc<Tensor>, name: &str) -> Result<Arc<Tensor>, SimulateError> {
+    let problem = |problem: String| SimulateError::Encoding { tensor: name.to_owned(), problem };
+    let Some(encoding) = plan.encoding(site) else { return Ok(Arc::clone(tensor)) };
+    let values = match plan.codes(site) {
+        Some(codes) => encoding.decode(codes).map_err(|e| problem(e.to_string()))?,
+        None => {
+            let mut values = tensor.floats().ok_or_else(|| problem("is no float tensor".into()))?.into_owned();
+            encoding.simulate(&mut values, tensor.shape()).map_err(|e| problem(e.to_string()))?;
+            values
+        }
+    };
+    Ok(Arc::new(Tensor::of(tensor.shape(), values)))
+}
+
+/// Whether a value can be measured and rounded at all: a float tensor that is not constant.
+pub fn is_float_activation(graph: &Graph, value: ValueId) -> bool {
+    let value = graph.value(value);
+    let float = match &value.ty {
+        Type::Tensor(ty) => ty.dtype == Some(DType::F32),
+        Type::Opaque(_) => false,
+    };
+    float && !matches!(value.def, Def::Const(_))
+}

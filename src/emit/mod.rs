@@ -1,0 +1,7 @@
+//! From graphs to files.
+
+mod onnx;
+mod write;
+
+pub use onnx::{Artifact, Emit, model, part};
+pub use write::{WriteError, atomically, write};

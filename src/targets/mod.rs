@@ -1,0 +1,19 @@
+//! Targets: one file each, mostly a table.
+
+mod onnx_qdq;
+mod ort_cpu;
+
+use passes::target::Target;
+
+/// Every target, in the order of the manual. The first is the default.
+pub static TARGETS: &[&dyn Target] = &[&ort_cpu::OrtCpu, &onnx_qdq::OnnxQdq];
+
+/// The target called `name`.
+pub fn find(name: &str) -> Option<&'static dyn Target> {
+    TARGETS.iter().copied().find(|target| target.info().about.name == name)
+}
+
+/// The part of a pipeline that every target starts with: a plain float graph, with the same function.
+const NORMALIZE: &str = "\
+infer-shapes, absorb-qdq, fold-constants,
+*(eliminate-identity, fold-gemm-scalars, fold-batch-norm, fold-affine, fold-pad, fold-constants, infer-shapes, drop-dead)";

@@ -1,0 +1,41 @@
+//! Standard ONNX with quantize and dequantize nodes, for any consumer that reads them.
+
+use std::borrow::Cow;
+
+use passes::about::About;
+use passes::model::Model;
+use passes::target::{Goal, LowerError, Lowered, Rule, Target, TargetInfo};
+
+use super::ort_cpu;
+
+/// See [`INFO`].
+#[derive(Debug)]
+pub(super) struct OnnxQdq;
+
+static INFO: TargetInfo = TargetInfo {
+    about: About {
+        name: "onnx-qdq",
+        doc: "Plain ONNX with QuantizeLinear and DequantizeLinear from ai.onnx opset 21. Placement as for ort-cpu, whose \
+              rules are the widest that standard consumers share.",
+        source: "ONNX operator specification, opset 21",
+    },
+    version: "opset 21",
+};
+
+impl Target for OnnxQdq {
+    fn info(&self) -> &'static TargetInfo {
+        &INFO
+    }
+
+    fn rules(&self) -> &'static [Rule] {
+        ort_cpu::RULES
+    }
+
+    fn pipeline(&self, goal: Goal) -> Cow<'static, str> {
+        ort_cpu::OrtCpu.pipeline(goal)
+    }
+
+    fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
+        passes::lower::qdq(model)
+    }
+}

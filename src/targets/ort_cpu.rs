@@ -1,0 +1,82 @@
+//! ONNX Runtime's CPU execution provider.
+
+use std::borrow::Cow;
+
+use passes::about::About;
+use passes::model::Model;
+use passes::target::{Goal, LowerError, Lowered, Outcome, Rule, Target, TargetInfo, When};
+
+use super::NORMALIZE;
+
+/// See [`INFO`].
+#[derive(Debug)]
+pub(super) struct OrtCpu;
+
+static INFO: TargetInfo = TargetInfo {
+    about: About {
+        name: "ort-cpu",
+        doc: "ONNX Runtime on a CPU. Quantize and dequantize nodes where its optimizer fuses them into integer kernels, and \
+              nowhere else: unsigned 8-bit activations per tensor, signed 8-bit weights per output channel, 32-bit biases.",
+        source: "fusions read back from ONNX Runtime 1.31.1's optimized graphs, and its qdq_selectors.cc",
+    },
+    version: "1.31.1",
+};
+
+const fn always(op: &'static str, result: Outcome) -> Rule {
+    Rule { op, when: When::Always, result, absorbs_clamp: true }
+}
+
+const fn on_codes(op: &'static str, result: Outcome) -> Rule {
+    Rule { op, when: When::OnCodes, result, absorbs_clamp: false }
+}
+
+/// What fuses. Everything else runs in float between dequantize and quantize, where those nodes would only cost time.
+pub(super) static RULES: &[Rule] = &[
+    // QLinearConv: without codes after it, the convolution runs in float and its weights are dequantized on every run.
+    always("Conv", Outcome::Codes),
+    // QLinearMatMul with codes after it, MatMulIntegerToFloat without.
+    always("MatMul", Outcome::Float),
+    // QGemm, with codes or float after it.
+    always("Gemm", Outcome::Float),
+    Rule { op: "Add", when: When::OnCodes, result: Outcome::Codes, absorbs_clamp: true },
+    Rule { op: "Mul", when: When::OnCodes, result: Outcome::Codes, absorbs_clamp: true },
+    on_codes("Concat", Outcome::Codes),
+    on_codes("AveragePool", Outcome::Codes),
+    on_codes("GlobalAveragePool", Outcome::Codes),
+    on_codes("LeakyRelu", Outcome::Codes),
+    on_codes("Sigmoid", Outcome::Codes),
+    // Data movement on codes: the same scale and zero point on both sides.
+    on_codes("MaxPool", Outcome::Same),
+    on_codes("Reshape", Outcome::Same),
+    on_codes("Transpose", Outcome::Same),
+    on_codes("Flatten", Outcome::Same),
+    on_codes("Squeeze", Outcome::Same),
+    on_codes("Unsqueeze", Outcome::Same),
+    on_codes("Slice", Outcome::Same),
+    on_codes("Gather", Outcome::Same),
+    on_codes("Expand", Outcome::Same),
+    on_codes("Tile", Outcome::Same),
+    on_codes("DepthToSpace", Outcome::Same),
+];
+
+impl Target for OrtCpu {
+    fn info(&self) -> &'static TargetInfo {
+        &INFO
+    }
+
+    fn rules(&self) -> &'static [Rule] {
+        RULES
+    }
+
+    fn pipeline(&self, goal: Goal) -> Cow<'static, str> {
+        let (observer, weights) = match goal {
+            Goal::Fast => ("min-max", "min-max"),
+            Goal::Balanced | Goal::Best => ("mse", "mse"),
+        };
+        format!("{NORMALIZE},\ncalibrate, assign-encodings{{observer={observer}, weights={weights}}}, round").into()
+    }
+
+    fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
+        passes::lower::qdq(model)
+    }
+}
