@@ -72,6 +72,11 @@ impl ExternalFiles {
         Self { folder: folder.to_owned(), maps: BTreeMap::new() }
     }
 
+    /// Whether any file was asked for.
+    pub fn any(&self) -> bool {
+        !self.maps.is_empty()
+    }
+
     /// The bytes of `reference`, which must have `wanted` bytes, as a slice of the mapped file.
     ///
     /// # Errors

@@ -6,9 +6,13 @@ use crate::ir::Graph;
 use crate::tensor::Tensor;
 
 /// Runs float graphs.
-pub trait Executor: Debug + Sync {
+pub trait Executor: Debug + Send + Sync {
     /// The name, as in `--executor`.
     fn name(&self) -> &'static str;
+    /// What ran and why, for the summary.
+    fn describe(&self) -> String {
+        self.name().to_owned()
+    }
     /// Makes `graph` ready to run. What it returns are the graph's outputs, in order.
     ///
     /// # Errors

@@ -30,3 +30,4 @@ pub mod rounding;
 pub mod simulate;
 pub mod target;
 pub mod tensor;
+pub mod text;

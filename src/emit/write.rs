@@ -3,7 +3,7 @@
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 
 use super::Artifact;
 
@@ -17,18 +17,20 @@ pub struct WriteError {
     pub error: io::Error,
 }
 
-/// Writes a file beside `path` and renames it into place when `fill` is done and the data is on disk.
+fn failed(path: &Path) -> impl Fn(io::Error) -> WriteError + '_ {
+    move |error| WriteError { path: path.to_owned(), error }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Writes a file beside `path` and renames it into place when `fill` is done.
 ///
 /// # Errors
 /// [`WriteError`].
 pub fn atomically(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), WriteError> {
-    stage(path, fill)?.persist(path).map(|_| ()).map_err(|e| WriteError { path: path.to_owned(), error: e.error })
-}
-
-/// The finished file under a temporary name; dropping it removes it.
-fn stage(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<NamedTempFile, WriteError> {
-    let fail = |error: io::Error| WriteError { path: path.to_owned(), error };
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let fail = failed(path);
     let mut builder = tempfile::Builder::new();
     builder.prefix(".onnx-quant-");
     #[cfg(unix)]
@@ -36,40 +38,84 @@ fn stage(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Re
         use std::os::unix::fs::PermissionsExt as _;
         builder.permissions(std::fs::Permissions::from_mode(0o666)); // the umask takes away what the user wants gone
     }
-    let mut file = builder.tempfile_in(folder).map_err(fail)?;
+    let mut file: NamedTempFile = builder.tempfile_in(folder_of(path)).map_err(&fail)?;
     let mut buffered = BufWriter::with_capacity(1 << 20, file.as_file_mut());
-    fill(&mut buffered).map_err(fail)?;
-    buffered.flush().map_err(fail)?;
+    fill(&mut buffered).map_err(&fail)?;
+    buffered.flush().map_err(&fail)?;
     drop(buffered);
-    Ok(file)
+    file.persist(path).map_err(|e| fail(e.error))?;
+    Ok(())
 }
 
-/// Writes `artifact` to `path` and, where it has external data, to the file beside it. Neither file is touched before both
-/// are complete under temporary names.
-///
-/// # Errors
-/// [`WriteError`].
-pub fn write(artifact: Artifact, path: &Path) -> Result<(), WriteError> {
-    let Artifact { model, external, external_name } = artifact;
-    let data_path = path.with_file_name(&external_name);
-    let data = if external.is_empty() {
-        None
-    } else {
-        Some(stage(&data_path, |out| {
-            let mut end = 0_u64;
-            for (offset, payload) in &external {
-                let gap = usize::try_from(offset - end).unwrap_or(0);
-                out.write_all(&vec![0; gap])?;
-                out.write_all(payload)?;
-                end = offset + payload.len() as u64;
-            }
-            Ok(())
-        })?)
-    };
-    let main = stage(path, |mut out| proto::encode_to(model, &mut out))?;
-    if let Some(data) = data {
-        data.persist(&data_path).map_err(|e| WriteError { path: data_path, error: e.error })?;
+/// A model written whole, under its final names, in a folder of its own beside where it will lie. Dropped, it disappears.
+#[derive(Debug)]
+pub struct Staged {
+    folder: TempDir,
+    target: PathBuf,
+    names: Vec<PathBuf>,
+}
+
+impl Staged {
+    /// Writes `artifact`, which is to lie at `target`.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn write(artifact: Artifact, target: &Path) -> Result<Self, WriteError> {
+        let fail = failed(target);
+        let name = target.file_name().map(PathBuf::from);
+        let name = name.ok_or_else(|| fail(io::Error::new(io::ErrorKind::InvalidInput, "it names no file")))?;
+        let folder = tempfile::Builder::new().prefix(".onnx-quant-").tempdir_in(folder_of(target)).map_err(&fail)?;
+        let Artifact { model, external, external_name } = artifact;
+        let mut names = Vec::new();
+        if !external.is_empty() {
+            let data = PathBuf::from(external_name);
+            fill(&folder.path().join(&data), |out| {
+                let mut end = 0_u64;
+                for (offset, payload) in &external {
+                    let gap = usize::try_from(offset - end).unwrap_or(0);
+                    out.write_all(&vec![0; gap])?;
+                    out.write_all(payload)?;
+                    end = offset + payload.len() as u64;
+                }
+                Ok(())
+            })
+            .map_err(&fail)?;
+            names.push(data);
+        }
+        fill(&folder.path().join(&name), |out| proto::encode_to(model, out)).map_err(&fail)?;
+        names.push(name);
+        Ok(Self { folder, target: target.to_owned(), names })
     }
-    main.persist(path).map_err(|e| WriteError { path: path.to_owned(), error: e.error })?;
-    Ok(())
+
+    /// The main file, where it lies now.
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join(self.names.last().map_or(Path::new(""), PathBuf::as_path))
+    }
+
+    /// The bytes of all files.
+    ///
+    /// # Errors
+    /// [`WriteError`] when a file cannot be asked.
+    pub fn bytes(&self) -> Result<u64, WriteError> {
+        let size = |name: &PathBuf| Ok(self.folder.path().join(name).metadata()?.len());
+        self.names.iter().map(size).sum::<io::Result<u64>>().map_err(failed(&self.target))
+    }
+
+    /// Moves the files to where they belong: external data first, so that the model never lacks it.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn publish(self) -> Result<(), WriteError> {
+        for name in &self.names {
+            let to = folder_of(&self.target).join(name);
+            std::fs::rename(self.folder.path().join(name), &to).map_err(failed(&to))?;
+        }
+        Ok(())
+    }
+}
+
+fn fill(path: &Path, write: impl FnOnce(&mut BufWriter<std::fs::File>) -> io::Result<()>) -> io::Result<()> {
+    let mut out = BufWriter::with_capacity(1 << 20, std::fs::File::create_new(path)?);
+    write(&mut out)?;
+    out.flush()
 }

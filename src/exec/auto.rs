@@ -1,6 +1,6 @@
 //! The choice between the embedded executors: by what can run the graph, then by measured speed.
 
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use passes::about::About;
@@ -13,63 +13,70 @@ use super::{rten, tract};
 
 pub(super) static ABOUT: About = About {
     name: "auto",
-    doc: "Runs a graph's first sample on each embedded executor, then stays with the faster one that could; a graph cut \
-          from the same model takes the same one. Falls over to the other when one fails. The choice is made once per run \
-          and reported.",
+    doc: "Runs the first sample of the first graph on each embedded executor and stays with one for the whole run: with \
+          rten, unless it cannot run the graph or tract is more than twice as fast. Two runs choose alike unless the speeds \
+          lie just at that border; --executor pins the choice. A part of the graph that the chosen one cannot run falls over \
+          to the other, and the summary says so.",
     source: "onnx-quant",
 };
 
 const NAME: &str = "auto";
+/// How many times faster tract must be to be taken: a wide margin, so that noise does not decide.
+const CLEARLY_FASTER: f64 = 2.0;
 
 /// See [`ABOUT`].
 #[derive(Debug)]
 pub struct Auto {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
     executors: [Box<dyn Executor>; 2],
-    /// What was measured on the first graph, shared by all later ones: results must not depend on timing twice.
-    choice: OnceLock<usize>,
-    fell_over: Mutex<Vec<String>>,
+    /// The place of the chosen one in `executors`, and why.
+    choice: OnceLock<(usize, String)>,
+    choosing: Mutex<()>,
+    fell_over: Mutex<Option<String>>,
 }
 
 impl Auto {
     /// An executor for graphs with the opsets of `meta`.
     pub fn new(meta: &Metadata) -> Self {
-        Self {
-            executors: [Box::new(tract::Tract::new(meta)), Box::new(rten::Rten::new(meta))],
-            choice: OnceLock::new(),
-            fell_over: Mutex::new(Vec::new()),
-        }
-    }
-
-    /// Runs `graph` on `feeds` with each executor and stays with the better: one that runs beats one that does not, and
-    /// `tract` beats `rten` unless the latter is clearly faster. Returns its name, and why the other was not taken.
-    ///
-    /// # Errors
-    /// [`ExecError`] when neither runs the graph: the message has both reasons.
-    pub fn choose(&self, graph: &Graph, feeds: &[Tensor]) -> Result<(&'static str, String), ExecError> {
-        let trials: Vec<Result<Duration, ExecError>> =
-            self.executors.iter().map(|executor| trial(executor.as_ref(), graph, feeds)).collect();
-        let (choice, reason) = match (&trials[0], &trials[1]) {
-            (Ok(tract), Ok(rten)) if *rten * 10 < *tract * 9 => (1, speed("tract", *tract, *rten)),
-            (Ok(tract), Ok(rten)) => (0, speed("rten", *rten, *tract)),
-            (Ok(_), Err(e)) => (0, e.to_string()),
-            (Err(e), Ok(_)) => (1, e.to_string()),
-            (Err(a), Err(b)) => {
-                let message = format!("{}; and {}: {}", a.message, b.executor, b.message);
-                return Err(ExecError { executor: a.executor, message });
-            }
-        };
-        let choice = *self.choice.get_or_init(|| choice);
-        Ok((self.executors[choice].name(), reason))
-    }
-
-    /// What was run on the second choice, and why.
-    pub fn fell_over(&self) -> Vec<String> {
-        self.fell_over.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let executors: [Box<dyn Executor>; 2] = [Box::new(rten::Rten::new(meta)), Box::new(tract::Tract::new(meta))];
+        let shared =
+            Shared { executors, choice: OnceLock::new(), choosing: Mutex::new(()), fell_over: Mutex::new(None) };
+        Self { shared: Arc::new(shared) }
     }
 }
 
-fn speed(slower: &str, slow: Duration, fast: Duration) -> String {
-    format!("{slower} took {:.1} times as long on one sample", slow.as_secs_f64() / fast.as_secs_f64().max(1e-9))
+impl Shared {
+    /// The choice, made on `graph` and `feeds` when it is not made yet.
+    fn choose(&self, graph: &Graph, feeds: &[Tensor]) -> Result<usize, ExecError> {
+        let _one_at_a_time = self.choosing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((choice, _)) = self.choice.get() {
+            return Ok(*choice);
+        }
+        let trials = [0, 1].map(|index| trial(self.executors[index].as_ref(), graph, feeds));
+        let (choice, reason) = match trials {
+            [Ok(rten), Ok(tract)] => {
+                let ratio = rten.as_secs_f64() / tract.as_secs_f64().max(1e-9);
+                let choice = usize::from(ratio > CLEARLY_FASTER);
+                (choice, format!("on one sample tract was {ratio:.1} times as fast as rten"))
+            }
+            [Ok(_), Err(error)] => (0, error.to_string()),
+            [Err(error), Ok(_)] => (1, error.to_string()),
+            [Err(a), Err(b)] => {
+                let message = format!("{}; {}: {}", a.message, b.executor, b.message);
+                return Err(ExecError { executor: a.executor, message });
+            }
+        };
+        tracing::info!(executor = self.executors[choice].name(), reason, "chose an executor");
+        Ok(self.choice.get_or_init(|| (choice, reason)).0)
+    }
+
+    fn note_fall(&self, error: &ExecError) {
+        self.fell_over.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| error.to_string());
+    }
 }
 
 /// The time of a second run: the first one plans.
@@ -83,18 +90,59 @@ fn trial(executor: &dyn Executor, graph: &Graph, feeds: &[Tensor]) -> Result<Dur
 
 impl Executor for Auto {
     fn name(&self) -> &'static str {
-        self.choice.get().map_or(NAME, |&choice| self.executors[choice].name())
+        self.shared.choice.get().map_or(NAME, |(choice, _)| self.shared.executors[*choice].name())
+    }
+
+    fn describe(&self) -> String {
+        let fell = self.shared.fell_over.lock().unwrap_or_else(PoisonError::into_inner);
+        let fell = fell.as_ref().map_or(String::new(), |why| format!("; parts fell over to the other one: {why}"));
+        match self.shared.choice.get() {
+            Some((choice, reason)) => format!("{} ({reason}{fell})", self.shared.executors[*choice].name()),
+            None => "none ran".into(),
+        }
     }
 
     fn prepare(&self, graph: &Graph) -> Result<Box<dyn Session>, ExecError> {
-        let first = self.choice.get().copied().unwrap_or(0);
-        match self.executors[first].prepare(graph) {
-            Ok(session) => Ok(session),
-            Err(error) => {
-                let session = self.executors[1 - first].prepare(graph)?;
-                self.fell_over.lock().unwrap_or_else(PoisonError::into_inner).push(error.to_string());
-                Ok(session)
+        Ok(Box::new(AutoSession {
+            shared: Arc::clone(&self.shared),
+            graph: graph.clone(),
+            sessions: [const { OnceLock::new() }; 2],
+            broken: OnceLock::new(),
+        }))
+    }
+}
+
+/// A graph with a session per executor, each made when it is first needed.
+struct AutoSession {
+    shared: Arc<Shared>,
+    graph: Graph,
+    sessions: [OnceLock<Result<Box<dyn Session>, ExecError>>; 2],
+    /// Set once the chosen executor failed on this graph.
+    broken: OnceLock<()>,
+}
+
+impl AutoSession {
+    fn run_on(&self, index: usize, feeds: &[Tensor]) -> Result<Vec<Tensor>, ExecError> {
+        let session = self.sessions[index].get_or_init(|| self.shared.executors[index].prepare(&self.graph));
+        session.as_ref().map_err(Clone::clone)?.run(feeds)
+    }
+}
+
+impl Session for AutoSession {
+    fn run(&self, feeds: &[Tensor]) -> Result<Vec<Tensor>, ExecError> {
+        let chosen = match self.shared.choice.get() {
+            Some((chosen, _)) => *chosen,
+            None => self.shared.choose(&self.graph, feeds)?,
+        };
+        if self.broken.get().is_none() {
+            match self.run_on(chosen, feeds) {
+                Ok(results) => return Ok(results),
+                Err(error) => {
+                    self.shared.note_fall(&error);
+                    self.broken.get_or_init(|| ());
+                }
             }
         }
+        self.run_on(1 - chosen, feeds)
     }
 }

@@ -72,6 +72,8 @@ pub struct Imported {
     pub notes: Vec<Diagnostic>,
     /// The ai.onnx version of the file.
     pub opset: u32,
+    /// Whether the file keeps weights in external data.
+    pub external: bool,
 }
 
 /// Reads the model at `path`; weights stay mapped.
@@ -111,7 +113,7 @@ pub fn model(mut wire: ModelProto, files: &mut ExternalFiles) -> Result<Imported
     }
     opsets.insert("".into(), target);
     let model = Model::new(graph, metadata(wire, opsets))?;
-    Ok(Imported { model, notes, opset })
+    Ok(Imported { model, notes, opset, external: files.any() })
 }
 
 fn check_version(opset: u32, wire: &ModelProto) -> Result<(), ImportError> {

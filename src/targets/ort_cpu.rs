@@ -71,7 +71,7 @@ impl Target for OrtCpu {
     fn pipeline(&self, goal: Goal) -> Cow<'static, str> {
         let (observer, weights) = match goal {
             Goal::Fast => ("min-max", "min-max"),
-            Goal::Balanced | Goal::Best => ("mse", "mse"),
+            Goal::Balanced | Goal::Best => ("mse", "min-max"),
         };
         format!("{NORMALIZE},\ncalibrate, assign-encodings{{observer={observer}, weights={weights}}}, round").into()
     }

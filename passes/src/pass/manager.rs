@@ -84,16 +84,22 @@ pub enum RunError {
 /// Runs pipelines.
 #[derive(Default)]
 pub struct PassManager<'a> {
-    /// Who watches.
-    pub instruments: Vec<Box<dyn Instrument + 'a>>,
-    /// Whether every promise is checked after every pass: facts, and that a second run changes nothing.
-    pub check: bool,
+    instruments: Vec<Box<dyn Instrument + 'a>>,
+    check: bool,
     edits: u64,
 }
 
 impl std::fmt::Debug for PassManager<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "PassManager({} instruments)", self.instruments.len())
+    }
+}
+
+impl<'a> PassManager<'a> {
+    /// A manager that `instruments` watch; with `check`, every promise is checked after every pass: structural rules, and
+    /// that a second run changes nothing.
+    pub fn new(instruments: Vec<Box<dyn Instrument + 'a>>, check: bool) -> Self {
+        Self { instruments, check, edits: 0 }
     }
 }
 

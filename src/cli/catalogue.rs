@@ -1,0 +1,124 @@
+//! `onnx-quant list` and `onnx-quant explain`
+
+use std::fmt::Write as _;
+
+use passes::about::About;
+use passes::{diag, grid, observe};
+
+use super::{Ended, print};
+use crate::driver::Error;
+use crate::{exec, targets};
+
+/// What can be listed.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Kind {
+    Passes,
+    Roundings,
+    Observers,
+    Formats,
+    Targets,
+    Recipes,
+    Executors,
+    Codes,
+}
+
+/// Arguments of `list`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ListArgs {
+    /// What to list.
+    kind: Kind,
+}
+
+/// Arguments of `explain`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ExplainArgs {
+    /// A name from `list`, or a diagnostic code such as OQ4001.
+    name: String,
+}
+
+static RECIPES: &[About] = &[
+    About {
+        name: "fast",
+        doc: "Ranges by minimum and maximum. One pass over the data; the least work that gives a sound model.",
+        source: "onnx-quant",
+    },
+    About {
+        name: "balanced",
+        doc: "The default: the target's own choice of observers, by measurement. One pass over the data.",
+        source: "onnx-quant",
+    },
+    About {
+        name: "best",
+        doc: "The most accurate that this version has; at 8 bits the same as balanced so far.",
+        source: "onnx-quant",
+    },
+];
+
+static ROUNDINGS: &[About] = &[About {
+    name: "nearest",
+    doc: "Every entry of a weight to its nearest point, ties to even. No data, no time.",
+    source: "ONNX operator specification, QuantizeLinear-21",
+}];
+
+fn abouts(kind: Kind) -> Vec<&'static About> {
+    match kind {
+        Kind::Passes => passes::catalogue::passes().into_iter().map(|entry| &entry.info.about).collect(),
+        Kind::Roundings => ROUNDINGS.iter().collect(),
+        Kind::Observers => observe::OBSERVERS.iter().map(|entry| entry.about).collect(),
+        Kind::Formats => grid::GRIDS.iter().map(|grid| &grid.info().about).collect(),
+        Kind::Targets => targets::TARGETS.iter().map(|target| &target.info().about).collect(),
+        Kind::Recipes => RECIPES.iter().collect(),
+        Kind::Executors => exec::EXECUTORS.iter().map(|entry| entry.about).collect(),
+        Kind::Codes => Vec::new(),
+    }
+}
+
+/// Runs `list`.
+#[expect(clippy::unnecessary_wraps, reason = "every command has this signature")]
+pub(crate) fn list(args: &ListArgs) -> Result<Ended, Error> {
+    let mut text = String::new();
+    for about in abouts(args.kind) {
+        let _ = writeln!(text, "{:22}{}", about.name, about.summary());
+    }
+    if matches!(args.kind, Kind::Codes) {
+        for page in diag::CODES {
+            let _ = writeln!(text, "{:10}{}", page.code.0, page.title);
+        }
+    }
+    print(&text);
+    Ok(Ended::Done)
+}
+
+/// Runs `explain`.
+pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
+    if let Some(page) = diag::CODES.iter().find(|page| page.code.0.eq_ignore_ascii_case(&args.name)) {
+        print(&format!("{}: {}\n\n{}\n", page.code.0, page.title, page.text));
+        return Ok(Ended::Done);
+    }
+    let kinds =
+        [Kind::Passes, Kind::Observers, Kind::Formats, Kind::Targets, Kind::Recipes, Kind::Executors, Kind::Roundings];
+    let found = kinds.into_iter().flat_map(abouts).find(|about| about.name == args.name);
+    let Some(about) = found else {
+        let codes = diag::CODES.iter().map(|page| page.code.0);
+        let names = kinds.into_iter().flat_map(abouts).map(|about| about.name).chain(codes);
+        let near = passes::pass::nearest(&args.name, names).map_or(String::new(), |n| format!("; did you mean `{n}`?"));
+        return Err(Error::Input(format!("there is no page `{}`{near}", args.name)));
+    };
+    let mut text = format!("{}\n\n", about.name);
+    for line in about.doc.lines() {
+        let _ = writeln!(text, "{}", line.strip_prefix(' ').unwrap_or(line));
+    }
+    let _ = writeln!(text, "\nSource: {}", about.source);
+    if let Some(entry) = passes::catalogue::passes().into_iter().find(|e| e.info.about.name == about.name) {
+        let info = entry.info;
+        let _ = writeln!(text, "Requires: {}. Establishes: {}. Fidelity: {:?}.", info.requires, info.establishes, info.fidelity);
+        for option in info.options {
+            let _ = writeln!(text, "Option {}: {}.", option.name, option.doc);
+        }
+    }
+    if let Some(target) = targets::find(about.name) {
+        let _ = writeln!(text, "Pipeline:\n{}", target.pipeline(passes::target::Goal::Balanced));
+    }
+    print(&text);
+    Ok(Ended::Done)
+}

@@ -1,0 +1,100 @@
+//! `onnx-quant inspect`
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use passes::ir::{Graph, Type};
+use passes::model::Model;
+use serde_json::json;
+
+use super::common::target_named;
+use super::{Ended, eprint, print};
+use crate::driver::Error;
+use crate::import;
+use crate::report::readable_size;
+
+/// Arguments.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The model.
+    model: PathBuf,
+    /// What this target can run on codes.
+    #[arg(long, default_value = "ort-cpu")]
+    target: String,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
+    let target = target_named(&args.target)?;
+    let imported = import::file(&args.model).map_err(Error::input)?;
+    for note in &imported.notes {
+        eprint(&format!("{note}\n"));
+    }
+    let model = &imported.model;
+    let graph = model.graph();
+    let mut operators: BTreeMap<String, (usize, bool)> = BTreeMap::new();
+    for (_, node) in graph.nodes() {
+        let row = operators.entry(node.op.display()).or_insert((0, target.rule(&node.op).is_some()));
+        row.0 += 1;
+    }
+    if args.json {
+        let ops: BTreeMap<_, _> =
+            operators.iter().map(|(op, (n, able))| (op, json!({ "count": n, "on_codes": able }))).collect();
+        let value = json!({
+            "opset": imported.opset,
+            "nodes": graph.n_nodes(),
+            "weight_bytes": graph.constant_bytes(),
+            "inputs": ends(graph, graph.inputs()),
+            "outputs": ends(graph, graph.outputs()),
+            "operators": ops,
+        });
+        print(&format!("{value:#}\n"));
+    } else {
+        print(&text(model, imported.opset, &operators, target.info().about.name));
+    }
+    Ok(Ended::Done)
+}
+
+fn ends(graph: &Graph, ids: &[passes::id::ValueId]) -> Vec<String> {
+    let show = |id: &passes::id::ValueId| {
+        let value = graph.value(*id);
+        match &value.ty {
+            Type::Tensor(ty) => format!("{}: {ty}", value.name),
+            Type::Opaque(_) => format!("{}: no tensor", value.name),
+        }
+    };
+    ids.iter().map(show).collect()
+}
+
+fn text(model: &Model, opset: u32, operators: &BTreeMap<String, (usize, bool)>, target: &str) -> String {
+    let graph = model.graph();
+    let mut text = String::new();
+    let _ = writeln!(text, "opset {opset}, {} nodes, {} of constants", graph.n_nodes(), readable_size(graph.constant_bytes() as u64));
+    for (what, ids) in [("input", graph.inputs()), ("output", graph.outputs())] {
+        for end in ends(graph, ids) {
+            let _ = writeln!(text, "{what:8}{end}");
+        }
+    }
+    let _ = writeln!(text, "\n{:32}{:>8}  on codes in {target}", "operator", "nodes");
+    for (op, (n, able)) in operators {
+        let _ = writeln!(text, "{op:32}{n:>8}  {}", if *able { "yes" } else { "no: stays in float" });
+    }
+    let mut largest: Vec<(usize, String)> = graph
+        .value_ids()
+        .filter_map(|id| {
+            let tensor = graph.constant(id)?;
+            let shape = passes::ir::TensorType::of(tensor);
+            Some((tensor.bytes().len(), format!("{}: {shape}", graph.value(id).name)))
+        })
+        .collect();
+    largest.sort_by(|a, b| b.cmp(a));
+    let _ = writeln!(text, "\nlargest constants");
+    for (bytes, name) in largest.iter().take(5) {
+        let _ = writeln!(text, "  {:>10}  {name}", readable_size(*bytes as u64));
+    }
+    text
+}

@@ -1,0 +1,147 @@
+//! `onnx-quant quantize`
+
+use std::path::PathBuf;
+
+use passes::target::Goal;
+use serde::Deserialize;
+
+use super::common::{DataArgs, scheme, target_named};
+use super::progress::Shown;
+use super::{Ended, eprint, print};
+use crate::driver::{self, Error, Request};
+use crate::{emit, report};
+
+/// Arguments.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The float model.
+    model: PathBuf,
+    /// Where the quantized model goes [default: MODEL.q.onnx].
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Where it will run.
+    #[arg(long)]
+    target: Option<String>,
+    /// Bits of weights and activations.
+    #[arg(long)]
+    scheme: Option<String>,
+    #[command(flatten)]
+    data: DataArgs,
+    /// Use statistics measured by `onnx-quant stats` instead of samples.
+    #[arg(long, value_name = "FILE")]
+    stats: Option<PathBuf>,
+    /// fast, balanced, best, or a TOML file.
+    #[arg(long, default_value = "balanced")]
+    recipe: String,
+    /// How activation ranges are chosen: min-max, percentile, mse, entropy.
+    #[arg(long)]
+    observer: Option<String>,
+    /// The exact passes, overriding the recipe.
+    #[arg(long, value_name = "TEXT")]
+    pipeline: Option<String>,
+    /// Keep nodes or tensors whose name matches this pattern in float; may be repeated.
+    #[arg(long, value_name = "PATTERN")]
+    keep_float: Vec<String>,
+    /// Plan and report; write nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Fail when a node that the target could run on codes stays in float.
+    #[arg(long)]
+    no_fallback: bool,
+    /// Write the JSON summary to this file.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Print the summary as JSON on standard output; the text goes to standard error.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A recipe file: options as on the command line, which come before it.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Recipe {
+    base: Option<String>,
+    target: Option<String>,
+    scheme: Option<String>,
+    observer: Option<String>,
+    pipeline: Option<String>,
+    #[serde(default)]
+    keep_float: Vec<String>,
+}
+
+/// The goal called `name`.
+fn goal(name: &str) -> Option<Goal> {
+    match name {
+        "fast" => Some(Goal::Fast),
+        "balanced" => Some(Goal::Balanced),
+        "best" => Some(Goal::Best),
+        _ => None,
+    }
+}
+
+fn recipe(name: &str) -> Result<(Goal, Recipe), Error> {
+    if let Some(goal) = goal(name) {
+        return Ok((goal, Recipe::default()));
+    }
+    let fail = |e: &dyn std::fmt::Display| Error::Input(format!("--recipe {name}: {e}"));
+    let text = std::fs::read_to_string(name).map_err(|e| fail(&format!("neither fast, balanced nor best, and no file: {e}")))?;
+    let recipe: Recipe = toml::from_str(&text).map_err(|e| fail(&e))?;
+    let base = recipe.base.as_deref().unwrap_or("balanced");
+    let goal = goal(base).ok_or_else(|| fail(&format!("base `{base}` is none of fast, balanced, best")))?;
+    Ok((goal, recipe))
+}
+
+fn request(args: &Args) -> Result<Request, Error> {
+    let (goal, recipe) = recipe(&args.recipe)?;
+    let target = args.target.clone().or(recipe.target).unwrap_or_else(|| "ort-cpu".into());
+    let scheme_text = args.scheme.clone().or(recipe.scheme).unwrap_or_else(|| "w8a8".into());
+    let output = args.output.clone().unwrap_or_else(|| args.model.with_extension("q.onnx"));
+    Ok(Request {
+        output: (!args.dry_run).then_some(output),
+        stats: args.stats.clone(),
+        target: target_named(&target)?,
+        scheme: scheme(&scheme_text).map_err(Error::Target)?,
+        goal,
+        pipeline: args.pipeline.clone().or(recipe.pipeline),
+        observer: args.observer.clone().or(recipe.observer),
+        keep_float: args.keep_float.iter().chain(&recipe.keep_float).cloned().collect(),
+        ..args.data.request(&args.model, &target)?
+    })
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
+    let request = request(args)?;
+    let progress = Shown::new(args.data.progress);
+    let outcome = driver::quantize(&request, &progress)?;
+    let json = report::json(&request, &outcome);
+    let text = report::text(&request, &outcome, &command());
+    if let Some(path) = &args.report {
+        emit::atomically(path, |out| {
+            serde_json::to_writer_pretty(&mut *out, &json)?;
+            out.write_all(b"\n")
+        })?;
+    }
+    if args.json {
+        eprint(&text);
+        print(&format!("{json:#}\n"));
+    } else {
+        print(&text);
+    }
+    let fell_back = args.no_fallback && json["totals"]["kept_float"].as_u64() != Some(0);
+    if fell_back {
+        eprint("error: --no-fallback: nodes that the target could run on codes stay in float; see the summary\n");
+    }
+    let broken = fell_back || outcome.verdict.as_ref().is_some_and(|v| !v.passed);
+    Ok(if broken { Ended::Broken } else { Ended::Done })
+}
+
+/// The command that was typed, quoted where a shell needs it.
+fn command() -> String {
+    let quoted = |arg: String| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+@%".contains(c);
+        if !arg.is_empty() && arg.chars().all(plain) { arg } else { format!("'{}'", arg.replace('\'', "'\\''")) }
+    };
+    let rest: Vec<String> = std::env::args().skip(1).map(quoted).collect();
+    format!("onnx-quant {}", rest.join(" "))
+}

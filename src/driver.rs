@@ -1,0 +1,411 @@
+//! A whole run: import, passes, lower, emit, verify, in order.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use globset::Glob;
+use passes::diag::{self, Diagnostic, Place, Severity};
+use passes::exec::{Executor, Progress};
+use passes::id::ValueId;
+use passes::ir::Graph;
+use passes::model::Model;
+use passes::pass::{PassContext, PassError, PassManager, Pipeline, RunError, Trace, nearest};
+use passes::target::{Goal, KeepFloat, Scheme, Target};
+
+use crate::dataset::{Files, ImageOptions, Slot};
+use crate::emit::{self, Emit, Staged};
+use crate::verify::{self, Fidelity, Verdict};
+use crate::{exec, import, stats};
+
+/// What a user asks for.
+#[derive(Debug)]
+pub struct Request {
+    /// The float model.
+    pub input: PathBuf,
+    /// Where the quantized model goes; `None` plans and writes nothing.
+    pub output: Option<PathBuf>,
+    /// Calibration samples.
+    pub data: Option<PathBuf>,
+    /// How pictures become samples.
+    pub image: Option<ImageOptions>,
+    /// At most so many samples.
+    pub samples: Option<usize>,
+    /// Statistics measured before, instead of samples.
+    pub stats: Option<PathBuf>,
+    /// Where it will run.
+    pub target: &'static dyn Target,
+    /// Bits.
+    pub scheme: Scheme,
+    /// How much it may cost.
+    pub goal: Goal,
+    /// The exact passes, instead of the target's.
+    pub pipeline: Option<String>,
+    /// Overrides the observer of the target's pipeline.
+    pub observer: Option<String>,
+    /// Patterns of node and tensor names that stay in float.
+    pub keep_float: Vec<String>,
+    /// The executor's name.
+    pub executor: String,
+    /// Worker threads.
+    pub threads: usize,
+    /// The most bytes that the run may take.
+    pub max_memory: Option<u64>,
+}
+
+/// Why a run stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The user's input or options.
+    #[error("{0}")]
+    Input(String),
+    /// The target cannot take the model or the scheme.
+    #[error("{0}")]
+    Target(String),
+    /// Memory or disk.
+    #[error("{0}")]
+    Resources(String),
+    /// The user interrupted. Nothing was written.
+    #[error("interrupted; nothing was written")]
+    Interrupted,
+}
+
+impl Error {
+    /// An error about the user's input.
+    pub fn input(error: impl std::fmt::Display) -> Self {
+        Self::Input(error.to_string())
+    }
+}
+
+impl From<RunError> for Error {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Pass { error: PassError::Interrupted, .. } => Self::Interrupted,
+            other => Self::Input(other.to_string()),
+        }
+    }
+}
+
+impl From<emit::WriteError> for Error {
+    fn from(error: emit::WriteError) -> Self {
+        Self::Resources(error.to_string())
+    }
+}
+
+impl From<verify::VerifyError> for Error {
+    fn from(error: verify::VerifyError) -> Self {
+        Self::Input(format!("verifying the result: {error}"))
+    }
+}
+
+/// A stage and the time it took.
+#[derive(Clone, Debug)]
+pub struct Stage {
+    /// Its name.
+    pub name: &'static str,
+    /// Its time.
+    pub time: Duration,
+}
+
+/// What came of a run.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The normalized float model with its plan.
+    pub model: Model,
+    /// What the passes did.
+    pub trace: Trace,
+    /// What the user should know, worst first.
+    pub notes: Vec<Diagnostic>,
+    /// Reading back the file; `None` when nothing was written.
+    pub verdict: Option<Verdict>,
+    /// Against the float model; `None` without samples.
+    pub fidelity: Option<Fidelity>,
+    /// The stages, in order.
+    pub stages: Vec<Stage>,
+    /// Bytes and opset of input and output.
+    pub sizes: Sizes,
+    /// The pipeline that ran.
+    pub pipeline: String,
+    /// What ran the float model.
+    pub executor: String,
+    /// How many samples there were.
+    pub samples: usize,
+}
+
+/// Bytes and opsets.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sizes {
+    /// Of the input, external data included.
+    pub input_bytes: u64,
+    /// The ai.onnx version of the input.
+    pub input_opset: u32,
+    /// Of the output; what it would be where nothing was written.
+    pub output_bytes: u64,
+    /// The ai.onnx version of the output.
+    pub output_opset: u32,
+}
+
+struct Clock {
+    stages: Vec<Stage>,
+    since: Instant,
+}
+
+impl Clock {
+    fn lap(&mut self, name: &'static str) {
+        self.stages.push(Stage { name, time: self.since.elapsed() });
+        self.since = Instant::now();
+    }
+}
+
+/// Below this, an 8-bit model deserves a look.
+const LOW_SQNR_DB: f64 = 5.0;
+
+/// Quantizes a model.
+///
+/// # Errors
+/// [`Error`]; whatever stood at the output before still stands there.
+pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, Error> {
+    let mut clock = Clock { stages: Vec::new(), since: Instant::now() };
+    check_request(request)?;
+    let imported = import::file(&request.input).map_err(Error::input)?;
+    let (mut notes, input_opset, external) = (imported.notes, imported.opset, imported.external);
+    let slots = Slot::of(imported.model.graph());
+    let keep_float = keep_float(&request.keep_float, imported.model.graph())?;
+    let text = pipeline_text(request);
+    let catalogue = passes::catalogue::passes();
+    let pipeline = Pipeline::parse(&text, &catalogue).map_err(Error::input)?;
+    pipeline.check(imported.model.facts(), &catalogue).map_err(Error::input)?;
+    clock.lap("import");
+    let dataset = open_data(request, slots)?;
+    let executor = executor(&request.executor, &imported.model)?;
+    clock.lap("data");
+    let mut cx = context(request, executor.as_ref(), dataset.as_ref(), &keep_float, progress)?;
+    let mut manager = PassManager::new(vec![Box::new(StageTimes::new(&mut clock))], false);
+    let model = match &request.stats {
+        Some(path) => stats::attach(imported.model, path)?,
+        None => imported.model,
+    };
+    let (model, mut trace) = manager.run(&pipeline, model, &mut cx)?;
+    drop(manager);
+    notes.append(&mut trace.notes);
+    let lowered = request.target.lower(&model).map_err(|e| Error::Target(e.to_string()))?;
+    notes.extend(lowered.notes.iter().cloned());
+    let file = output_name(request);
+    let options = Emit { external: external.then(|| format!("{file}.data")) };
+    let artifact = emit::model(&lowered.graph, &lowered.meta, &options, &file);
+    drop(lowered);
+    let mut sizes = Sizes {
+        input_bytes: input_bytes(&request.input, &model),
+        input_opset,
+        output_bytes: artifact.bytes(),
+        output_opset: model.meta.opset(),
+    };
+    let mut staged = None;
+    if let Some(output) = &request.output {
+        let written = Staged::write(artifact, output)?;
+        sizes.output_bytes = written.bytes()?;
+        staged = Some(written);
+    }
+    clock.lap("emit");
+    if progress.cancelled() {
+        return Err(Error::Interrupted);
+    }
+    let samples = dataset.as_ref().map(|d| d as &dyn passes::exec::Dataset);
+    let verdict = match &staged {
+        Some(staged) => Some(verify::artifact(&staged.path(), &model, executor.as_ref(), samples, &mut cx)?),
+        None => None,
+    };
+    clock.lap("verify");
+    let fidelity = match samples {
+        Some(samples) => Some(verify::fidelity(&model, executor.as_ref(), samples)?),
+        None => None,
+    };
+    clock.lap("compare");
+    finish(staged, verdict.as_ref())?;
+    notes.extend(verdict.iter().flat_map(|v| v.findings.iter().cloned()));
+    notes.extend(outcome_notes(&sizes, fidelity.as_ref()));
+    notes.sort_by(|a, b| b.severity.cmp(&a.severity));
+    let n_samples = samples.map_or(0, passes::exec::Dataset::len);
+    let (executor, stages) = (executor.describe(), clock.stages);
+    Ok(Outcome { model, trace, notes, verdict, fidelity, stages, sizes, pipeline: text, executor, samples: n_samples })
+}
+
+/// Moves the files into place. A file that failed verification is written too, so that it can be looked at: the exit code
+/// and the summary say that it failed.
+fn finish(staged: Option<Staged>, verdict: Option<&Verdict>) -> Result<(), Error> {
+    if let Some(verdict) = verdict.filter(|v| !v.passed) {
+        tracing::error!(findings = verdict.findings.len(), "the written model failed verification");
+    }
+    staged.map_or(Ok(()), |staged| Ok(staged.publish()?))
+}
+
+fn check_request(request: &Request) -> Result<(), Error> {
+    if request.scheme != Scheme::W8A8 {
+        let name = request.target.info().about.name;
+        return Err(Error::Target(format!("target `{name}` takes scheme w8a8 so far; the nearest to what you asked is w8a8")));
+    }
+    if let Some(output) = &request.output {
+        let same = output.canonicalize().ok().zip(request.input.canonicalize().ok()).is_some_and(|(a, b)| a == b);
+        if same {
+            return Err(Error::Input("the output is the input: the input is never touched; choose another -o".into()));
+        }
+        if output.is_dir() {
+            return Err(Error::Input(format!("the output `{}` is a folder; name a file", output.display())));
+        }
+    }
+    if request.data.is_none() && request.stats.is_none() && request.pipeline.is_none() {
+        return Err(Error::Input(
+            "scheme w8a8 needs calibration samples: pass a folder or file with --data, or measured statistics with --stats".into(),
+        ));
+    }
+    Ok(())
+}
+
+fn output_name(request: &Request) -> String {
+    let path = request.output.as_deref().unwrap_or(&request.input);
+    path.file_name().map_or_else(|| "model.onnx".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+fn pipeline_text(request: &Request) -> String {
+    let text = request.pipeline.clone().unwrap_or_else(|| request.target.pipeline(request.goal).into_owned());
+    match &request.observer {
+        Some(observer) => with_observer(&text, observer),
+        None => text,
+    }
+}
+
+/// `text` with another observer in `assign-encodings`.
+fn with_observer(text: &str, observer: &str) -> String {
+    let Some(start) = text.find("observer=") else { return text.to_owned() };
+    let value = start + "observer=".len();
+    let end = text[value..].find([',', '}', ' ', '\n']).map_or(text.len(), |n| value + n);
+    format!("{}{observer}{}", &text[..value], &text[end..])
+}
+
+/// Names that stay in float, with the pattern that says so.
+fn keep_float(patterns: &[String], graph: &Graph) -> Result<KeepFloat, Error> {
+    let nodes = graph.nodes().map(|(_, node)| node.name.to_string());
+    let values = graph.value_ids().map(|id| graph.value(id).name.to_string());
+    let names: Vec<String> = nodes.chain(values).collect();
+    let mut kept = BTreeMap::new();
+    for pattern in patterns {
+        let glob = Glob::new(pattern).map_err(|e| Error::Input(format!("--keep-float {pattern}: {e}")))?.compile_matcher();
+        let before = kept.len();
+        kept.extend(names.iter().filter(|name| glob.is_match(name)).map(|name| (name.clone(), pattern.clone())));
+        if kept.len() == before && !names.iter().any(|name| glob.is_match(name)) {
+            let near = nearest(pattern, names.iter().map(String::as_str));
+            let near = near.map_or(String::new(), |near| format!("; did you mean `{near}`?"));
+            return Err(Error::Input(format!("--keep-float {pattern} matches no node and no tensor{near}")));
+        }
+    }
+    Ok(kept)
+}
+
+/// The samples of a request, when it names any.
+pub(crate) fn open_data(request: &Request, slots: Vec<Slot>) -> Result<Option<Files>, Error> {
+    let open = |path: &Path| Files::open(path, slots, request.image.clone(), request.samples).map_err(Error::input);
+    request.data.as_deref().map(open).transpose()
+}
+
+/// The executor called `name`.
+pub(crate) fn executor(name: &str, model: &Model) -> Result<Box<dyn Executor>, Error> {
+    let Some(entry) = exec::find(name) else {
+        let names: Vec<&str> = exec::EXECUTORS.iter().map(|entry| entry.about.name).collect();
+        return Err(Error::Input(format!("there is no executor `{name}`; there are {}", names.join(", "))));
+    };
+    (entry.build)(&model.meta).map_err(Error::input)
+}
+
+fn context<'a>(
+    request: &Request,
+    executor: &'a dyn Executor,
+    dataset: Option<&'a Files>,
+    keep_float: &'a KeepFloat,
+    progress: &'a dyn Progress,
+) -> Result<PassContext<'a>, Error> {
+    Ok(PassContext {
+        target: request.target,
+        executor,
+        dataset: dataset.map(|d| d as &dyn passes::exec::Dataset),
+        wishes: std::collections::BTreeSet::<ValueId>::new(),
+        keep_float,
+        threads: request.threads,
+        tap_budget: tap_budget(request)?,
+        progress,
+    })
+}
+
+/// Without a limit, tensors held at once for measuring take at most this.
+const DEFAULT_TAP_BYTES: u64 = 256 << 20;
+
+/// The part of `--max-memory` that is left for measured tensors once the model has its share.
+pub(crate) fn tap_budget(request: &Request) -> Result<usize, Error> {
+    let Some(limit) = request.max_memory else { return Ok(usize::try_from(DEFAULT_TAP_BYTES).unwrap_or(usize::MAX)) };
+    let model = std::fs::metadata(&request.input).map_or(0, |data| data.len());
+    // The executor holds the weights once more, and packed for its kernels.
+    let fixed = 3 * model + (64 << 20);
+    let left = limit.checked_sub(fixed).filter(|left| *left >= 16 << 20).ok_or_else(|| {
+        Error::Resources(format!(
+            "--max-memory {limit} bytes is too little: this model takes about {} bytes before the first sample",
+            fixed + (16 << 20)
+        ))
+    })?;
+    Ok(usize::try_from(left / 2).unwrap_or(usize::MAX))
+}
+
+fn input_bytes(path: &Path, model: &Model) -> u64 {
+    let main = std::fs::metadata(path).map_or(0, |data| data.len());
+    main.max(model.graph().constant_bytes() as u64)
+}
+
+fn outcome_notes(sizes: &Sizes, fidelity: Option<&Fidelity>) -> Vec<Diagnostic> {
+    let mut notes = Vec::new();
+    if sizes.output_bytes >= sizes.input_bytes {
+        let message = format!("{} bytes became {}", sizes.input_bytes, sizes.output_bytes);
+        notes.push(Diagnostic::new(diag::GREW, Severity::Warning, Place::Model, message));
+    }
+    if let Some(fidelity) = fidelity.filter(|f| f.sqnr_db < LOW_SQNR_DB) {
+        let message = format!("its outputs keep {:.1} dB of the float model's", fidelity.sqnr_db);
+        let help = "keep the worst layers of the summary in float with --keep-float, or try --observer";
+        notes.push(Diagnostic::new(diag::LOW_FIDELITY, Severity::Warning, Place::Model, message).help(help));
+    }
+    notes
+}
+
+/// Charges the time of passes to stages as users know them.
+struct StageTimes<'a> {
+    clock: &'a mut Clock,
+    current: &'static str,
+}
+
+impl<'a> StageTimes<'a> {
+    fn new(clock: &'a mut Clock) -> Self {
+        Self { clock, current: "normalize" }
+    }
+
+    fn stage_of(pass: &str) -> &'static str {
+        let stage = passes::catalogue::STAGES.iter().find(|(_, table)| table.iter().any(|e| e.info.about.name == pass));
+        match stage.map(|(name, _)| *name) {
+            Some("calibrate") => "calibrate",
+            Some("analysis" | "rounding" | "correct") => "quantize",
+            _ => "normalize",
+        }
+    }
+}
+
+impl passes::pass::Instrument for StageTimes<'_> {
+    fn before(&mut self, pass: &passes::pass::PassInfo, _: &Model) {
+        let stage = Self::stage_of(pass.about.name);
+        if stage != self.current {
+            self.clock.lap(self.current);
+            self.current = stage;
+        }
+    }
+}
+
+impl Drop for StageTimes<'_> {
+    fn drop(&mut self) {
+        self.clock.lap(self.current);
+    }
+}

@@ -1,0 +1,77 @@
+//! What a run did, for people and for scripts.
+
+mod json;
+mod text;
+
+pub use json::summary as json;
+pub(crate) use text::size as readable_size;
+pub use text::summary as text;
+
+use passes::id::{NodeId, Site};
+use passes::model::Model;
+use passes::ops;
+
+use crate::driver::Outcome;
+
+/// One node that the plan decided about.
+pub(crate) struct Layer {
+    pub(crate) name: String,
+    pub(crate) op: String,
+    /// Grid and granularity of the weight.
+    pub(crate) weight: Option<(String, String)>,
+    /// Grid of the activation.
+    pub(crate) activation: Option<String>,
+    pub(crate) sqnr_db: Option<f64>,
+    pub(crate) quantized: bool,
+    pub(crate) reason: String,
+}
+
+/// The nodes that the plan decided about, in graph order.
+pub(crate) fn layers(outcome: &Outcome) -> Vec<Layer> {
+    let model = &outcome.model;
+    let by_node = outcome.fidelity.as_ref().map(|f| &f.by_node);
+    model
+        .graph()
+        .nodes()
+        .filter_map(|(id, node)| {
+            let decision = model.plan().decision(id)?;
+            Some(Layer {
+                name: node.name.to_string(),
+                op: node.op.display(),
+                weight: weight(model, id),
+                activation: activation(model, id),
+                sqnr_db: by_node.and_then(|all| all.get(&id)).copied(),
+                quantized: decision.quantized,
+                reason: decision.reason.clone(),
+            })
+        })
+        .collect()
+}
+
+fn weight(model: &Model, id: NodeId) -> Option<(String, String)> {
+    let roles = ops::linear(model.graph(), id)?;
+    let encoding = model.plan().encoding(Site::Use { node: id, input: roles.weight })?;
+    Some((encoding.grid.info().about.name.to_owned(), granularity(encoding.granularity)))
+}
+
+fn activation(model: &Model, id: NodeId) -> Option<String> {
+    let input = ops::linear(model.graph(), id).map_or(0, |roles| roles.activation);
+    let encoding = model.plan().encoding_of_use(model.graph(), id, input)?;
+    Some(encoding.grid.info().about.name.to_owned())
+}
+
+fn granularity(granularity: passes::encoding::Granularity) -> String {
+    use passes::encoding::Granularity;
+    match granularity {
+        Granularity::Tensor => "tensor".into(),
+        Granularity::Axis(axis) => format!("axis {axis}"),
+        Granularity::Block { axis, size } => format!("blocks of {size} on axis {axis}"),
+    }
+}
+
+/// The most memory that this process ever held, where the system tells.
+pub fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}

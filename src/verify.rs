@@ -1,0 +1,321 @@
+//! Reading back what was written: is it what was planned, and does it compute what was simulated?
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use passes::diag::{self, Diagnostic, Place, Severity};
+use passes::exec::{DataError, Dataset, Executor};
+use passes::id::{NodeId, Site, ValueId};
+use passes::ir::{Graph, Node};
+use passes::model::{Model, Plan};
+use passes::pass::{PassManager, Pipeline};
+use passes::simulate::{SimulateError, Simulation};
+use passes::tensor::{DType, Tensor};
+
+use crate::import;
+
+/// What verification found.
+#[derive(Clone, Debug, Default)]
+pub struct Verdict {
+    /// Whether the file is what was planned and computes what was simulated.
+    pub passed: bool,
+    /// The largest difference from the simulation, in steps of the tensor's own scale (in units of the largest magnitude
+    /// times 2⁻¹⁶ for float tensors).
+    pub max_steps: f64,
+    /// What is wrong.
+    pub findings: Vec<Diagnostic>,
+}
+
+/// How near the quantized model is to the float model on calibration samples.
+#[derive(Clone, Debug, Default)]
+pub struct Fidelity {
+    /// Of all float outputs together; infinite where they are equal.
+    pub sqnr_db: f64,
+    /// The mean cosine between outputs.
+    pub cosine: f64,
+    /// Per node: signal to noise of its result, errors of everything before it included.
+    pub by_node: BTreeMap<NodeId, f64>,
+    /// How many samples were compared.
+    pub samples: usize,
+}
+
+/// Why verification could not be done.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VerifyError {
+    /// A sample cannot be read.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// A model does not run.
+    #[error(transparent)]
+    Simulate(#[from] SimulateError),
+    /// Absorbing the file's quantization failed.
+    #[error(transparent)]
+    Passes(#[from] passes::pass::RunError),
+}
+
+/// Samples to compare on, spread over the data.
+const SAMPLES: usize = 4;
+
+fn chosen(dataset: &dyn Dataset) -> Vec<usize> {
+    let n = SAMPLES.min(dataset.len());
+    (0..n).map(|i| i * dataset.len() / n.max(1)).collect()
+}
+
+/// Signal and noise of one tensor, summed over samples.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Noise {
+    signal: f64,
+    noise: f64,
+    dot: f64,
+    other: f64,
+}
+
+impl Noise {
+    /// Adds one pair of tensors; positions where either is not finite are left out.
+    pub fn add(&mut self, float: &[f32], quantized: &[f32]) {
+        for (a, b) in float.iter().zip(quantized).filter(|(a, b)| a.is_finite() && b.is_finite()) {
+            let (a, b) = (f64::from(*a), f64::from(*b));
+            self.signal += a * a;
+            self.noise += (a - b) * (a - b);
+            self.dot += a * b;
+            self.other += b * b;
+        }
+    }
+
+    /// 10 log10(signal / noise); infinite without noise.
+    pub fn decibels(self) -> f64 {
+        if self.noise <= 0.0 { f64::INFINITY } else { 10.0 * (self.signal.max(1e-300) / self.noise).log10() }
+    }
+
+    /// The cosine between both.
+    pub fn cosine(self) -> f64 {
+        let norm = (self.signal * self.other).sqrt();
+        if norm > 0.0 { self.dot / norm } else { 1.0 }
+    }
+}
+
+/// Compares the plan's simulation with the float model, at every node that the plan decided about and end to end.
+///
+/// # Errors
+/// [`VerifyError`].
+pub fn fidelity(model: &Model, executor: &dyn Executor, dataset: &dyn Dataset) -> Result<Fidelity, VerifyError> {
+    let graph = model.graph();
+    let nodes: Vec<(NodeId, ValueId)> = model
+        .plan()
+        .decisions()
+        .filter(|(_, decision)| decision.quantized)
+        .filter_map(|(id, _)| Some((id, graph.node(id)?.output(0)?)))
+        .collect();
+    let mut taps: Vec<ValueId> = nodes.iter().map(|(_, value)| *value).chain(graph.outputs().iter().copied()).collect();
+    taps.sort_unstable();
+    taps.dedup();
+    let float = Simulation::prepare(graph, &Plan::default(), executor, &taps)?;
+    let quantized = Simulation::prepare(graph, model.plan(), executor, &taps)?;
+    let mut noise = vec![Noise::default(); taps.len()];
+    let samples = chosen(dataset);
+    for &sample in &samples {
+        let feeds = dataset.sample(sample)?;
+        let (a, b) = (float.run(&feeds)?, quantized.run(&feeds)?);
+        for (noise, (a, b)) in noise.iter_mut().zip(a.iter().zip(&b)) {
+            if let (Some(a), Some(b)) = (a.values::<f32>(), b.values::<f32>()) {
+                noise.add(&a, &b);
+            }
+        }
+    }
+    let of = |value: &ValueId| taps.binary_search(value).map(|at| noise[at]).unwrap_or_default();
+    let outputs: Vec<Noise> = graph.outputs().iter().filter(|v| is_f32(graph, **v)).map(of).collect();
+    let mut total = Noise::default();
+    for output in &outputs {
+        total.signal += output.signal;
+        total.noise += output.noise;
+    }
+    Ok(Fidelity {
+        sqnr_db: total.decibels(),
+        cosine: outputs.iter().map(|n| n.cosine()).sum::<f64>() / outputs.len().max(1) as f64,
+        by_node: nodes.iter().map(|(id, value)| (*id, of(value).decibels())).collect(),
+        samples: samples.len(),
+    })
+}
+
+fn is_f32(graph: &Graph, value: ValueId) -> bool {
+    graph.value(value).ty.dtype().is_none_or(|dtype| dtype == DType::F32)
+}
+
+/// Imports the file at `path` again and compares it with `model`, which it was written from: first the structure (names of
+/// inputs and outputs, every encoding and every code), then, where there are samples, every quantized tensor and output
+/// of a run against the simulation.
+///
+/// # Errors
+/// [`VerifyError`] when the comparison itself cannot be made.
+pub fn artifact(
+    path: &Path,
+    model: &Model,
+    executor: &dyn Executor,
+    dataset: Option<&dyn Dataset>,
+    cx: &mut passes::pass::PassContext<'_>,
+) -> Result<Verdict, VerifyError> {
+    let mut verdict = Verdict::default();
+    let imported = match import::file(path) {
+        Ok(imported) => imported,
+        Err(error) => {
+            verdict.findings.push(structure(Place::Model, format!("it does not read back: {error}")));
+            return Ok(verdict);
+        }
+    };
+    verdict.findings.extend(check_quantizers(imported.model.graph()));
+    let catalogue = passes::catalogue::passes();
+    let pipeline = Pipeline::parse("absorb-qdq", &catalogue)
+        .unwrap_or_else(|e| unreachable!("the catalogue has absorb-qdq: {e}"));
+    let (read_back, _) = PassManager::default().run(&pipeline, imported.model, cx)?;
+    verdict.findings.extend(compare_interface(model, &read_back));
+    verdict.findings.extend(compare_plans(model, &read_back));
+    if let (Some(dataset), true) = (dataset, verdict.findings.is_empty()) {
+        compare_runs(model, &read_back, executor, dataset, &mut verdict)?;
+    }
+    verdict.passed = verdict.findings.is_empty();
+    Ok(verdict)
+}
+
+fn structure(place: Place, message: String) -> Diagnostic {
+    Diagnostic::new(diag::VERIFY_STRUCTURE, Severity::Error, place, message)
+}
+
+/// What onnx.checker does not know: shapes of scales and zero points, axes, and scales that are no scales.
+fn check_quantizers(graph: &Graph) -> Vec<Diagnostic> {
+    let quantizes = |node: &Node| node.op.is("QuantizeLinear") || node.op.is("DequantizeLinear");
+    let problem = |node: &Node| -> Option<String> {
+        let scale = graph.constant_input(node, 1)?;
+        let values = scale.floats()?;
+        if values.iter().any(|s| !s.is_finite() || *s <= 0.0) {
+            return Some("a scale is not positive and finite".into());
+        }
+        if let Some(zero_point) = graph.constant_input(node, 2)
+            && zero_point.shape() != scale.shape()
+        {
+            return Some(format!("scale {:?} and zero point {:?} have two shapes", scale.shape(), zero_point.shape()));
+        }
+        let data = graph.constant_input(node, 0)?;
+        if let [groups] = scale.shape()
+            && node.int("block_size", 0) == 0
+        {
+            let axis = passes::ops::positive_axis(node.int("axis", 1), data.shape().len());
+            if axis.map(|axis| data.shape()[axis]) != Some(*groups) {
+                return Some(format!("{groups} scales do not fit axis {} of {:?}", node.int("axis", 1), data.shape()));
+            }
+        }
+        None
+    };
+    let finding = |node: &Node| Some(structure(Place::Node(node.name.clone()), problem(node)?));
+    graph.nodes().filter(|(_, node)| quantizes(node)).filter_map(|(_, node)| finding(node)).collect()
+}
+
+fn compare_interface(model: &Model, read_back: &Model) -> Vec<Diagnostic> {
+    let names = |graph: &Graph, ids: &[ValueId]| ids.iter().map(|&id| graph.value(id).name.to_string()).collect::<Vec<_>>();
+    let (a, b) = (model.graph(), read_back.graph());
+    let mut findings = Vec::new();
+    for (what, mine, theirs) in
+        [("inputs", names(a, a.inputs()), names(b, b.inputs())), ("outputs", names(a, a.outputs()), names(b, b.outputs()))]
+    {
+        if mine != theirs {
+            findings.push(structure(Place::Model, format!("its {what} are {theirs:?} instead of {mine:?}")));
+        }
+    }
+    findings
+}
+
+/// Every encoding of the plan must stand in the file at the node input that it is for, with the same codes.
+fn compare_plans(model: &Model, read_back: &Model) -> Vec<Diagnostic> {
+    let theirs = uses_by_name(read_back);
+    let mut findings = Vec::new();
+    for (key, (encoding, codes)) in uses_by_name(model) {
+        let place = Place::Node(key.0.as_str().into());
+        match theirs.get(&key) {
+            None => findings.push(structure(place, format!("input {} is not quantized in the file", key.1))),
+            Some((other, _)) if *other != encoding => {
+                findings.push(structure(place, format!("input {} has another encoding in the file", key.1)));
+            }
+            Some((_, other)) if codes.is_some() && *other != codes => {
+                findings.push(structure(place, format!("input {} has other codes in the file", key.1)));
+            }
+            Some(_) => {}
+        }
+    }
+    findings
+}
+
+type UseKey = (String, u16);
+
+/// The encoding and codes of every encoded node input.
+fn uses_by_name(model: &Model) -> BTreeMap<UseKey, (passes::encoding::Encoding, Option<Tensor>)> {
+    let graph = model.graph();
+    let mut uses = BTreeMap::new();
+    for (id, node) in graph.nodes() {
+        for input in 0..u16::try_from(node.inputs.len()).unwrap_or(u16::MAX) {
+            if let Some(encoding) = model.plan().encoding_of_use(graph, id, input) {
+                let codes = model.plan().codes(Site::Use { node: id, input }).map(|codes| codes.as_ref().clone());
+                uses.insert((node.name.to_string(), input), (encoding.clone(), codes));
+            }
+        }
+    }
+    uses
+}
+
+/// Every tensor that is written as codes, and every output, must be the same in both simulations.
+fn compare_runs(
+    model: &Model,
+    read_back: &Model,
+    executor: &dyn Executor,
+    dataset: &dyn Dataset,
+    verdict: &mut Verdict,
+) -> Result<(), VerifyError> {
+    let graph = model.graph();
+    let encoded = model.plan().encodings().filter_map(|(site, encoding)| match site {
+        Site::Value(value) => Some((value, f64::from(encoding.scale[0]))),
+        Site::Use { .. } => None,
+    });
+    let mut steps: BTreeMap<ValueId, f64> = encoded.collect();
+    for &output in graph.outputs() {
+        steps.entry(output).or_insert(0.0);
+    }
+    let theirs = read_back.graph();
+    let pairs: Vec<(ValueId, ValueId)> = steps
+        .keys()
+        .filter_map(|&mine| Some((mine, theirs.find(&graph.value(mine).name)?)))
+        .collect();
+    let mine: Vec<ValueId> = pairs.iter().map(|pair| pair.0).collect();
+    let others: Vec<ValueId> = pairs.iter().map(|pair| pair.1).collect();
+    let a = Simulation::prepare(graph, model.plan(), executor, &mine)?;
+    let b = Simulation::prepare(theirs, read_back.plan(), executor, &others)?;
+    for sample in chosen(dataset).into_iter().take(2) {
+        let feeds = dataset.sample(sample)?;
+        for ((value, x), y) in mine.iter().zip(a.run(&feeds)?).zip(b.run(&feeds)?) {
+            let difference = max_difference(&x, &y, steps[value]);
+            verdict.max_steps = verdict.max_steps.max(difference);
+            if difference > 1.0 {
+                let place = Place::Value(graph.value(*value).name.clone());
+                let message = format!("on {} it is {difference:.1} steps from the simulation", dataset.name(sample));
+                verdict.findings.push(Diagnostic::new(diag::VERIFY_NUMBERS, Severity::Error, place, message));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The largest difference in units of `step`; for tensors without one, of 2⁻¹⁶ of the largest magnitude.
+fn max_difference(a: &Tensor, b: &Tensor, step: f64) -> f64 {
+    if a.shape() != b.shape() || a.dtype() != b.dtype() {
+        return f64::INFINITY;
+    }
+    let (Some(x), Some(y)) = (a.floats(), b.floats()) else {
+        return if a == b { 0.0 } else { f64::INFINITY };
+    };
+    let top = x.iter().map(|v| v.abs()).filter(|v| v.is_finite()).fold(0.0_f32, f32::max);
+    let unit = if step > 0.0 { step } else { (f64::from(top) / 65536.0).max(1e-30) };
+    let difference = |(p, q): (&f32, &f32)| match (p.is_finite(), q.is_finite()) {
+        (true, true) => f64::from((p - q).abs()) / unit,
+        _ if p.to_bits() == q.to_bits() || (p.is_nan() && q.is_nan()) => 0.0,
+        _ => f64::INFINITY,
+    };
+    x.iter().zip(y.iter()).map(difference).fold(0.0, f64::max)
+}
