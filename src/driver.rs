@@ -211,17 +211,9 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     if progress.cancelled() {
         return Err(Error::Interrupted);
     }
+    let path = staged.as_ref().map(Staged::path);
+    let (verdict, fidelity) = on_a_worker(|| check(path.as_deref(), &model, &mut cx, &mut clock))?;
     let samples = dataset.as_ref().map(|d| d as &dyn passes::exec::Dataset);
-    let verdict = match &staged {
-        Some(staged) => Some(verify::artifact(&staged.path(), &model, executor.as_ref(), samples, &mut cx)?),
-        None => None,
-    };
-    clock.lap("verify");
-    let fidelity = match samples {
-        Some(samples) => Some(verify::fidelity(&model, executor.as_ref(), samples)?),
-        None => None,
-    };
-    clock.lap("compare");
     finish(staged, verdict.as_ref())?;
     notes.extend(verdict.iter().flat_map(|v| v.findings.iter().cloned()));
     notes.extend(outcome_notes(&sizes, fidelity.as_ref()));
@@ -229,6 +221,27 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let n_samples = samples.map_or(0, passes::exec::Dataset::len);
     let (executor, stages) = (executor.describe(), clock.stages);
     Ok(Outcome { model, trace, notes, verdict, fidelity, stages, sizes, pipeline: text, executor, samples: n_samples })
+}
+
+/// Runs `f` on a thread of its own. The allocator keeps what calibration's workers freed for other threads like them, not
+/// for the main one: on the main thread the same work would take its memory from the system once more.
+fn on_a_worker<T: Send>(f: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, Error> {
+    let panicked = |payload| std::panic::resume_unwind(payload);
+    std::thread::scope(|scope| scope.spawn(f).join().unwrap_or_else(panicked))
+}
+
+/// Reads the file at `path` back and compares it with the plan, and the plan with the float model.
+fn check(
+    path: Option<&Path>,
+    model: &Model,
+    cx: &mut PassContext<'_>,
+    clock: &mut Clock,
+) -> Result<(Option<Verdict>, Option<Fidelity>), Error> {
+    let verdict = path.map(|path| verify::artifact(path, model, cx)).transpose()?;
+    clock.lap("verify");
+    let fidelity = cx.dataset.map(|samples| verify::fidelity(model, cx.executor, samples)).transpose()?;
+    clock.lap("compare");
+    Ok((verdict, fidelity))
 }
 
 /// Moves the files into place. A file that failed verification is written too, so that it can be looked at: the exit code

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+
 fn main() -> ExitCode {
     onnx_quant::cli::main()
 }

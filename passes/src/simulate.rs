@@ -44,6 +44,8 @@ pub struct Simulation {
     inputs: Vec<ValueId>,
     constants: BTreeMap<ValueId, Arc<Tensor>>,
     wanted: Vec<Version>,
+    /// Where each wanted value stands among the wanted.
+    places: BTreeMap<ValueId, Vec<usize>>,
 }
 
 struct Part {
@@ -142,6 +144,7 @@ impl Simulation {
                 .iter()
                 .filter_map(|(value, _)| Some((*value, Arc::clone(graph.constant(*value)?))))
                 .collect(),
+            places: places(&wanted),
             wanted,
         })
     }
@@ -151,6 +154,17 @@ impl Simulation {
     /// # Errors
     /// [`SimulateError`].
     pub fn run(&self, feeds: &[Tensor]) -> Result<Vec<Tensor>, SimulateError> {
+        let mut results: Vec<Option<Tensor>> = vec![None; self.wanted.len()];
+        self.run_with(feeds, &mut |at, tensor| results[at] = Some(tensor))?;
+        Ok(results.into_iter().flatten().collect())
+    }
+
+    /// Runs one sample and hands every wanted tensor to `see`, with its place among the wanted, as soon as it is computed;
+    /// what nobody needs any more is let go.
+    ///
+    /// # Errors
+    /// [`SimulateError`].
+    pub fn run_with(&self, feeds: &[Tensor], see: &mut dyn FnMut(usize, Tensor)) -> Result<(), SimulateError> {
         let mut known: BTreeMap<Version, Tensor> =
             self.inputs.iter().zip(feeds).map(|(&value, tensor)| ((value, None), tensor.clone())).collect();
         known.extend(self.constants.iter().map(|(&value, tensor)| ((value, None), tensor.as_ref().clone())));
@@ -158,14 +172,32 @@ impl Simulation {
         for (index, part) in self.parts.iter().enumerate() {
             last_reader.extend(part.feeds.iter().map(|(value, _)| (*value, index)));
         }
-        last_reader.extend(self.wanted.iter().map(|(value, _)| (*value, usize::MAX)));
+        self.hand_over(&mut known, &self.inputs, see)?;
+        let constants: Vec<ValueId> = self.constants.keys().copied().collect();
+        self.hand_over(&mut known, &constants, see)?;
         for (index, part) in self.parts.iter().enumerate() {
             let feeds = part.feeds.iter().map(|v| self.version(&mut known, *v)).collect::<Result<Vec<_>, _>>()?;
             let outputs = part.session.run(&feeds)?;
             known.extend(part.outputs.iter().zip(outputs).map(|(&value, tensor)| ((value, None), tensor)));
+            self.hand_over(&mut known, &part.outputs, see)?;
             known.retain(|(value, _), _| last_reader.get(value).is_some_and(|&last| last > index));
         }
-        self.wanted.iter().map(|v| self.version(&mut known, *v)).collect()
+        Ok(())
+    }
+
+    /// Shows those of `values` that are wanted.
+    fn hand_over(
+        &self,
+        known: &mut BTreeMap<Version, Tensor>,
+        values: &[ValueId],
+        see: &mut dyn FnMut(usize, Tensor),
+    ) -> Result<(), SimulateError> {
+        for value in values {
+            for at in self.places.get(value).into_iter().flatten() {
+                see(*at, self.version(known, self.wanted[*at])?);
+            }
+        }
+        Ok(())
     }
 
     fn version(&self, known: &mut BTreeMap<Version, Tensor>, at: Version) -> Result<Tensor, SimulateError> {
@@ -184,6 +216,14 @@ impl Simulation {
         known.insert(at, rounded.clone());
         Ok(rounded)
     }
+}
+
+fn places(wanted: &[Version]) -> BTreeMap<ValueId, Vec<usize>> {
+    let mut places: BTreeMap<ValueId, Vec<usize>> = BTreeMap::new();
+    for (at, (value, _)) in wanted.iter().enumerate() {
+        places.entry(*value).or_default().push(at);
+    }
+    places
 }
 
 /// The part of the graph made of `nodes`, all of one depth.

@@ -18,7 +18,7 @@ use passes::tensor::Tensor;
 pub use images::{ImageError, ImageOptions};
 
 /// Feeds kept in memory: workers ask for neighbors.
-const KEPT: usize = 4;
+const KEPT: usize = 2;
 
 /// What a graph input takes.
 #[derive(Clone, Debug)]

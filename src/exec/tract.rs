@@ -26,8 +26,16 @@ const NAME: &str = "tract";
 const MAX_PLANS: usize = 16;
 
 type Plan = Arc<tract::TypedSimplePlan>;
-/// Element type and shape of every input.
-type Key = Vec<(DType, Vec<usize>)>;
+/// What a plan is made for: element type and shape of every input, and the values of those that look like shapes.
+type Key = Vec<(DType, Vec<usize>, Option<Vec<u8>>)>;
+
+/// Integer vectors up to this length are taken for shapes: tract wants those as constants.
+const SHAPE_LIKE: usize = 16;
+
+fn key_of(tensor: &Tensor) -> (DType, Vec<usize>, Option<Vec<u8>>) {
+    let shape_like = tensor.dtype() == DType::I64 && tensor.shape().len() <= 1 && tensor.len() <= SHAPE_LIKE;
+    (tensor.dtype(), tensor.shape().to_vec(), shape_like.then(|| tensor.bytes().to_vec()))
+}
 
 /// See [`ABOUT`].
 #[derive(Debug)]
@@ -68,12 +76,12 @@ impl Executor for Tract {
 impl Prepared {
     /// The plan for inputs like `given`. Made under the lock, so that two threads with one shape make one plan.
     fn plan(&self, given: &[Tensor]) -> tract::TractResult<Plan> {
-        let key: Key = given.iter().map(|tensor| (tensor.dtype(), tensor.shape().to_vec())).collect();
+        let key: Key = given.iter().map(key_of).collect();
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = plans.get(&key) {
             return Ok(Arc::clone(plan));
         }
-        let plan = self.make(&key)?;
+        let plan = self.make(given)?;
         if plans.len() >= MAX_PLANS {
             plans.pop_first();
         }
@@ -81,7 +89,7 @@ impl Prepared {
         Ok(plan)
     }
 
-    fn make(&self, key: &Key) -> tract::TractResult<Plan> {
+    fn make(&self, given: &[Tensor]) -> tract::TractResult<Plan> {
         let onnx = tract_onnx::onnx().with_ignore_value_info(true);
         let proto = tract_onnx::pb::ModelProto::decode(self.bytes.as_slice())?;
         let ParseResult { mut model, outlets_by_name, .. } = onnx.parse(&proto, None)?;
@@ -92,8 +100,12 @@ impl Prepared {
         for (index, outlet) in model.input_outlets()?.to_vec().into_iter().enumerate() {
             let name = model.node(outlet.node).name.clone();
             let at = self.inputs.iter().position(|input| *input == name);
-            let (dtype, shape) = at.and_then(|at| key.get(at)).ok_or_else(|| anyhow::anyhow!("no feed for `{name}`"))?;
-            let fact = tract::InferenceFact::dt_shape(datum(*dtype)?, shape.clone());
+            let tensor = at.and_then(|at| given.get(at)).ok_or_else(|| anyhow::anyhow!("no feed for `{name}`"))?;
+            let mut fact = tract::InferenceFact::dt_shape(datum(tensor.dtype())?, tensor.shape());
+            if key_of(tensor).2.is_some() {
+                let value = tract_tensor(tensor).map_err(|e| anyhow::anyhow!(e))?;
+                fact.value = Arc::new(value).into();
+            }
             model.set_input_fact(index, fact)?;
         }
         let find = |name: &String| {

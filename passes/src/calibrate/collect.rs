@@ -102,12 +102,11 @@ pub fn collect(
             if progress.cancelled() {
                 return Err(PassError::Interrupted);
             }
-            let tensors = simulation.run(&dataset.sample(index)?)?;
-            for (sketch, tensor) in sketches.iter_mut().zip(&tensors) {
+            simulation.run_with(&dataset.sample(index)?, &mut |at, tensor| {
                 if let Some(values) = tensor.values::<f32>() {
-                    sketch.see(&values);
+                    sketches[at].see(&values);
                 }
-            }
+            })?;
             progress.step();
             Ok(())
         })?;

@@ -120,9 +120,12 @@ impl Sketch {
 
     /// Adds what `other` counted.
     pub fn merge(&mut self, other: &Self) {
-        self.flush();
-        for (cold, count) in self.cold.iter_mut().zip(other.raw()) {
-            *cold += count;
+        if other.cold.is_empty() && self.in_hot + other.in_hot <= FLUSH_AFTER {
+            self.hot.iter_mut().zip(&other.hot).for_each(|(mine, theirs)| *mine += theirs);
+            self.in_hot += other.in_hot;
+        } else {
+            self.flush();
+            self.cold.iter_mut().zip(other.raw()).for_each(|(cold, count)| *cold += count);
         }
         self.min = self.min.min(other.min);
         self.max = self.max.max(other.max);
