@@ -217,7 +217,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     finish(staged, verdict.as_ref())?;
     notes.extend(verdict.iter().flat_map(|v| v.findings.iter().cloned()));
     notes.extend(outcome_notes(&sizes, fidelity.as_ref()));
-    notes.sort_by(|a, b| b.severity.cmp(&a.severity));
+    notes.sort_by_key(|note| std::cmp::Reverse(note.severity));
     let n_samples = samples.map_or(0, passes::exec::Dataset::len);
     let (executor, stages) = (executor.describe(), clock.stages);
     Ok(Outcome { model, trace, notes, verdict, fidelity, stages, sizes, pipeline: text, executor, samples: n_samples })
@@ -256,7 +256,9 @@ fn finish(staged: Option<Staged>, verdict: Option<&Verdict>) -> Result<(), Error
 fn check_request(request: &Request) -> Result<(), Error> {
     if request.scheme != Scheme::W8A8 {
         let name = request.target.info().about.name;
-        return Err(Error::Target(format!("target `{name}` takes scheme w8a8 so far; the nearest to what you asked is w8a8")));
+        return Err(Error::Target(format!(
+            "target `{name}` takes scheme w8a8 so far; the nearest to what you asked is w8a8"
+        )));
     }
     if let Some(output) = &request.output {
         let same = output.canonicalize().ok().zip(request.input.canonicalize().ok()).is_some_and(|(a, b)| a == b);
@@ -303,7 +305,8 @@ fn keep_float(patterns: &[String], graph: &Graph) -> Result<KeepFloat, Error> {
     let names: Vec<String> = nodes.chain(values).collect();
     let mut kept = BTreeMap::new();
     for pattern in patterns {
-        let glob = Glob::new(pattern).map_err(|e| Error::Input(format!("--keep-float {pattern}: {e}")))?.compile_matcher();
+        let glob =
+            Glob::new(pattern).map_err(|e| Error::Input(format!("--keep-float {pattern}: {e}")))?.compile_matcher();
         let before = kept.len();
         kept.extend(names.iter().filter(|name| glob.is_match(name)).map(|name| (name.clone(), pattern.clone())));
         if kept.len() == before && !names.iter().any(|name| glob.is_match(name)) {

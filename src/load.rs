@@ -53,7 +53,10 @@ fn map_file(file: &File) -> io::Result<Bytes> {
     }
     // SAFETY: the map is read-only and private to this process. Another process that truncates the file while we run can
     // make a read fault; that ends the run, which is what reading such a file deserves, and nothing was written yet.
-    #[expect(unsafe_code, reason = "mapping a file is the one thing that cannot be said safely; weights must not be copied")]
+    #[expect(
+        unsafe_code,
+        reason = "mapping a file is the one thing that cannot be said safely; weights must not be copied"
+    )]
     let map = unsafe { Mmap::map(file)? };
     Ok(Bytes::from_owner(map))
 }
@@ -88,13 +91,12 @@ impl ExternalFiles {
             location: reference.location.clone(),
             problem,
         };
-        let file = match self.maps.get(&reference.location) {
-            Some(bytes) => bytes.clone(),
-            None => {
-                let bytes = self.open(&reference.location).map_err(fail)?;
-                self.maps.insert(reference.location.clone(), bytes.clone());
-                bytes
-            }
+        let file = if let Some(bytes) = self.maps.get(&reference.location) {
+            bytes.clone()
+        } else {
+            let bytes = self.open(&reference.location).map_err(fail)?;
+            self.maps.insert(reference.location.clone(), bytes.clone());
+            bytes
         };
         if let Some(length) = reference.length.filter(|&length| length != wanted as u64) {
             return Err(fail(format!("has length {length} where the shape needs {wanted} bytes")));

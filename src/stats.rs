@@ -121,7 +121,8 @@ pub fn attach(mut model: Model, path: &Path) -> Result<Model, Error> {
         let name = &model.graph().value(id).name;
         if let Some(distribution) = file.tensors.get(&**name) {
             let sketch = distribution.sketch();
-            let sketch = sketch.ok_or_else(|| Error::Input(format!("the distribution of `{name}` contradicts itself")))?;
+            let sketch =
+                sketch.ok_or_else(|| Error::Input(format!("the distribution of `{name}` contradicts itself")))?;
             patch.edit(Edit::Record { value: id, statistic: Statistic::Distribution(Arc::new(sketch)) });
         }
     }

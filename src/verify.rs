@@ -66,7 +66,7 @@ fn chosen(dataset: &dyn Dataset) -> Vec<usize> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Noise {
     signal: f64,
-    noise: f64,
+    error: f64,
     dot: f64,
     other: f64,
 }
@@ -77,7 +77,7 @@ impl Noise {
         for (a, b) in float.iter().zip(quantized).filter(|(a, b)| a.is_finite() && b.is_finite()) {
             let (a, b) = (f64::from(*a), f64::from(*b));
             self.signal += a * a;
-            self.noise += (a - b) * (a - b);
+            self.error += (a - b) * (a - b);
             self.dot += a * b;
             self.other += b * b;
         }
@@ -85,7 +85,7 @@ impl Noise {
 
     /// 10 log10(signal / noise); infinite without noise.
     pub fn decibels(self) -> f64 {
-        if self.noise <= 0.0 { f64::INFINITY } else { 10.0 * (self.signal.max(1e-300) / self.noise).log10() }
+        if self.error <= 0.0 { f64::INFINITY } else { 10.0 * (self.signal.max(1e-300) / self.error).log10() }
     }
 
     /// The cosine between both.
@@ -130,7 +130,7 @@ pub fn fidelity(model: &Model, executor: &dyn Executor, dataset: &dyn Dataset) -
     let mut total = Noise::default();
     for output in &outputs {
         total.signal += output.signal;
-        total.noise += output.noise;
+        total.error += output.error;
     }
     Ok(Fidelity {
         sqnr_db: total.decibels(),
@@ -150,11 +150,7 @@ fn is_f32(graph: &Graph, value: ValueId) -> bool {
 ///
 /// # Errors
 /// [`VerifyError`] when the comparison itself cannot be made.
-pub fn artifact(
-    path: &Path,
-    model: &Model,
-    cx: &mut passes::pass::PassContext<'_>,
-) -> Result<Verdict, VerifyError> {
+pub fn artifact(path: &Path, model: &Model, cx: &mut passes::pass::PassContext<'_>) -> Result<Verdict, VerifyError> {
     let mut verdict = Verdict::default();
     let imported = match import::file(path) {
         Ok(imported) => imported,
@@ -165,8 +161,8 @@ pub fn artifact(
     };
     verdict.findings.extend(check_quantizers(imported.model.graph()));
     let catalogue = passes::catalogue::passes();
-    let pipeline = Pipeline::parse("absorb-qdq", &catalogue)
-        .unwrap_or_else(|e| unreachable!("the catalogue has absorb-qdq: {e}"));
+    let pipeline =
+        Pipeline::parse("absorb-qdq", &catalogue).unwrap_or_else(|e| unreachable!("the catalogue has absorb-qdq: {e}"));
     let (read_back, _) = PassManager::default().run(&pipeline, imported.model, cx)?;
     verdict.findings.extend(compare_interface(model, &read_back));
     verdict.findings.extend(compare_plans(model, &read_back));
@@ -211,12 +207,14 @@ fn check_quantizers(graph: &Graph) -> Vec<Diagnostic> {
 }
 
 fn compare_interface(model: &Model, read_back: &Model) -> Vec<Diagnostic> {
-    let names = |graph: &Graph, ids: &[ValueId]| ids.iter().map(|&id| graph.value(id).name.to_string()).collect::<Vec<_>>();
+    let names =
+        |graph: &Graph, ids: &[ValueId]| ids.iter().map(|&id| graph.value(id).name.to_string()).collect::<Vec<_>>();
     let (a, b) = (model.graph(), read_back.graph());
     let mut findings = Vec::new();
-    for (what, mine, theirs) in
-        [("inputs", names(a, a.inputs()), names(b, b.inputs())), ("outputs", names(a, a.outputs()), names(b, b.outputs()))]
-    {
+    for (what, mine, theirs) in [
+        ("inputs", names(a, a.inputs()), names(b, b.inputs())),
+        ("outputs", names(a, a.outputs()), names(b, b.outputs())),
+    ] {
         if mine != theirs {
             findings.push(structure(Place::Model, format!("its {what} are {theirs:?} instead of {mine:?}")));
         }
@@ -279,10 +277,8 @@ fn compare_runs(
         steps.entry(output).or_insert(0.0);
     }
     let theirs = read_back.graph();
-    let pairs: Vec<(ValueId, ValueId)> = steps
-        .keys()
-        .filter_map(|&mine| Some((mine, theirs.find(&graph.value(mine).name)?)))
-        .collect();
+    let pairs: Vec<(ValueId, ValueId)> =
+        steps.keys().filter_map(|&mine| Some((mine, theirs.find(&graph.value(mine).name)?))).collect();
     let mine: Vec<ValueId> = pairs.iter().map(|pair| pair.0).collect();
     let others: Vec<ValueId> = pairs.iter().map(|pair| pair.1).collect();
     let feeds = dataset.sample(0)?;

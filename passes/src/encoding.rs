@@ -109,9 +109,12 @@ impl Encoding {
     ///
     /// # Errors
     /// [`EncodingError`] when the scales do not match the shape of `codes`.
-    #[expect(clippy::cast_possible_truncation, reason = "code − zero point is exact in f32 up to 24 bits, as ONNX has it")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "code − zero point is exact in f32 up to 24 bits, as ONNX has it"
+    )]
     pub fn decode(&self, codes: &Tensor) -> Result<Vec<f32>, EncodingError> {
-        let unpacked = self.unpack(codes);
+        let unpacked = unpack(codes);
         let mut values = vec![0.0; unpacked.len()];
         self.for_each_index(codes.shape(), |index, group| {
             let point = self.grid.decode(unpacked[index]) - f64::from(self.zero_point[group]);
@@ -219,10 +222,6 @@ impl Encoding {
         }
         packed(storage, shape, bytes)
     }
-
-    fn unpack(&self, codes: &Tensor) -> Vec<u32> {
-        unpack(codes)
-    }
 }
 
 /// The codes of an integer tensor of up to 32 bits, one per element; bits above the type's are zero.
@@ -262,7 +261,7 @@ mod tests {
                 (Granularity::Block { axis: 1, size: 2 }, 16),
             ] {
                 let scale: Vec<f32> = (0..groups).map(|g| 0.05 + 0.01 * g as f32).collect();
-                let zero = if grid.range().0 < 0.0 { 0 } else { 1 };
+                let zero = i32::from(grid.range().0 >= 0.0);
                 let encoding =
                     Encoding { grid, granularity, scale: scale.into(), zero_point: vec![zero; groups].into() };
                 let mut simulated = values.clone();

@@ -39,7 +39,9 @@ pub fn workers<S: Send, E: Send>(
     let results: Vec<Result<S, (usize, E)>> = std::thread::scope(|scope| {
         let handles: Vec<_> = (0..threads.clamp(1, jobs.max(1))).map(|_| scope.spawn(run)).collect();
         // A worker that panicked takes the run down with it: its counts would be missing.
-        let join = |handle: std::thread::ScopedJoinHandle<'_, _>| handle.join().unwrap_or_else(|p| std::panic::resume_unwind(p));
+        let join = |handle: std::thread::ScopedJoinHandle<'_, _>| {
+            handle.join().unwrap_or_else(|p| std::panic::resume_unwind(p))
+        };
         handles.into_iter().map(join).collect()
     });
     let (states, failures): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);

@@ -134,7 +134,8 @@ impl Simulation {
                 }
             }
         }
-        let parts = by_depth.values().map(|nodes| cut(&cutter, nodes, &exported, executor)).collect::<Result<_, _>>()?;
+        let parts =
+            by_depth.values().map(|nodes| cut(&cutter, nodes, &exported, executor)).collect::<Result<_, _>>()?;
         Ok(Self {
             parts,
             encodings: plan.encodings().map(|(site, encoding)| (site, encoding.clone())).collect(),
@@ -233,8 +234,11 @@ fn cut(
     exported: &BTreeSet<ValueId>,
     executor: &dyn Executor,
 ) -> Result<Part, SimulateError> {
-    let inside: BTreeSet<ValueId> =
-        nodes.iter().filter_map(|&id| cutter.graph.node(id)).flat_map(|n| n.outputs.iter().flatten().copied()).collect();
+    let inside: BTreeSet<ValueId> = nodes
+        .iter()
+        .filter_map(|&id| cutter.graph.node(id))
+        .flat_map(|n| n.outputs.iter().flatten().copied())
+        .collect();
     let mut part = PartBuilder {
         cutter,
         inside: &inside,
@@ -326,13 +330,12 @@ impl PartBuilder<'_> {
 fn rounded_constant(plan: &Plan, site: Site, tensor: &Arc<Tensor>, name: &str) -> Result<Arc<Tensor>, SimulateError> {
     let problem = |problem: String| SimulateError::Encoding { tensor: name.to_owned(), problem };
     let Some(encoding) = plan.encoding(site) else { return Ok(Arc::clone(tensor)) };
-    let values = match plan.codes(site) {
-        Some(codes) => encoding.decode(codes).map_err(|e| problem(e.to_string()))?,
-        None => {
-            let mut values = tensor.floats().ok_or_else(|| problem("is no float tensor".into()))?.into_owned();
-            encoding.simulate(&mut values, tensor.shape()).map_err(|e| problem(e.to_string()))?;
-            values
-        }
+    let values = if let Some(codes) = plan.codes(site) {
+        encoding.decode(codes).map_err(|e| problem(e.to_string()))?
+    } else {
+        let mut values = tensor.floats().ok_or_else(|| problem("is no float tensor".into()))?.into_owned();
+        encoding.simulate(&mut values, tensor.shape()).map_err(|e| problem(e.to_string()))?;
+        values
     };
     Ok(Arc::new(Tensor::of(tensor.shape(), values)))
 }

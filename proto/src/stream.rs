@@ -37,8 +37,7 @@ pub fn encode_to(mut model: ModelProto, out: &mut impl Write) -> io::Result<()> 
 
 fn write_graph(mut graph: GraphProto, out: &mut impl Write) -> io::Result<()> {
     let initializers = std::mem::take(&mut graph.initializer);
-    let before =
-        GraphProto { node: std::mem::take(&mut graph.node), name: graph.name.take(), ..GraphProto::default() };
+    let before = GraphProto { node: std::mem::take(&mut graph.node), name: graph.name.take(), ..GraphProto::default() };
     out.write_all(&before.encode_to_vec())?;
     drop(before);
     for tensor in initializers {

@@ -111,7 +111,11 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
     let _ = writeln!(text, "\nSource: {}", about.source);
     if let Some(entry) = passes::catalogue::passes().into_iter().find(|e| e.info.about.name == about.name) {
         let info = entry.info;
-        let _ = writeln!(text, "Requires: {}. Establishes: {}. Fidelity: {:?}.", info.requires, info.establishes, info.fidelity);
+        let _ = writeln!(
+            text,
+            "Requires: {}. Establishes: {}. Fidelity: {:?}.",
+            info.requires, info.establishes, info.fidelity
+        );
         for option in info.options {
             let _ = writeln!(text, "Option {}: {}.", option.name, option.doc);
         }

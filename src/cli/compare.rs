@@ -73,7 +73,8 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let mine: Vec<ValueId> = common.iter().map(|pair| pair.0).collect();
     let theirs: Vec<ValueId> = common.iter().map(|pair| pair.1).collect();
     let a = Simulation::prepare(float.graph(), &Plan::default(), executor.as_ref(), &mine).map_err(Error::input)?;
-    let b = Simulation::prepare(quantized.graph(), quantized.plan(), executor.as_ref(), &theirs).map_err(Error::input)?;
+    let b =
+        Simulation::prepare(quantized.graph(), quantized.plan(), executor.as_ref(), &theirs).map_err(Error::input)?;
     let mut rows: Vec<Row> = common.iter().map(|(id, _)| row(float.graph(), *id)).collect();
     passes::exec::Progress::begin(&progress, "compare", dataset.len() as u64);
     for index in 0..dataset.len() {
@@ -126,7 +127,8 @@ fn as_json(rows: &[Row]) -> String {
 }
 
 fn as_text(rows: &[Row], samples: usize) -> String {
-    let mut text = format!("{} tensors on {samples} samples, worst first\n{:>8}  {:>9}  operator\n", rows.len(), "dB", "cosine");
+    let mut text =
+        format!("{} tensors on {samples} samples, worst first\n{:>8}  {:>9}  operator\n", rows.len(), "dB", "cosine");
     for row in rows {
         let _ = writeln!(
             text,

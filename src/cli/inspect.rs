@@ -73,7 +73,12 @@ fn ends(graph: &Graph, ids: &[passes::id::ValueId]) -> Vec<String> {
 fn text(model: &Model, opset: u32, operators: &BTreeMap<String, (usize, bool)>, target: &str) -> String {
     let graph = model.graph();
     let mut text = String::new();
-    let _ = writeln!(text, "opset {opset}, {} nodes, {} of constants", graph.n_nodes(), readable_size(graph.constant_bytes() as u64));
+    let _ = writeln!(
+        text,
+        "opset {opset}, {} nodes, {} of constants",
+        graph.n_nodes(),
+        readable_size(graph.constant_bytes() as u64)
+    );
     for (what, ids) in [("input", graph.inputs()), ("output", graph.outputs())] {
         for end in ends(graph, ids) {
             let _ = writeln!(text, "{what:8}{end}");

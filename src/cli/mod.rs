@@ -1,8 +1,8 @@
 //! The command line: one file per command.
 
 mod catalogue;
-mod compare;
 mod common;
+mod compare;
 mod inspect;
 mod opt;
 mod progress;

@@ -161,7 +161,13 @@ impl Instrument for Watch<'_> {
     fn after(&mut self, pass: &PassInfo, model: &Model, step: &StepRecord) {
         if wanted(self.after, pass) {
             let counts: Vec<String> = step.counts.iter().map(|(what, n)| format!("{what} {n}")).collect();
-            eprint(&format!("# after {}: rounds {}, {}\n{}", pass.about.name, step.rounds, counts.join(", "), text_of(model)));
+            eprint(&format!(
+                "# after {}: rounds {}, {}\n{}",
+                pass.about.name,
+                step.rounds,
+                counts.join(", "),
+                text_of(model)
+            ));
         }
     }
 

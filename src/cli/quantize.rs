@@ -84,7 +84,8 @@ fn recipe(name: &str) -> Result<(Goal, Recipe), Error> {
         return Ok((goal, Recipe::default()));
     }
     let fail = |e: &dyn std::fmt::Display| Error::Input(format!("--recipe {name}: {e}"));
-    let text = std::fs::read_to_string(name).map_err(|e| fail(&format!("neither fast, balanced nor best, and no file: {e}")))?;
+    let text = std::fs::read_to_string(name)
+        .map_err(|e| fail(&format!("neither fast, balanced nor best, and no file: {e}")))?;
     let recipe: Recipe = toml::from_str(&text).map_err(|e| fail(&e))?;
     let base = recipe.base.as_deref().unwrap_or("balanced");
     let goal = goal(base).ok_or_else(|| fail(&format!("base `{base}` is none of fast, balanced, best")))?;

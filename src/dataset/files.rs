@@ -13,7 +13,7 @@ use super::Slot;
 
 /// The most bytes one array of a sample file may have.
 const MAX_BYTES: u64 = 8 << 30;
-/// NumPy's own limit for headers.
+/// `NumPy`'s own limit for headers.
 const MAX_HEADER: u64 = 10_000;
 
 /// The tensors in the file at `path`, named. A file of one unnamed tensor takes the name of the only input.
@@ -35,7 +35,8 @@ pub(super) fn read(path: &Path, slots: &[Slot]) -> Result<Vec<(String, Tensor)>,
 /// `input_0.pb`, `input_1.pb`, … in the order of the model's inputs.
 pub(super) fn read_pb_folder(folder: &Path, slots: &[Slot]) -> Result<Vec<(String, Tensor)>, String> {
     let at = |(index, slot): (usize, &Slot)| {
-        let tensor = read_pb(&folder.join(format!("input_{index}.pb"))).map_err(|e| format!("input_{index}.pb: {e}"))?;
+        let tensor =
+            read_pb(&folder.join(format!("input_{index}.pb"))).map_err(|e| format!("input_{index}.pb: {e}"))?;
         Ok((slot.name.clone(), tensor))
     };
     slots.iter().enumerate().map(at).collect()
@@ -110,7 +111,8 @@ fn typed<R: Read>(file: NpyFile<R>) -> Result<Tensor, String> {
     }
     let shape: Option<Vec<usize>> = file.shape().iter().map(|&d| usize::try_from(d).ok()).collect();
     let shape = shape.ok_or("its shape is too large")?;
-    let count = passes::tensor::count(&shape).filter(|&n| (n as u64) < MAX_BYTES / 8).ok_or("its shape is too large")?;
+    let count =
+        passes::tensor::count(&shape).filter(|&n| (n as u64) < MAX_BYTES / 8).ok_or("its shape is too large")?;
     let fortran = matches!(file.order(), Order::Fortran) && shape.len() > 1;
     let NpyType::Plain(ty) = file.dtype() else { return Err("it is a structured array".into()) };
     // NumPy stores column-major arrays with the axes reversed.

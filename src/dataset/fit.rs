@@ -6,7 +6,7 @@ use passes::tensor::{DType, Tensor};
 use super::Slot;
 
 /// The tensors of `named` in the order of `slots`, checked against them.
-pub(super) fn feed(named: Vec<(String, Tensor)>, slots: &[Slot], split: bool) -> Result<Vec<Tensor>, String> {
+pub(super) fn feed(named: &[(String, Tensor)], slots: &[Slot], split: bool) -> Result<Vec<Tensor>, String> {
     slots
         .iter()
         .map(|slot| {
@@ -25,11 +25,14 @@ pub(super) fn feed(named: Vec<(String, Tensor)>, slots: &[Slot], split: bool) ->
 }
 
 fn list(names: &[&str]) -> String {
-    if names.is_empty() { "nothing".into() } else { names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ") }
+    if names.is_empty() {
+        "nothing".into()
+    } else {
+        names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// `tensor` in the slot's element type: integers where every value fits, floats rounded; anything else is refused.
-#[expect(clippy::cast_possible_truncation, reason = "a float sample is rounded to the model's float type")]
 fn converted(tensor: &Tensor, slot: &Slot) -> Result<Tensor, String> {
     let Some(wanted) = slot.ty.dtype else { return Ok(tensor.clone()) };
     let found = tensor.dtype();
@@ -98,9 +101,10 @@ fn check_finite(tensor: &Tensor, name: &str) -> Result<(), String> {
 /// The number of samples of a feed whose tensors all count them in front.
 pub(super) fn rows(feed: &[Tensor]) -> Result<usize, String> {
     let counts: Vec<usize> = feed.iter().map(|tensor| tensor.shape().first().copied().unwrap_or(0)).collect();
-    match counts.iter().all(|&n| n == counts[0]) {
-        true => Ok(counts[0]),
-        false => Err(format!("its tensors count {counts:?} samples: the leading dimensions must be equal")),
+    if counts.iter().all(|&n| n == counts[0]) {
+        Ok(counts[0])
+    } else {
+        Err(format!("its tensors count {counts:?} samples: the leading dimensions must be equal"))
     }
 }
 

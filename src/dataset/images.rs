@@ -49,7 +49,9 @@ impl std::str::FromStr for ImageOptions {
 fn numbers(text: &str) -> Result<Vec<f32>, ImageError> {
     let number = |part: &str| part.parse::<f32>().ok().filter(|v| v.is_finite());
     let values: Option<Vec<f32>> = text.split(':').map(number).collect();
-    values.filter(|v| v.len() == 1 || v.len() == 3).ok_or_else(|| ImageError(format!("`{text}` is not one or three numbers")))
+    values
+        .filter(|v| v.len() == 1 || v.len() == 3)
+        .ok_or_else(|| ImageError(format!("`{text}` is not one or three numbers")))
 }
 
 fn size(text: &str) -> Result<(u32, u32), ImageError> {

@@ -77,10 +77,18 @@ impl Files {
     /// # Errors
     /// [`DataError`] for a path without samples, a file that cannot be read or does not fit the inputs (with what they
     /// take), and NaN or infinite values.
-    pub fn open(path: &Path, slots: Vec<Slot>, image: Option<ImageOptions>, limit: Option<usize>) -> Result<Self, DataError> {
+    pub fn open(
+        path: &Path,
+        slots: Vec<Slot>,
+        image: Option<ImageOptions>,
+        limit: Option<usize>,
+    ) -> Result<Self, DataError> {
         let sources = sources(path, image.is_some())?;
         if sources.is_empty() {
-            return Err(data_error(path, "there are no .npz, .npy, .pb, .safetensors files here, and images need --image"));
+            return Err(data_error(
+                path,
+                "there are no .npz, .npy, .pb, .safetensors files here, and images need --image",
+            ));
         }
         let split = opens_with_batch(&slots);
         let mut files = Self { slots, sources, image, samples: Vec::new(), split, kept: Mutex::new(Vec::new()) };
@@ -90,7 +98,8 @@ impl Files {
                 break;
             }
             let feed = files.feed(index)?;
-            let rows = if split { fit::rows(&feed).map_err(|p| data_error(files.sources[index].path(), p))? } else { 1 };
+            let rows =
+                if split { fit::rows(&feed).map_err(|p| data_error(files.sources[index].path(), p))? } else { 1 };
             files.samples.extend((0..rows).map(|row| (index, row)));
         }
         files.samples.truncate(limit);
@@ -123,7 +132,7 @@ impl Files {
             (Source::Image(path), Some(options)) => images::read(path, &self.slots, options).map_err(fail)?,
             (Source::Image(_), None) => return Err(fail("images need --image mean=…,std=…,size=…".into())),
         };
-        let feed = Arc::new(fit::feed(named, &self.slots, self.split).map_err(fail)?);
+        let feed = Arc::new(fit::feed(&named, &self.slots, self.split).map_err(fail)?);
         let mut kept = kept();
         if kept.len() >= KEPT {
             kept.remove(0);
@@ -154,7 +163,9 @@ impl Dataset for Files {
         if !self.split {
             return Ok(feed.as_ref().clone());
         }
-        feed.iter().map(|tensor| fit::row(tensor, row).map_err(|p| data_error(self.sources[source].path(), p))).collect()
+        feed.iter()
+            .map(|tensor| fit::row(tensor, row).map_err(|p| data_error(self.sources[source].path(), p)))
+            .collect()
     }
 }
 

@@ -79,7 +79,8 @@ pub fn model(graph: &Graph, meta: &Metadata, options: &Emit, file: &str) -> Arti
         Some(name) => Some(name.clone()),
         None => (graph.constant_bytes() > EXTERNAL_OVER).then(|| format!("{file}.data")),
     };
-    let mut writer = Writer { external: external.is_some(), name: external.unwrap_or_default(), end: 0, payloads: Vec::new() };
+    let mut writer =
+        Writer { external: external.is_some(), name: external.unwrap_or_default(), end: 0, payloads: Vec::new() };
     let proto = writer.graph(graph, true);
     let newest = graph.value_ids().filter_map(|id| graph.value(id).ty.dtype()).map(ir_version_of).max().unwrap_or(0);
     let rest: ModelProto = proto::decode(meta.rest.clone()).unwrap_or_default();
@@ -120,7 +121,8 @@ fn opset_imports(meta: &Metadata) -> Vec<OperatorSetIdProto> {
 }
 
 fn entries(entries: &[(String, String)]) -> Vec<StringStringEntryProto> {
-    let entry = |(key, value): &(String, String)| StringStringEntryProto { key: Some(key.clone()), value: Some(value.clone()) };
+    let entry =
+        |(key, value): &(String, String)| StringStringEntryProto { key: Some(key.clone()), value: Some(value.clone()) };
     entries.iter().map(entry).collect()
 }
 
@@ -166,8 +168,7 @@ impl Writer {
         while output.len() > 1 && output.last().is_some_and(String::is_empty) {
             output.pop();
         }
-        let mut attribute: Vec<AttributeProto> =
-            node.attrs.iter().map(|(name, attr)| self.attribute(name, attr)).collect();
+        let mut attribute: Vec<AttributeProto> = node.attrs.iter().map(|(name, attr)| attribute(name, attr)).collect();
         attribute.extend(node.bodies.iter().map(|body| self.body(body)));
         NodeProto {
             input: node.inputs.iter().map(name).collect(),
@@ -191,47 +192,6 @@ impl Writer {
         }
     }
 
-    fn attribute(&mut self, name: &str, attr: &Attr) -> AttributeProto {
-        let mut wire = AttributeProto { name: Some(name.to_owned()), ..AttributeProto::default() };
-        let kind = match attr {
-            Attr::Int(value) => {
-                wire.i = Some(*value);
-                AttributeType::Int
-            }
-            Attr::Float(value) => {
-                wire.f = Some(*value);
-                AttributeType::Float
-            }
-            Attr::String(value) => {
-                wire.s = Some(value.to_vec());
-                AttributeType::String
-            }
-            Attr::Tensor(tensor) => {
-                wire.t = Some(inline("", tensor));
-                AttributeType::Tensor
-            }
-            Attr::Ints(values) => {
-                wire.ints.clone_from(values);
-                AttributeType::Ints
-            }
-            Attr::Floats(values) => {
-                wire.floats.clone_from(values);
-                AttributeType::Floats
-            }
-            Attr::Strings(values) => {
-                wire.strings = values.iter().map(|s| s.to_vec()).collect();
-                AttributeType::Strings
-            }
-            Attr::Tensors(tensors) => {
-                wire.tensors = tensors.iter().map(|tensor| inline("", tensor)).collect();
-                AttributeType::Tensors
-            }
-            Attr::Opaque(encoded) => return proto::decode_message(encoded.clone()).unwrap_or(wire),
-        };
-        wire.r#type = Some(kind as i32);
-        wire
-    }
-
     /// Shape-like constants stay inline even in a model with external data: shape inference reads them.
     fn tensor(&mut self, name: &str, tensor: &Tensor) -> TensorProto {
         if !self.external || tensor.bytes().len() < EXTERNAL_FROM {
@@ -249,6 +209,47 @@ impl Writer {
             ..inline(name, tensor)
         }
     }
+}
+
+fn attribute(name: &str, attr: &Attr) -> AttributeProto {
+    let mut wire = AttributeProto { name: Some(name.to_owned()), ..AttributeProto::default() };
+    let kind = match attr {
+        Attr::Int(value) => {
+            wire.i = Some(*value);
+            AttributeType::Int
+        }
+        Attr::Float(value) => {
+            wire.f = Some(*value);
+            AttributeType::Float
+        }
+        Attr::String(value) => {
+            wire.s = Some(value.to_vec());
+            AttributeType::String
+        }
+        Attr::Tensor(tensor) => {
+            wire.t = Some(inline("", tensor));
+            AttributeType::Tensor
+        }
+        Attr::Ints(values) => {
+            wire.ints.clone_from(values);
+            AttributeType::Ints
+        }
+        Attr::Floats(values) => {
+            wire.floats.clone_from(values);
+            AttributeType::Floats
+        }
+        Attr::Strings(values) => {
+            wire.strings = values.iter().map(|s| s.to_vec()).collect();
+            AttributeType::Strings
+        }
+        Attr::Tensors(tensors) => {
+            wire.tensors = tensors.iter().map(|tensor| inline("", tensor)).collect();
+            AttributeType::Tensors
+        }
+        Attr::Opaque(encoded) => return proto::decode_message(encoded.clone()).unwrap_or(wire),
+    };
+    wire.r#type = Some(kind as i32);
+    wire
 }
 
 fn inline(name: &str, tensor: &Tensor) -> TensorProto {

@@ -74,15 +74,14 @@ fn write_default_attributes(wire: &mut proto::onnx::ModelProto, graph: &Graph) {
     use proto::onnx::attribute_proto::AttributeType;
     let Some(proto) = wire.graph.as_mut() else { return };
     for ((_, node), target) in graph.nodes().zip(&mut proto.node) {
-        let windowed = ["Conv", "ConvTranspose", "AveragePool", "MaxPool", "ConvInteger"].iter().any(|op| node.op.is(op));
+        let windowed =
+            ["Conv", "ConvTranspose", "AveragePool", "MaxPool", "ConvInteger"].iter().any(|op| node.op.is(op));
         if !windowed {
             continue;
         }
         let rank = [1, 0].iter().find_map(|&i| graph.value(node.input(i)?).ty.rank());
-        let spatial = match node.ints("kernel_shape").map(<[i64]>::len).or(rank.and_then(|r| r.checked_sub(2))) {
-            Some(n) => n,
-            None => continue,
-        };
+        let kernel = node.ints("kernel_shape").map(<[i64]>::len);
+        let Some(spatial) = kernel.or(rank.and_then(|r| r.checked_sub(2))) else { continue };
         let mut add = |name: &str, values: Vec<i64>| {
             if !target.attribute.iter().any(|a| a.name() == name) {
                 target.attribute.push(AttributeProto {

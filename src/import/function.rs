@@ -82,7 +82,8 @@ impl Library {
             return Err(refuse(format!("inlining functions makes more than {MAX_NODES} nodes")));
         }
         *counter += 1;
-        let prefix = format!("{}/{}#{counter}", if node.name().is_empty() { "call" } else { node.name() }, function.name());
+        let prefix =
+            format!("{}/{}#{counter}", if node.name().is_empty() { "call" } else { node.name() }, function.name());
         let renaming = Renaming::of(function, node, &prefix);
         let opsets = super::versions(&function.opset_import)?;
         for inner in &function.node {

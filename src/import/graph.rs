@@ -1,11 +1,11 @@
 //! Graphs from the wire, bodies included.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::id::{Name, ValueId};
-use passes::ir::{Attrs, Body, BuildError, Builder, Graph, Node, Notes, OpKey};
+use passes::ir::{Attrs, Body, Builder, Graph, Node, Notes, OpKey};
 use passes::ops;
 use passes::tensor::Tensor;
 use proto::onnx::attribute_proto::AttributeType;
@@ -48,23 +48,21 @@ fn scope(wire: GraphProto, context: &mut Context<'_>, counter: &mut usize) -> Re
     for named in nodes.iter().flat_map(|v| &v.node.output).filter(|output| !output.is_empty()) {
         builder.value(named);
     }
-    let mut constants: BTreeMap<String, Arc<Tensor>> = BTreeMap::new();
+    let mut constants: Vec<(&str, Arc<Tensor>)> = Vec::new();
     for initializer in &wire.initializer {
-        let tensor = tensor::tensor(initializer, context.files)?;
-        if constants.insert(initializer.name().to_owned(), tensor).is_some() {
-            return Err(BuildError::Duplicate(name(initializer.name())).into());
-        }
+        constants.push((initializer.name(), tensor::tensor(initializer, context.files)?));
     }
     for sparse in &wire.sparse_initializer {
-        let named = sparse.values.as_ref().map_or("", |v| v.name()).to_owned();
-        constants.insert(named, tensor::densified(sparse, context.files)?);
+        let named = sparse.values.as_ref().map_or("", |v| v.name());
+        constants.push((named, tensor::densified(sparse, context.files)?));
     }
     // An input with an initializer is a constant: old exporters list every weight as an input.
-    for input in wire.input.iter().filter(|input| !constants.contains_key(input.name())) {
+    let initialized: BTreeSet<&str> = constants.iter().map(|(named, _)| *named).collect();
+    for input in wire.input.iter().filter(|input| !initialized.contains(input.name())) {
         builder.input(input.name(), types::of_info(input))?;
     }
     for (named, tensor) in constants {
-        builder.constant(&named, tensor)?;
+        builder.constant(named, tensor)?;
     }
     for info in wire.value_info.iter().chain(&wire.output) {
         let value = builder.value(info.name());
@@ -106,7 +104,9 @@ fn node(
     for attribute in &wire.attribute {
         match attribute::kind(attribute) {
             AttributeType::Graph => bodies.push(body(attribute, &wire, builder, context, counter)?),
-            AttributeType::Graphs => return Err(node_error(&wire, "an attribute with a list of graphs is not supported")),
+            AttributeType::Graphs => {
+                return Err(node_error(&wire, "an attribute with a list of graphs is not supported"));
+            }
             _ => {
                 let value = attribute::import(attribute, context.files)?;
                 if attrs.insert(name(attribute.name()), value).is_some() {
@@ -117,7 +117,8 @@ fn node(
     }
     let op = OpKey { domain: name(&domain), name: name(wire.op_type()), opset: version };
     if ops::spec(&op).is_none() && !domain.is_empty() {
-        let message = format!("operator {} is not known here: it is carried untouched and stays in float", op.display());
+        let message =
+            format!("operator {} is not known here: it is carried untouched and stays in float", op.display());
         let place = Place::Node(name(wire.name()));
         context.notes.push(Diagnostic::new(diag::OPAQUE_OPERATOR, Severity::Note, place, message));
     }

@@ -144,7 +144,8 @@ fn versions(imports: &[OperatorSetIdProto]) -> Result<BTreeMap<Name, u32>, Impor
 }
 
 fn metadata(wire: ModelProto, opsets: BTreeMap<Name, u32>) -> Metadata {
-    let header = [wire.producer_name, wire.producer_version, wire.domain, wire.doc_string].map(Option::unwrap_or_default);
+    let header =
+        [wire.producer_name, wire.producer_version, wire.domain, wire.doc_string].map(Option::unwrap_or_default);
     let entries = wire
         .metadata_props
         .into_iter()

@@ -44,14 +44,13 @@ pub(super) fn add(builder: &mut Builder, mut node: Node) -> Done {
     let op = Arc::clone(&node.op.name);
     match &*op {
         "Softmax" | "LogSoftmax" | "Hardmax" if from < 13 => upgrade.softmax(node),
-        "ReduceSum" if from < 13 => upgrade.axes_to_input(node, true),
         "ReduceL1" | "ReduceL2" | "ReduceLogSum" | "ReduceLogSumExp" | "ReduceMax" | "ReduceMean" | "ReduceMin"
         | "ReduceProd" | "ReduceSumSquare"
             if from < 18 =>
         {
             upgrade.axes_to_input(node, true)
         }
-        "Squeeze" if from < 13 => upgrade.axes_to_input(node, true),
+        "Squeeze" | "ReduceSum" if from < 13 => upgrade.axes_to_input(node, true),
         "Unsqueeze" if from < 13 => upgrade.axes_to_input(node, false),
         "Split" if from < 18 => upgrade.split(node),
         "Slice" if from < 10 => upgrade.slice(node),
@@ -106,7 +105,13 @@ impl Upgrade<'_> {
     }
 
     /// Adds a new node of one output beside `like`, and returns the output.
-    fn helper(&mut self, like: &Node, op: &str, inputs: Vec<Option<ValueId>>, attrs: Attrs) -> Result<ValueId, Problem> {
+    fn helper(
+        &mut self,
+        like: &Node,
+        op: &str,
+        inputs: Vec<Option<ValueId>>,
+        attrs: Attrs,
+    ) -> Result<ValueId, Problem> {
         let fresh = self.builder.fresh(&format!("{}.{}", self.stem(like), op.to_lowercase()));
         let output = self.builder.value(&fresh);
         self.builder.node(Node {
@@ -277,7 +282,9 @@ impl Upgrade<'_> {
             _ if !nearest => "floor",
             Some(scales) if scales.iter().all(|&s| s >= 1.0) => "floor",
             Some(scales) if scales.iter().all(|&s| s <= 1.0) => "ceil",
-            Some(_) => return refuse("a nearest Resize of opset 10 that grows and shrinks has no exact form in opset 21"),
+            Some(_) => {
+                return refuse("a nearest Resize of opset 10 that grows and shrinks has no exact form in opset 21");
+            }
             None => return refuse("a nearest Resize of opset 10 needs constant scales"),
         };
         self.resized(node, scales, rounding)
@@ -299,8 +306,8 @@ impl Upgrade<'_> {
             }
         }
         if node.text("coordinate_transformation_mode", "half_pixel") == "tf_half_pixel_for_nn" {
-            let same = node.text("mode", "nearest") == "nearest"
-                && node.text("nearest_mode", "round_prefer_floor") == "floor";
+            let same =
+                node.text("mode", "nearest") == "nearest" && node.text("nearest_mode", "round_prefer_floor") == "floor";
             if !same {
                 return refuse("coordinate mode tf_half_pixel_for_nn has an exact form only for nearest, rounded down");
             }
@@ -381,7 +388,12 @@ impl Upgrade<'_> {
             return refuse("num_groups is missing");
         }
         let one = self.ints(&node, "one", &[1])?;
-        let shape = self.helper(&node, "Shape", vec![node.input(0)], [(name("start"), Attr::Int(1)), (name("end"), Attr::Int(2))].into())?;
+        let shape = self.helper(
+            &node,
+            "Shape",
+            vec![node.input(0)],
+            [(name("start"), Attr::Int(1)), (name("end"), Attr::Int(2))].into(),
+        )?;
         let groups = self.ints(&node, "groups", &[groups])?;
         let per_group = self.helper(&node, "Div", vec![Some(shape), groups], Attrs::new())?;
         let repeat = self.helper(&node, "Concat", vec![one, Some(per_group)], [(name("axis"), Attr::Int(0))].into())?;

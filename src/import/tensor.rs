@@ -59,16 +59,17 @@ pub(super) fn densified(wire: &SparseTensorProto, files: &mut ExternalFiles) -> 
     let elements = passes::tensor::count(&dims).ok_or_else(|| problem("its shape overflows".into()))?;
     let bytes = elements.checked_mul(width).filter(|&b| b <= MAX_DENSIFIED && width > 0);
     let mut dense = vec![0_u8; bytes.ok_or_else(|| problem("its dense form would be over 256 MiB".into()))?];
-    let places = linear_indices(&indices, &dims, values.len()).ok_or_else(|| problem("its indices do not fit".into()))?;
+    let places =
+        linear_indices(&indices, &dims, values.len()).ok_or_else(|| problem("its indices do not fit".into()))?;
     if places.windows(2).any(|pair| pair[0] >= pair[1]) {
         return Err(problem("its indices are not ascending".into()));
     }
     for (place, value) in places.into_iter().zip(values.bytes().chunks_exact(width)) {
         dense[place * width..(place + 1) * width].copy_from_slice(value);
     }
-    Tensor::new(values.dtype(), dims, dense.into()).map(Arc::new).map_err(|e| {
-        ImportError::Decode(DecodeError::Tensor { tensor: String::new(), problem: e.to_string() })
-    })
+    Tensor::new(values.dtype(), dims, dense.into())
+        .map(Arc::new)
+        .map_err(|e| ImportError::Decode(DecodeError::Tensor { tensor: String::new(), problem: e.to_string() }))
 }
 
 /// Row-major positions from linear indices `[nnz]` or coordinates `[nnz, rank]`.

@@ -13,10 +13,9 @@ pub(super) fn of_info(info: &ValueInfoProto) -> Type {
 
 fn of(ty: &TypeProto) -> Type {
     match &ty.value {
-        Some(type_proto::Value::TensorType(tensor)) => Type::Tensor(TensorType::new(
-            DType::from_code(tensor.elem_type().into()),
-            tensor.shape.as_ref().map(dims),
-        )),
+        Some(type_proto::Value::TensorType(tensor)) => {
+            Type::Tensor(TensorType::new(DType::from_code(tensor.elem_type().into()), tensor.shape.as_ref().map(dims)))
+        }
         Some(_) => Type::Opaque(proto::encode(ty).into()),
         None => Type::default(),
     }

@@ -81,14 +81,24 @@ fn worst(text: &mut String, all: &[Layer]) {
 fn numbers(text: &mut String, request: &Request, outcome: &Outcome) {
     let sizes = &outcome.sizes;
     let ratio = sizes.input_bytes as f64 / sizes.output_bytes.max(1) as f64;
-    let _ = writeln!(text, "\nsize       {} -> {} ({ratio:.2} times smaller)", size(sizes.input_bytes), size(sizes.output_bytes));
+    let _ = writeln!(
+        text,
+        "\nsize       {} -> {} ({ratio:.2} times smaller)",
+        size(sizes.input_bytes),
+        size(sizes.output_bytes)
+    );
     if let Some(fidelity) = &outcome.fidelity {
         let n = fidelity.samples;
-        let _ = writeln!(text, "fidelity   {:.2} dB, cosine {:.5} to the float model on {n} samples", fidelity.sqnr_db, fidelity.cosine);
+        let _ = writeln!(
+            text,
+            "fidelity   {:.2} dB, cosine {:.5} to the float model on {n} samples",
+            fidelity.sqnr_db, fidelity.cosine
+        );
     }
     match &outcome.verdict {
         Some(v) if v.passed => {
-            let _ = writeln!(text, "verified   read back as planned; at most {:.3} steps from the simulation", v.max_steps);
+            let _ =
+                writeln!(text, "verified   read back as planned; at most {:.3} steps from the simulation", v.max_steps);
         }
         Some(v) => {
             let _ = writeln!(text, "verified   FAILED: {} findings", v.findings.len());

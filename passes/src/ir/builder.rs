@@ -194,5 +194,12 @@ pub(crate) fn fresh(stem: &str, taken: impl Fn(&str) -> bool) -> String {
     if !stem.is_empty() && !taken(stem) {
         return stem.to_owned();
     }
-    (1_u64..).map(|n| format!("{stem}_{n}")).find(|name| !taken(name)).unwrap_or_default()
+    let mut n = 1_u64;
+    loop {
+        let name = format!("{stem}_{n}");
+        if !taken(&name) {
+            return name;
+        }
+        n += 1;
+    }
 }

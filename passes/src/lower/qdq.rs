@@ -46,6 +46,7 @@ pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
     Ok(Lowered { graph: lowering.builder.finish().map_err(bug)?, meta: Arc::clone(&model.meta), notes })
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "it is the function given to map_err")]
 fn bug(error: BuildError) -> LowerError {
     LowerError { place: "the model".into(), problem: format!("a bug in onnx-quant: {error}") }
 }
@@ -72,7 +73,8 @@ impl Lowering<'_> {
         for (_, node) in self.graph.nodes() {
             for &output in node.outputs.iter().flatten() {
                 let value = self.graph.value(output);
-                let hidden = self.plan.encoding(Site::Value(output)).is_some() && self.graph.outputs().contains(&output);
+                let hidden =
+                    self.plan.encoding(Site::Value(output)).is_some() && self.graph.outputs().contains(&output);
                 let name = if hidden { format!("{}.float", value.name) } else { value.name.to_string() };
                 let name = if hidden { self.fresh(&name) } else { name };
                 let id = self.builder.value(&name);
@@ -135,7 +137,10 @@ impl Lowering<'_> {
             && a != b
         {
             let place = format!("tensor `{}`", self.graph.value(value).name);
-            return Err(LowerError { place, problem: "it has two different encodings: it would be rounded twice".into() });
+            return Err(LowerError {
+                place,
+                problem: "it has two different encodings: it would be rounded twice".into(),
+            });
         }
         match (by_use.or(by_value), self.graph.constant(value)) {
             (Some((site, encoding)), Some(_)) => self.encoded_constant(value, site, &encoding.clone()),
@@ -232,9 +237,7 @@ impl Lowering<'_> {
         // Decoding subtracts the zero point, encoding adds it: the code of 0 is the zero point itself.
         let zeros = vec![0.0; encoding.zero_point.len()];
         let flat = Encoding { granularity: group_axis(encoding), ..ones };
-        let codes = flat.encode(&zeros, &[zeros.len()]).and_then(|codes| {
-            Ok(codes.reshaped(scale_shape).unwrap_or(codes))
-        });
+        let codes = flat.encode(&zeros, &[zeros.len()]).map(|codes| codes.reshaped(scale_shape).unwrap_or(codes));
         let codes = codes.map_err(|e| LowerError { place: format!("tensor `{name}`"), problem: e.to_string() })?;
         let zero_name = self.fresh(&format!("{name}.zero_point"));
         let zero_point = self.builder.constant(&zero_name, Arc::new(codes)).map_err(bug)?;

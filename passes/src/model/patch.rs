@@ -338,12 +338,7 @@ fn freeze(next: &mut Graph, value: ValueId, tensor: &Arc<Tensor>) {
 }
 
 /// The old order with inserted nodes in their places and erased ones left out.
-fn reordered(
-    next: &Graph,
-    old: &Graph,
-    inserts: &BTreeMap<NodeId, Vec<NodeId>>,
-    last: Vec<NodeId>,
-) -> Vec<NodeId> {
+fn reordered(next: &Graph, old: &Graph, inserts: &BTreeMap<NodeId, Vec<NodeId>>, last: Vec<NodeId>) -> Vec<NodeId> {
     let mut order = Vec::with_capacity(old.order.len());
     for &id in &old.order {
         order.extend(inserts.get(&id).into_iter().flatten().copied());
@@ -397,7 +392,8 @@ fn take_over_output(next: &mut Graph, place: usize, from: ValueId, to: ValueId) 
     next.outputs[place] = to;
     let name = Arc::clone(&next.values[from.index()].name);
     next.values[from.index()].name = std::mem::replace(&mut next.values[to.index()].name, name);
-    if let (Type::Tensor(old), Type::Tensor(new)) = (next.values[from.index()].ty.clone(), &mut next.values[to.index()].ty)
+    if let (Type::Tensor(old), Type::Tensor(new)) =
+        (next.values[from.index()].ty.clone(), &mut next.values[to.index()].ty)
     {
         *new = old.refined(new);
     }

@@ -172,9 +172,7 @@ fn encoding_of(graph: &Graph, node: &Node, storage: DType, shape: &[usize]) -> O
         [] => Granularity::Tensor,
         [1] if block == 0 && shape.len() != 1 => Granularity::Tensor,
         [_] if block == 0 => Granularity::Axis(positive_axis(node.int("axis", 1), shape.len().max(1))?),
-        _ if block > 0 => {
-            Granularity::Block { axis: positive_axis(node.int("axis", 1), shape.len())?, size: block }
-        }
+        _ if block > 0 => Granularity::Block { axis: positive_axis(node.int("axis", 1), shape.len())?, size: block },
         _ => return None,
     };
     let scale: Arc<[f32]> = scale.floats()?.into_owned().into();

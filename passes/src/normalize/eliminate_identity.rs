@@ -58,7 +58,7 @@ fn does_nothing(graph: &Graph, node: &Node) -> bool {
             let from = node.input(0).and_then(|value| graph.value(value).ty.dtype());
             from.is_some() && from == DType::from_code(node.int("to", -1))
         }
-        "Transpose" => node.ints("perm").is_some_and(|perm| perm.iter().copied().eq(0..perm.len() as i64)),
+        "Transpose" => node.ints("perm").is_some_and(|perm| (0_i64..).zip(perm).all(|(i, &axis)| i == axis)),
         "Pad" => {
             let pads = graph.constant_input(node, 1).and_then(|pads| pads.integers());
             pads.is_some_and(|pads| pads.iter().all(|&n| n == 0))

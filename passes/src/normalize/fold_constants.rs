@@ -52,7 +52,7 @@ impl Pass for FoldConstants {
             let is_output = |v: &ValueId| users.of_value(*v).contains(&User::Output);
             let stays = !node.bodies.is_empty()
                 || ops::laws(&node.op).contains(Laws::RANDOM)
-                || node.outputs.iter().flatten().any(|v| is_output(v));
+                || node.outputs.iter().flatten().any(is_output);
             if stays {
                 continue;
             }

@@ -56,7 +56,7 @@ impl<'a> Scaled<'a> {
         }
     }
 
-    /// Whether a shift can be folded: MatMul has no bias.
+    /// Whether a shift can be folded: `MatMul` has no bias.
     pub(super) fn takes_bias(&self) -> bool {
         !self.node.op.is("MatMul")
     }
@@ -90,7 +90,8 @@ impl<'a> Scaled<'a> {
             let bias = self.bias()?;
             let bias: Vec<f32> =
                 bias.iter().zip(scale).zip(shift).map(|((b, s), t)| (f64::from(*b) * s + t) as f32).collect();
-            let name = node.input(2).map_or_else(|| format!("{name}.bias"), |b| format!("{}.{suffix}", graph.value(b).name));
+            let name =
+                node.input(2).map_or_else(|| format!("{name}.bias"), |b| format!("{}.{suffix}", graph.value(b).name));
             folded.inputs.resize(3, None);
             folded.inputs[2] = Some(patch.constant(&name, Tensor::of([self.channels], bias)));
         }

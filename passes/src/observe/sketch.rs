@@ -97,7 +97,8 @@ impl Sketch {
                 high[lane] = if chunk[lane] > high[lane] { chunk[lane] } else { high[lane] };
             }
         }
-        let (low, high) = (low.into_iter().fold(f32::INFINITY, f32::min), high.into_iter().fold(f32::NEG_INFINITY, f32::max));
+        let (low, high) =
+            (low.into_iter().fold(f32::INFINITY, f32::min), high.into_iter().fold(f32::NEG_INFINITY, f32::max));
         if low.is_infinite() || high.is_infinite() {
             let finite = part.iter().copied().filter(|v| v.is_finite());
             for value in finite {
@@ -205,9 +206,8 @@ impl Sketch {
     /// The value below which the share `p` of all finite values lies: inclusive nearest rank ceil(p · n), linear within
     /// its bucket. `p <= 0` gives the minimum, `p >= 1` the maximum.
     pub fn quantile(&self, p: f64) -> f64 {
-        rank(self.buckets(), self.finite(), p).map_or(0.0, |(bucket, inside)| {
-            bucket.low + (bucket.high - bucket.low) * inside
-        })
+        rank(self.buckets(), self.finite(), p)
+            .map_or(0.0, |(bucket, inside)| bucket.low + (bucket.high - bucket.low) * inside)
     }
 
     /// As [`Self::quantile`], of |x|.
@@ -220,9 +220,8 @@ impl Sketch {
             })
             .collect();
         buckets.sort_by(|a, b| a.low.total_cmp(&b.low).then(a.high.total_cmp(&b.high)));
-        rank(buckets.into_iter(), self.finite(), p).map_or(0.0, |(bucket, inside)| {
-            bucket.low + (bucket.high - bucket.low) * inside
-        })
+        rank(buckets.into_iter(), self.finite(), p)
+            .map_or(0.0, |(bucket, inside)| bucket.low + (bucket.high - bucket.low) * inside)
     }
 }
 
@@ -284,11 +283,11 @@ mod tests {
     fn quantiles_hit_the_ends_and_are_close_between() {
         let values: Vec<f32> = (1..=1000).map(|i| i as f32).collect();
         let sketch = of(&values);
-        assert_eq!(sketch.quantile(1.0), 1000.0);
-        assert_eq!(sketch.quantile(0.0), 1.0);
+        assert!((sketch.quantile(1.0) - 1000.0).abs() < 1e-9);
+        assert!((sketch.quantile(0.0) - 1.0).abs() < 1e-9);
         assert!((sketch.quantile(0.5) - 500.0).abs() < 500.0 / 64.0);
         let mirrored = of(&values.iter().flat_map(|&v| [v, -v]).collect::<Vec<_>>());
-        assert_eq!(mirrored.quantile_of_magnitude(1.0), 1000.0);
+        assert!((mirrored.quantile_of_magnitude(1.0) - 1000.0).abs() < 1e-9);
         assert!((mirrored.quantile_of_magnitude(0.9) - 900.0).abs() < 900.0 / 64.0);
     }
 

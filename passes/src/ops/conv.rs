@@ -32,7 +32,8 @@ impl Window {
         if auto_pad.starts_with("SAME") {
             return Some(extent.div_ceil(self.stride));
         }
-        let padded = if auto_pad == "VALID" { extent } else { extent.checked_add(self.pads.0)?.checked_add(self.pads.1)? };
+        let padded =
+            if auto_pad == "VALID" { extent } else { extent.checked_add(self.pads.0)?.checked_add(self.pads.1)? };
         let room = padded.checked_sub(reach)?;
         if !ceil {
             return Some(room / self.stride + 1);

@@ -52,7 +52,7 @@ pub(super) fn select(call: &Call<'_>) -> Vec<TensorType> {
 }
 
 pub(super) fn quantize(call: &Call<'_>) -> Vec<TensorType> {
-    let by_zero_point = call.has(2).then(|| call.dtype(2)).unwrap_or(None);
+    let by_zero_point = if call.has(2) { call.dtype(2) } else { None };
     let by_attribute = DType::from_code(call.node.int("output_dtype", -1));
     let dtype = if call.has(2) { by_zero_point } else { by_attribute.or(Some(DType::U8)) };
     vec![TensorType::new(dtype, call.shape(0))]
@@ -80,7 +80,7 @@ fn broadcast_all(call: &Call<'_>, from: usize) -> Option<Vec<Dim>> {
     inputs.try_fold(first, |shape, input| broadcast_shapes(&shape, input.shape.as_ref()?))
 }
 
-/// The common shape of two, by NumPy's rule; `None` where they contradict each other.
+/// The common shape of two, by `NumPy`'s rule; `None` where they contradict each other.
 pub(super) fn broadcast_shapes(a: &[Dim], b: &[Dim]) -> Option<Vec<Dim>> {
     let rank = a.len().max(b.len());
     let at = |shape: &[Dim], axis: usize| {

@@ -22,13 +22,13 @@ fn product(shape: &[Dim]) -> Option<usize> {
 
 pub(super) fn reshape(call: &Call<'_>) -> Vec<TensorType> {
     let shape = match call.constant_ints(1) {
-        Some(wanted) => reshaped(call, &wanted),
+        Some(wanted) => Some(reshaped(call, &wanted)),
         None => vector_length(call, 1).map(|rank| vec![Dim::Unknown; rank]),
     };
     typed(call, shape)
 }
 
-fn reshaped(call: &Call<'_>, wanted: &[i64]) -> Option<Vec<Dim>> {
+fn reshaped(call: &Call<'_>, wanted: &[i64]) -> Vec<Dim> {
     let input = call.shape(0);
     let zero_copies = call.node.int("allowzero", 0) == 0;
     let mut shape: Vec<Dim> = wanted
@@ -43,19 +43,21 @@ fn reshaped(call: &Call<'_>, wanted: &[i64]) -> Option<Vec<Dim>> {
     if let Some(hole) = wanted.iter().position(|&dim| dim == -1)
         && let Some(total) = input.as_deref().and_then(product)
     {
-        let rest: Vec<Dim> = shape.iter().enumerate().filter(|(axis, _)| *axis != hole).map(|(_, d)| d.clone()).collect();
+        let rest: Vec<Dim> =
+            shape.iter().enumerate().filter(|(axis, _)| *axis != hole).map(|(_, d)| d.clone()).collect();
         if let Some(rest) = product(&rest).filter(|&n| n > 0) {
             shape[hole] = Dim::Known(total / rest);
         }
     }
-    Some(shape)
+    shape
 }
 
 pub(super) fn flatten(call: &Call<'_>) -> Vec<TensorType> {
     let shape = call.shape(0).and_then(|shape| {
         let axis = call.node.int("axis", 1);
         // `axis` may equal the rank.
-        let axis = positive_axis(axis, shape.len() + 1).filter(|_| axis >= 0).or_else(|| positive_axis(axis, shape.len()))?;
+        let axis =
+            positive_axis(axis, shape.len() + 1).filter(|_| axis >= 0).or_else(|| positive_axis(axis, shape.len()))?;
         let part = |dims: &[Dim]| match dims {
             [one] => one.clone(),
             many => product(many).map_or(Dim::Unknown, Dim::Known),
@@ -83,7 +85,9 @@ pub(super) fn unsqueeze(call: &Call<'_>) -> Vec<TensorType> {
         let n_axes = call.constant_ints(1)?.len();
         let axes = axes_of(call, 1, shape.len() + n_axes)?;
         let mut old = shape.into_iter();
-        (0..old.len() + n_axes).map(|axis| if axes.contains(&axis) { Some(Dim::Known(1)) } else { old.next() }).collect()
+        (0..old.len() + n_axes)
+            .map(|axis| if axes.contains(&axis) { Some(Dim::Known(1)) } else { old.next() })
+            .collect()
     });
     typed(call, shape)
 }
@@ -189,12 +193,11 @@ pub(super) fn gather_nd(call: &Call<'_>) -> Vec<TensorType> {
 
 pub(super) fn expand(call: &Call<'_>) -> Vec<TensorType> {
     let shape = call.shape(0).and_then(|input| {
-        let wanted: Vec<Dim> = match call.constant_ints(1) {
-            Some(wanted) => wanted.iter().map(|&n| usize::try_from(n).map_or(Dim::Unknown, Dim::Known)).collect(),
-            None => {
-                let rank = vector_length(call, 1)?.max(input.len());
-                return Some(vec![Dim::Unknown; rank]);
-            }
+        let wanted: Vec<Dim> = if let Some(wanted) = call.constant_ints(1) {
+            wanted.iter().map(|&n| usize::try_from(n).map_or(Dim::Unknown, Dim::Known)).collect()
+        } else {
+            let rank = vector_length(call, 1)?.max(input.len());
+            return Some(vec![Dim::Unknown; rank]);
         };
         broadcast_shapes(&input, &wanted)
     });
@@ -229,9 +232,12 @@ fn padded(call: &Call<'_>, shape: &[Dim]) -> Option<Vec<Dim>> {
     }
     let mut shape = shape.to_vec();
     for (index, &axis) in axes.iter().enumerate() {
-        let extent = shape[axis].known().and_then(|dim| {
-            i64::try_from(dim).ok()?.checked_add(pads[index])?.checked_add(pads[index + axes.len()])
-        });
+        if pads[index] == 0 && pads[index + axes.len()] == 0 {
+            continue;
+        }
+        let extent = shape[axis]
+            .known()
+            .and_then(|dim| i64::try_from(dim).ok()?.checked_add(pads[index])?.checked_add(pads[index + axes.len()]));
         shape[axis] = extent.and_then(|n| usize::try_from(n).ok()).map_or(Dim::Unknown, Dim::Known);
     }
     Some(shape)
@@ -239,7 +245,8 @@ fn padded(call: &Call<'_>, shape: &[Dim]) -> Option<Vec<Dim>> {
 
 pub(super) fn resize(call: &Call<'_>) -> Vec<TensorType> {
     let shape = call.shape(0).map(|shape| {
-        let sizes = call.constant_ints(3).filter(|sizes| sizes.len() == shape.len() && call.node.ints("axes").is_none());
+        let sizes =
+            call.constant_ints(3).filter(|sizes| sizes.len() == shape.len() && call.node.ints("axes").is_none());
         let kept = call.node.text("keep_aspect_ratio_policy", "stretch") == "stretch";
         match sizes.filter(|_| kept) {
             Some(sizes) => sizes.iter().map(|&n| usize::try_from(n).map_or(Dim::Unknown, Dim::Known)).collect(),
@@ -264,7 +271,7 @@ fn scaled(call: &Call<'_>, shape: &[Dim]) -> Option<Vec<Dim>> {
 }
 
 pub(super) fn depth_to_space(call: &Call<'_>) -> Vec<TensorType> {
-    typed(call, block_move(call, |c, area| c.checked_div(area), usize::checked_mul))
+    typed(call, block_move(call, usize::checked_div, usize::checked_mul))
 }
 
 pub(super) fn space_to_depth(call: &Call<'_>) -> Vec<TensorType> {

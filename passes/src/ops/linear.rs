@@ -10,13 +10,13 @@ pub struct Linear {
     pub activation: u16,
     /// The input that carries the weight, a constant.
     pub weight: u16,
-    /// The axis of the weight that runs over output channels; for a grouped ConvTranspose, within one group.
+    /// The axis of the weight that runs over output channels; for a grouped `ConvTranspose`, within one group.
     pub out_axis: usize,
     /// The input that carries the bias, where the operator has one and it is there.
     pub bias: Option<u16>,
 }
 
-/// The roles of the inputs of `node`, when it is Conv, ConvTranspose, MatMul or Gemm and one operand is constant.
+/// The roles of the inputs of `node`, when it is Conv, `ConvTranspose`, `MatMul` or Gemm and one operand is constant.
 pub fn linear(graph: &Graph, node: NodeId) -> Option<Linear> {
     let node = graph.node(node)?;
     if !node.op.domain.is_empty() {
@@ -28,13 +28,12 @@ pub fn linear(graph: &Graph, node: NodeId) -> Option<Linear> {
     match &*node.op.name {
         "Conv" if constant(1)?.shape().len() >= 3 => right(0, bias),
         "ConvTranspose" if constant(1)?.shape().len() >= 3 => right(1, bias),
-        "Gemm" if constant(1).is_some_and(|w| w.shape().len() == 2) => right(usize::from(!transposed(node, "transB")), bias),
-        "Gemm" if constant(0).is_some_and(|w| w.shape().len() == 2) => Some(Linear {
-            activation: 1,
-            weight: 0,
-            out_axis: usize::from(transposed(node, "transA")),
-            bias,
-        }),
+        "Gemm" if constant(1).is_some_and(|w| w.shape().len() == 2) => {
+            right(usize::from(!transposed(node, "transB")), bias)
+        }
+        "Gemm" if constant(0).is_some_and(|w| w.shape().len() == 2) => {
+            Some(Linear { activation: 1, weight: 0, out_axis: usize::from(transposed(node, "transA")), bias })
+        }
         "MatMul" => match (constant(0).map(|w| w.shape().len()), constant(1).map(|w| w.shape().len())) {
             (None, Some(rank)) if rank >= 2 => right(rank - 1, None),
             (Some(rank), None) if rank >= 2 => {

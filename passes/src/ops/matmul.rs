@@ -4,7 +4,7 @@ use super::{Call, elementwise::broadcast_shapes};
 use crate::ir::{Dim, TensorType};
 use crate::tensor::DType;
 
-/// NumPy's `matmul`, rank-1 operands included.
+/// `NumPy`'s `matmul`, rank-1 operands included.
 pub(super) fn matmul(call: &Call<'_>) -> Vec<TensorType> {
     vec![TensorType::new(call.dtype(0).or(call.dtype(1)), product_shape(call))]
 }

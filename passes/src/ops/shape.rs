@@ -22,7 +22,7 @@ pub(crate) fn shape_range(node: &crate::ir::Node, rank: usize) -> std::ops::Rang
         usize::try_from(at.clamp(0, rank)).unwrap_or(0)
     };
     let start = clamp(node.int("start", 0));
-    let end = node.attrs.contains_key("end").then(|| clamp(node.int("end", 0))).unwrap_or(rank);
+    let end = if node.attrs.contains_key("end") { clamp(node.int("end", 0)) } else { rank };
     start..end.max(start)
 }
 
@@ -52,7 +52,10 @@ pub(super) fn range(call: &Call<'_>) -> Vec<TensorType> {
 pub(super) fn one_hot(call: &Call<'_>) -> Vec<TensorType> {
     let shape = call.shape(0).and_then(|mut shape| {
         let axis = positive_axis(call.node.int("axis", -1), shape.len() + 1)?;
-        let depth = call.constant(1).and_then(|t| t.single_integer()).and_then(|n| usize::try_from(n).ok());
+        let depth = call
+            .constant(1)
+            .and_then(super::super::tensor::Tensor::single_integer)
+            .and_then(|n| usize::try_from(n).ok());
         shape.insert(axis, depth.map_or(Dim::Unknown, Dim::Known));
         Some(shape)
     });

@@ -97,7 +97,11 @@ impl Parser<'_> {
     fn peek(&mut self) -> Option<char> {
         loop {
             match self.text.get(self.at) {
-                Some('#') => while self.text.get(self.at).is_some_and(|c| *c != '\n') { self.at += 1 },
+                Some('#') => {
+                    while self.text.get(self.at).is_some_and(|c| *c != '\n') {
+                        self.at += 1;
+                    }
+                }
                 Some(c) if c.is_whitespace() => self.at += 1,
                 other => return other.copied(),
             }

@@ -27,7 +27,9 @@ pub(super) const ENTRY: PassEntry = PassEntry {
     info: &INFO,
     build: |options| match options.text("method", "nearest") {
         "nearest" => Ok(Box::new(Round)),
-        other => Err(OptionError { option: "method".into(), problem: format!("`{other}` is unknown; there is nearest") }),
+        other => {
+            Err(OptionError { option: "method".into(), problem: format!("`{other}` is unknown; there is nearest") })
+        }
     },
 };
 
@@ -52,7 +54,9 @@ impl Pass for Round {
             let (tensor, encoding) = model.graph().constant(*value).zip(model.plan().encoding(*site))?;
             let name = &model.graph().value(*value).name;
             let values = tensor.floats()?;
-            Some(encoding.encode(&values, tensor.shape()).map_err(|e| PassError::Model(format!("tensor `{name}`: {e}"))))
+            Some(
+                encoding.encode(&values, tensor.shape()).map_err(|e| PassError::Model(format!("tensor `{name}`: {e}"))),
+            )
         });
         let mut shared: Vec<(ValueId, Site, Arc<crate::tensor::Tensor>)> = Vec::new();
         for ((site, value), codes) in open.into_iter().zip(rounded) {

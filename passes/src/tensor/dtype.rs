@@ -108,10 +108,7 @@ impl DType {
 
     /// An integer type of whole bytes.
     pub fn is_integer(self) -> bool {
-        matches!(
-            self,
-            Self::U8 | Self::I8 | Self::U16 | Self::I16 | Self::I32 | Self::I64 | Self::U32 | Self::U64
-        )
+        matches!(self, Self::U8 | Self::I8 | Self::U16 | Self::I16 | Self::I32 | Self::I64 | Self::U32 | Self::U64)
     }
 }
 

@@ -59,6 +59,12 @@ struct Parser {
     meta: Metadata,
 }
 
+/// One line of a graph.
+enum Statement {
+    Constant(Name, Arc<Tensor>),
+    Node(Node),
+}
+
 type Parsed<T> = Result<T, ParseError>;
 
 impl Parser {
@@ -171,7 +177,12 @@ impl Parser {
         let outputs = self.list('(', ')', Self::typed_value)?;
         self.expect('{')?;
         while !self.eat('}') {
-            self.statement(&mut builder, depth)?;
+            let start = self.at;
+            let statement = self.statement(&mut builder, depth)?;
+            Self::add(&mut builder, statement).map_err(|problem| {
+                self.at = start;
+                self.fail(problem)
+            })?;
         }
         for (name, ty) in outputs {
             let id = builder.output(&name);
@@ -182,22 +193,31 @@ impl Parser {
         Ok(builder)
     }
 
-    fn statement(&mut self, builder: &mut Builder, depth: usize) -> Parsed<()> {
+    /// Adds a statement that was read; what the builder says becomes an error at the start of the statement.
+    fn add(builder: &mut Builder, statement: Statement) -> Result<(), String> {
+        match statement {
+            Statement::Constant(name, tensor) => builder.constant(&name, tensor).map(|_| ()),
+            Statement::Node(node) => builder.node(node).map(|_| ()),
+        }
+        .map_err(|e| e.to_string())
+    }
+
+    fn statement(&mut self, builder: &mut Builder, depth: usize) -> Parsed<Statement> {
         let outputs = self.values(builder)?;
         self.expect('=')?;
         if self.eat_word("const") {
             let tensor = Arc::new(self.tensor()?);
             let [Some(output)] = outputs[..] else { return Err(self.fail("a constant has one name")) };
             let name = Arc::clone(&builder.get(output).name);
-            builder.constant(&name, tensor).map_err(|e| self.fail(e.to_string()))?;
-            return Ok(());
+            return Ok(Statement::Constant(name, tensor));
         }
         let word = self.word()?;
         let (domain, op) = word.split_once("::").unwrap_or(("", &word));
         let opset = self.meta.opsets.get(domain).copied().unwrap_or(1);
         let op = OpKey { domain: domain.into(), name: op.into(), opset };
         self.expect('(')?;
-        let inputs = if self.eat(')') { Vec::new() } else { self.values(builder).and_then(|v| self.expect(')').map(|()| v))? };
+        let inputs =
+            if self.eat(')') { Vec::new() } else { self.values(builder).and_then(|v| self.expect(')').map(|()| v))? };
         let (mut attrs, mut bodies) = (Attrs::new(), Vec::new());
         if self.peek() == Some(&Token::Mark('{')) {
             self.list('{', '}', |parser| parser.attribute(builder, depth, &mut attrs, &mut bodies))?;
@@ -210,9 +230,7 @@ impl Parser {
             }
             _ => "".into(),
         };
-        let node = Node { name, op, inputs, outputs, attrs, bodies, notes: None };
-        builder.node(node).map_err(|e| self.fail(e.to_string()))?;
-        Ok(())
+        Ok(Statement::Node(Node { name, op, inputs, outputs, attrs, bodies, notes: None }))
     }
 
     /// `%a, _, %b`
@@ -231,7 +249,13 @@ impl Parser {
         }
     }
 
-    fn attribute(&mut self, outer: &mut Builder, depth: usize, attrs: &mut Attrs, bodies: &mut Vec<Body>) -> Parsed<()> {
+    fn attribute(
+        &mut self,
+        outer: &mut Builder,
+        depth: usize,
+        attrs: &mut Attrs,
+        bodies: &mut Vec<Body>,
+    ) -> Parsed<()> {
         let name: Name = self.word()?.into();
         self.expect('=')?;
         if matches!(self.peek(), Some(Token::Word(word)) if word == "graph") {
@@ -271,9 +295,13 @@ impl Parser {
         Ok(if all(|a| matches!(a, Attr::Float(_))) {
             Attr::Floats(items.iter().filter_map(|a| if let Attr::Float(v) = a { Some(*v) } else { None }).collect())
         } else if all(|a| matches!(a, Attr::String(_))) {
-            Attr::Strings(items.into_iter().filter_map(|a| if let Attr::String(v) = a { Some(v) } else { None }).collect())
+            Attr::Strings(
+                items.into_iter().filter_map(|a| if let Attr::String(v) = a { Some(v) } else { None }).collect(),
+            )
         } else if all(|a| matches!(a, Attr::Tensor(_))) {
-            Attr::Tensors(items.into_iter().filter_map(|a| if let Attr::Tensor(v) = a { Some(v) } else { None }).collect())
+            Attr::Tensors(
+                items.into_iter().filter_map(|a| if let Attr::Tensor(v) = a { Some(v) } else { None }).collect(),
+            )
         } else if items.iter().all(|a| matches!(a, Attr::Int(_))) {
             Attr::Ints(items.iter().filter_map(|a| if let Attr::Int(v) = a { Some(*v) } else { None }).collect())
         } else {
@@ -304,7 +332,7 @@ impl Parser {
     /// What follows `const`: a type and a payload.
     fn tensor(&mut self) -> Parsed<Tensor> {
         let dtype = self.dtype()?;
-        let shape = self.list('[', ']', |parser| parser.number::<usize>())?;
+        let shape = self.list('[', ']', Parser::number::<usize>)?;
         let elements = count(&shape).filter(|&n| n <= MAX_ELEMENTS);
         let elements = elements.ok_or_else(|| self.fail("this constant is too large"))?;
         if self.eat_word("splat") {

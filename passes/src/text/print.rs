@@ -37,7 +37,9 @@ pub fn plan(model: &Model) -> String {
         let grid = encoding.grid.info().about.name;
         let _ = write!(text, "  {place}: {grid} ");
         let _ = match (encoding.granularity, &*encoding.scale, &*encoding.zero_point) {
-            (crate::encoding::Granularity::Tensor, [scale], [zero]) => write!(text, "per-tensor, scale {scale:.6e}, zero {zero}"),
+            (crate::encoding::Granularity::Tensor, [scale], [zero]) => {
+                write!(text, "per-tensor, scale {scale:.6e}, zero {zero}")
+            }
             (granularity, scale, _) => {
                 let (low, high) = scale.iter().fold((f32::MAX, 0.0_f32), |(a, b), &s| (a.min(s), b.max(s)));
                 write!(text, "{granularity:?}, {} scales {low:.6e} to {high:.6e}", scale.len())
@@ -55,7 +57,11 @@ pub fn plan(model: &Model) -> String {
 /// `sigil` and the name, quoted where it has to be.
 fn name(text: &str, sigil: char) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_./:-".contains(c);
-    if !text.is_empty() && text.chars().all(plain) { format!("{sigil}{text}") } else { format!("{sigil}{}", quoted(text)) }
+    if !text.is_empty() && text.chars().all(plain) {
+        format!("{sigil}{text}")
+    } else {
+        format!("{sigil}{}", quoted(text))
+    }
 }
 
 fn quoted(text: &str) -> String {
@@ -114,7 +120,11 @@ fn print_node(text: &mut String, graph: &Graph, node: &Node, names: &mut BTreeSe
         let shown = ids.iter().map(|id| id.map_or_else(|| "_".to_owned(), |id| value(graph, id)));
         shown.collect::<Vec<_>>().join(", ")
     };
-    let op = if node.op.domain.is_empty() { node.op.name.to_string() } else { format!("{}::{}", node.op.domain, node.op.name) };
+    let op = if node.op.domain.is_empty() {
+        node.op.name.to_string()
+    } else {
+        format!("{}::{}", node.op.domain, node.op.name)
+    };
     let _ = write!(text, "{} = {op}({})", refs(&node.outputs), refs(&node.inputs));
     let mut attrs: Vec<(&str, String)> = node.attrs.iter().map(|(key, attr)| (&**key, attribute(attr))).collect();
     for body in &node.bodies {
@@ -184,7 +194,11 @@ fn payload(tensor: &Tensor) -> String {
         return all(strings.iter().map(|s| quoted(&String::from_utf8_lossy(s))));
     }
     match tensor.dtype() {
-        DType::F32 => all(tensor.floats().unwrap_or_default().iter().map(|v| if v.is_nan() { "nan".into() } else { format!("{v}") })),
+        DType::F32 => all(tensor
+            .floats()
+            .unwrap_or_default()
+            .iter()
+            .map(|v| if v.is_nan() { "nan".into() } else { format!("{v}") })),
         DType::F64 => all(tensor.values::<f64>().unwrap_or_default().iter()),
         DType::Bool => all(tensor.bytes().iter().map(|b| *b != 0)),
         DType::U64 => all(tensor.values::<u64>().unwrap_or_default().iter()),

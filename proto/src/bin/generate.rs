@@ -2,9 +2,6 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = protox::compile(["proto/onnx.proto"], ["proto"])?;
-    prost_build::Config::new()
-        .bytes([".onnx.TensorProto.raw_data"])
-        .out_dir("proto/src/gen")
-        .compile_fds(files)?;
+    prost_build::Config::new().bytes([".onnx.TensorProto.raw_data"]).out_dir("proto/src/gen").compile_fds(files)?;
     Ok(())
 }

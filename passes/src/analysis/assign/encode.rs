@@ -46,7 +46,8 @@ pub(super) fn encode(
     for &(value, shares) in &selection.written {
         is_written[value.index()] = true;
         if let Some(source) = shares {
-            by_value[value.index()] = by_value[source.index()].clone();
+            let shared = by_value[source.index()].clone();
+            by_value[value.index()] = shared;
         }
         if let Some(encoding) = &by_value[value.index()] {
             note_dead(model, value, patch);
@@ -90,7 +91,10 @@ fn activation(sketch: &Sketch, observer: &dyn Observer) -> Encoding {
 }
 
 /// Scale and zero point that map `range` onto the codes from `low` to `high`; scale 1 for a range without extent.
-#[expect(clippy::cast_possible_truncation, reason = "a zero point between the ends of the grid; a scale rounded to f32")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a zero point between the ends of the grid; a scale rounded to f32"
+)]
 fn affine(range: (f64, f64), low: f64, high: f64) -> (f32, i32) {
     let (from, to) = (range.0.min(0.0), range.1.max(0.0));
     let scale = (to - from) / (high - low);
@@ -141,7 +145,8 @@ fn parameters(model: &Model, id: NodeId, by_value: &[Option<Encoding>], how: Wei
         // Exactly the f32 product: runtimes check it, or ignore what is stored and use it.
         let products = weight_scales.iter().map(|&s| input_scale as f32 * s).collect();
         let axis = bias.shape().len().saturating_sub(1);
-        edits.push(Edit::Encode { site: Site::Use { node: id, input }, encoding: per_channel(int32(), axis, products) });
+        edits
+            .push(Edit::Encode { site: Site::Use { node: id, input }, encoding: per_channel(int32(), axis, products) });
     }
     let note = (raised > 0).then(|| {
         let message = format!("the weight scale of {raised} channels was raised so that their bias fits 32 bits");
@@ -206,7 +211,8 @@ fn least_squares_scale(channel: &[f32], widest: f64) -> f64 {
 fn raise_for_bias(scales: &mut [f64], bias: &[f32], input_scale: f64) -> usize {
     let mut raised = 0;
     for (scale, &bias) in scales.iter_mut().zip(bias) {
-        let least = (f64::from(bias).abs() / (input_scale * BIAS_LIMIT)).max(f64::from(f32::MIN_POSITIVE) / input_scale);
+        let least =
+            (f64::from(bias).abs() / (input_scale * BIAS_LIMIT)).max(f64::from(f32::MIN_POSITIVE) / input_scale);
         if *scale < least {
             *scale = least;
             raised += 1;

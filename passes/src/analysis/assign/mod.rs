@@ -36,7 +36,8 @@ crate::declare_pass! {
     }
 }
 
-pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |options| Ok(Box::new(AssignEncodings::new(options)?)) };
+pub(super) const ENTRY: PassEntry =
+    PassEntry { info: &INFO, build: |options| Ok(Box::new(AssignEncodings::new(options)?)) };
 
 /// See [`INFO`].
 #[derive(Debug)]

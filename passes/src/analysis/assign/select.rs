@@ -81,9 +81,7 @@ pub(super) fn activations(graph: &Graph, id: NodeId, node: &Node) -> Vec<u16> {
         "Concat" | "Sum" | "Min" | "Max" => node.inputs.len(),
         _ => 1,
     };
-    let is_activation = |&input: &u16| {
-        node.input(input.into()).is_some_and(|value| graph.constant(value).is_none())
-    };
+    let is_activation = |&input: &u16| node.input(input.into()).is_some_and(|value| graph.constant(value).is_none());
     (0..u16::try_from(data_inputs).unwrap_or(u16::MAX)).filter(is_activation).collect()
 }
 
@@ -148,7 +146,8 @@ impl Selector<'_> {
                 unseen.map(|value| format!("its input `{}` was never seen in calibration", graph.value(*value).name))
             })
         } else {
-            let constants = node.inputs.iter().flatten().any(|v| graph.constant(*v).is_some_and(|c| c.dtype() == DType::F32));
+            let constants =
+                node.inputs.iter().flatten().any(|v| graph.constant(*v).is_some_and(|c| c.dtype() == DType::F32));
             (constants && matches!(&*node.op.name, "Add" | "Mul" | "Concat"))
                 .then(|| "one operand is a constant: it is as cheap in float and loses nothing".into())
         }
@@ -189,7 +188,9 @@ impl Selector<'_> {
         let bias = roles.bias?;
         let channels = weight.shape()[roles.out_axis];
         match graph.constant_input(node, bias.into()) {
-            Some(bias) if bias.dtype() == DType::F32 && bias.len() == channels && bias.shape().last() == Some(&channels) => {
+            Some(bias)
+                if bias.dtype() == DType::F32 && bias.len() == channels && bias.shape().last() == Some(&channels) =>
+            {
                 (!is_finite(bias)).then(|| "its bias has NaN or infinite values".into())
             }
             Some(_) => Some("its bias is not one number per output channel".into()),
@@ -256,7 +257,10 @@ impl Selector<'_> {
             for (id, node) in self.graph().nodes() {
                 let on_codes = verdicts.get(&id).is_some_and(|v| v.as_ref().is_ok_and(|r| r.when == When::OnCodes));
                 if on_codes && !self.reads_codes(id, node, &written) {
-                    verdicts.insert(id, Err(("its inputs are float: quantizing it would cost more than it saves".into(), false)));
+                    verdicts.insert(
+                        id,
+                        Err(("its inputs are float: quantizing it would cost more than it saves".into(), false)),
+                    );
                     fell = true;
                 }
             }
@@ -276,7 +280,12 @@ impl Selector<'_> {
             .collect()
     }
 
-    fn feeds_quantized(&self, id: NodeId, rule: &Rule, verdicts: &BTreeMap<NodeId, Result<Rule, (String, bool)>>) -> bool {
+    fn feeds_quantized(
+        &self,
+        id: NodeId,
+        rule: &Rule,
+        verdicts: &BTreeMap<NodeId, Result<Rule, (String, bool)>>,
+    ) -> bool {
         let Some(output) = self.graph().node(id).and_then(|node| node.output(0)) else { return false };
         let end = end_of_group(self.graph(), &self.users, rule, output);
         self.users.of_value(end).iter().any(|user| match user {
@@ -343,7 +352,8 @@ impl Selector<'_> {
             && readers.iter().all(|user| match user {
                 User::Input { node, input } => {
                     let quantized = verdicts.get(node).is_some_and(Result::is_ok);
-                    quantized && self.graph().node(*node).is_some_and(|n| activations(self.graph(), *node, n).contains(input))
+                    quantized
+                        && self.graph().node(*node).is_some_and(|n| activations(self.graph(), *node, n).contains(input))
                 }
                 User::Capture { .. } | User::Output => false,
             })

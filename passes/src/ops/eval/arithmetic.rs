@@ -52,9 +52,7 @@ pub(super) fn cast(node: &Node, tensor: &Tensor) -> Result<Tensor, EvalError> {
     match (numbers(tensor)?, to) {
         (Numbers::Int(values), DType::F32) => Ok(Tensor::of(shape, values.iter().map(|&v| v as f32).collect())),
         (Numbers::Int(values), to) => from_ints(to, shape, values),
-        (Numbers::Float(values), DType::Bool) => {
-            made(to, shape, values.iter().map(|&v| u8::from(v != 0.0)).collect())
-        }
+        (Numbers::Float(values), DType::Bool) => made(to, shape, values.iter().map(|&v| u8::from(v != 0.0)).collect()),
         // Out of range, runtimes differ: only what every one agrees on is folded.
         (Numbers::Float(values), DType::I64 | DType::I32) if values.iter().all(|v| v.abs() < 2_147_483_000.0) => {
             from_ints(to, shape, values.iter().map(|&v| v as i64).collect())
@@ -178,7 +176,7 @@ pub(super) fn select(condition: &Tensor, yes: &Tensor, no: &Tensor) -> Result<Te
     let chosen = condition.integers().ok_or(EvalError::NoRule)?;
     let width = yes.dtype().bits() as usize / 8;
     let (branches, pairs) = broadcast(yes, no, yes.dtype(), |i, j| (i, j))?;
-    let all = Tensor::of(branches, (0..pairs.len() as i64).collect());
+    let all = Tensor::of(branches, vec![0_u8; pairs.len()]);
     let (shape, bytes) = broadcast(condition, &all, yes.dtype(), |c, at| {
         let (i, j) = pairs[at];
         let (source, at) = if chosen[c] != 0 { (yes, i) } else { (no, j) };

@@ -197,8 +197,7 @@ pub(super) fn slice(inputs: &Inputs<'_>) -> Result<Tensor, EvalError> {
         None => (0..starts.len()).collect(),
     };
     let steps = optional(inputs, 4).map_or_else(|| Ok(vec![1; starts.len()]), |steps| ints(steps))?;
-    let mut bounds: Vec<Bounds> =
-        tensor.shape().iter().map(|&dim| Bounds { start: 0, step: 1, count: dim }).collect();
+    let mut bounds: Vec<Bounds> = tensor.shape().iter().map(|&dim| Bounds { start: 0, step: 1, count: dim }).collect();
     for (i, &axis) in axes.iter().enumerate() {
         let at = |list: &[i64]| list.get(i).copied().ok_or(BAD_SHAPE);
         let extent = *tensor.shape().get(axis).ok_or(BAD_AXIS)?;
@@ -224,8 +223,7 @@ pub(super) fn gather(node: &Node, tensor: &Tensor, indices: &Tensor) -> Result<T
     let n_index_axes = indices.shape().len();
     let index_strides = strides(indices.shape());
     let strides = strides(tensor.shape());
-    let shape: Vec<usize> =
-        [&tensor.shape()[..axis], indices.shape(), &tensor.shape()[axis + 1..]].concat();
+    let shape: Vec<usize> = [&tensor.shape()[..axis], indices.shape(), &tensor.shape()[axis + 1..]].concat();
     pick(tensor, shape, |index| {
         let which: usize = (0..n_index_axes).map(|a| index[axis + a] * index_strides[a]).sum();
         let before: usize = (0..axis).map(|a| index[a] * strides[a]).sum();
@@ -234,7 +232,7 @@ pub(super) fn gather(node: &Node, tensor: &Tensor, indices: &Tensor) -> Result<T
     })
 }
 
-/// The common shape of two, by NumPy's rule.
+/// The common shape of two, by `NumPy`'s rule.
 pub(super) fn common_shape(a: &[usize], b: &[usize]) -> Result<Vec<usize>, EvalError> {
     let rank = a.len().max(b.len());
     let at = |shape: &[usize], axis: usize| (axis + shape.len()).checked_sub(rank).map_or(1, |axis| shape[axis]);
@@ -275,12 +273,11 @@ pub(super) fn split(node: &Node, tensor: &Tensor, sizes: Option<&Arc<Tensor>>) -
     let axis = positive_axis(node.int("axis", 0), tensor.shape().len()).ok_or(BAD_AXIS)?;
     let extent = tensor.shape()[axis];
     let n_outputs = node.outputs.len();
-    let sizes = match sizes {
-        Some(sizes) => dims(&ints(sizes)?)?,
-        None => {
-            let chunk = extent.div_ceil(n_outputs.max(1));
-            (0..n_outputs).map(|i| chunk.min(extent.saturating_sub(chunk * i))).collect()
-        }
+    let sizes = if let Some(sizes) = sizes {
+        dims(&ints(sizes)?)?
+    } else {
+        let chunk = extent.div_ceil(n_outputs.max(1));
+        (0..n_outputs).map(|i| chunk.min(extent.saturating_sub(chunk * i))).collect()
     };
     if sizes.len() != n_outputs || sizes.iter().try_fold(0_usize, |n, &s| n.checked_add(s)) != Some(extent) {
         return Err(BAD_SHAPE);

@@ -1,0 +1,189 @@
+//! The command line: what it prints, what it refuses, and how it exits.
+
+use super::{fixture, quantized, text, tool, tool_ok};
+
+fn refused(args: &[&str], code: i32, wanted: &[&str]) {
+    let output = tool(args);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {error}");
+    for part in wanted {
+        assert!(error.contains(part), "{args:?} should say `{part}`: {error}");
+    }
+}
+
+#[test]
+fn quantize_says_what_it_did() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("q.onnx");
+    let report = folder.path().join("report.json");
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let args = ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--report", text(&report)];
+    let summary = tool_ok(&args);
+    for part in ["Conv", "worst layers", "verified   read back as planned", "memory", "again      onnx-quant quantize"]
+    {
+        assert!(summary.contains(part), "{part}: {summary}");
+    }
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    assert_eq!(json["verify"]["passed"], true);
+    assert_eq!(json["totals"]["kept_float"], 0);
+    assert!(json["fidelity"]["sqnr_db"].as_f64().unwrap() > 30.0);
+    assert!(json["output"]["bytes"].as_u64().unwrap() * 3 < json["input"]["bytes"].as_u64().unwrap());
+    assert!(
+        json["layers"].as_array().unwrap().iter().any(|l| l["op"] == "Conv" && l["weight"]["granularity"] == "axis 0")
+    );
+}
+
+#[test]
+fn json_goes_to_standard_output_alone() {
+    let (model, data) = (fixture("models/digits-mobilenet.onnx"), fixture("data/digits"));
+    let out = tool_ok(&["quantize", text(&model), "--data", text(&data), "--dry-run", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(json["version"], 1);
+    assert_eq!(json["verify"], serde_json::Value::Null);
+    assert!(!model.with_extension("q.onnx").exists(), "a dry run writes nothing");
+}
+
+#[test]
+fn what_stays_in_float_has_a_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let out = folder.path().join("q.onnx");
+    let base = ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--keep-float", "*Gemm*"];
+    let output = tool(&[&base[..], &["--no-fallback", "--json"]].concat());
+    assert_eq!(output.status.code(), Some(1), "a fallback breaks the budget");
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let gemm = json["layers"].as_array().unwrap().iter().find(|l| l["op"] == "Gemm").unwrap();
+    assert!(gemm["kept_float"].as_bool().unwrap() && gemm["reason"].as_str().unwrap().contains("--keep-float"));
+}
+
+#[test]
+fn bad_requests_are_refused_before_any_work() {
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let (model, data) = (text(&model), text(&data));
+    refused(&["quantize", model], 2, &["--data"]);
+    refused(&["quantize", model, "--data", data, "--target", "abacus"], 3, &["ort-cpu"]);
+    refused(&["quantize", model, "--data", data, "--scheme", "w4a4"], 3, &["w8a8"]);
+    refused(&["quantize", model, "--data", data, "--keep-float", "nothing-like-it*"], 2, &["matches no node"]);
+    refused(&["quantize", model, "--data", data, "--executor", "magic"], 2, &["tract"]);
+    refused(&["quantize", model, "--data", data, "-o", model], 2, &["never touched"]);
+    refused(&["quantize", model, "--data", data, "--max-memory", "1M"], 4, &["too little"]);
+    refused(&["quantize", "no-such-model.onnx", "--data", data], 2, &["no-such-model.onnx"]);
+    refused(&["quantize", model, "--data", data, "-o", "/no/such/folder/q.onnx"], 4, &["cannot write"]);
+    refused(&["opt", model, "--pipeline", "calibrat"], 2, &["did you mean `calibrate`"]);
+    refused(&["explain", "percentil"], 2, &["did you mean `percentile`"]);
+    refused(&["frobnicate"], 2, &["Usage"]);
+}
+
+#[test]
+fn samples_that_do_not_fit_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = fixture("models/digits-resnet.onnx");
+    let write = |name: &str, array: &[u8]| std::fs::write(folder.path().join(name), array).unwrap();
+    let npy = |descr: &str, shape: &str, data: &[u8]| {
+        let mut header = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}");
+        while (header.len() + 11) % 64 != 0 {
+            header.push(' ');
+        }
+        header.push('\n');
+        let mut file = b"\x93NUMPY\x01\x00".to_vec();
+        file.extend(u16::try_from(header.len()).unwrap().to_le_bytes());
+        file.extend(header.bytes());
+        file.extend(data);
+        file
+    };
+    let run = |name: &str, wanted: &[&str]| {
+        let path = folder.path().join(name);
+        refused(&["quantize", text(&model), "--data", text(&path), "-o", "/dev/null/x"], 2, wanted);
+    };
+    let floats = |n: usize, last: f32| {
+        let mut data: Vec<u8> = std::iter::repeat_n(0.5_f32.to_le_bytes(), n - 1).flatten().collect();
+        data.extend(last.to_le_bytes());
+        data
+    };
+    write("shape.npy", &npy("<f4", "(1, 1, 27, 28)", &floats(27 * 28, 0.5)));
+    run("shape.npy", &["[1, 1, 27, 28]", "f32[batch,1,28,28]"]);
+    write("nan.npy", &npy("<f4", "(2, 1, 28, 28)", &floats(2 * 28 * 28, f32::NAN)));
+    run("nan.npy", &["NaN", "sample 1", "`input`"]);
+    write("type.npy", &npy("|u1", "(1, 1, 28, 28)", &[7; 784]));
+    run("type.npy", &["u8", "f32"]);
+    write("short.npy", &npy("<f4", "(1, 1, 28, 28)", &[0; 12]));
+    run("short.npy", &["short.npy"]);
+    write("lies.npy", &npy("<f4", "(999999999, 999999999, 28, 28)", &[0; 12]));
+    run("lies.npy", &["lies.npy"]);
+    write("pickle.npy", &npy("|O", "(1,)", b"cos\nsystem\n"));
+    run("pickle.npy", &["never loaded"]);
+    write("garbage.npz", b"this is no archive");
+    run("garbage.npz", &["garbage.npz"]);
+    std::fs::create_dir(folder.path().join("empty")).unwrap();
+    run("empty", &["there are no"]);
+    run("absent", &["cannot be read"]);
+}
+
+#[test]
+fn statistics_can_be_measured_in_parts() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let model = fixture("models/digits-mobilenet.onnx");
+    let data = fixture("data/digits");
+    for (part, files) in [("a", ["00.npz", "01.npz"]), ("b", ["02.npz", "03.npz"])] {
+        std::fs::create_dir(folder.path().join(part)).unwrap();
+        for file in files {
+            std::fs::copy(data.join(file), folder.path().join(part).join(file)).unwrap();
+        }
+        tool_ok(&[
+            "stats",
+            text(&model),
+            "--data",
+            &at(part),
+            "-o",
+            &at(&format!("{part}.json")),
+            "--progress",
+            "none",
+        ]);
+    }
+    tool_ok(&["stats", text(&model), "--data", text(&data), "-o", &at("whole.json"), "--progress", "none"]);
+    tool_ok(&["stats", "merge", &at("b.json"), &at("a.json"), "-o", &at("merged.json")]);
+    assert_eq!(std::fs::read(at("merged.json")).unwrap(), std::fs::read(at("whole.json")).unwrap());
+    tool_ok(&["quantize", text(&model), "--stats", &at("merged.json"), "-o", &at("s.onnx"), "--progress", "none"]);
+    tool_ok(&["quantize", text(&model), "--data", text(&data), "-o", &at("d.onnx"), "--progress", "none"]);
+    assert_eq!(std::fs::read(at("s.onnx")).unwrap(), std::fs::read(at("d.onnx")).unwrap());
+    std::fs::write(at("bad.json"), "{\"version\":1,\"samples\":1,\"tensors\":{\"input\":{\"min_bits\":0,\"max_bits\":0,\"buckets\":[[99999999,1]]}}}").unwrap();
+    refused(&["quantize", text(&model), "--stats", &at("bad.json"), "-o", &at("x.onnx")], 2, &["contradicts itself"]);
+}
+
+#[test]
+fn compare_finds_the_worst_layer_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = quantized(folder.path(), &[]);
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let json = tool_ok(&["compare", text(&model), text(&out), "--data", text(&data), "--json", "--progress", "none"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let rows = json["layers"].as_array().unwrap();
+    let db: Vec<f64> = rows.iter().map(|row| row["sqnr_db"].as_f64().unwrap_or(f64::INFINITY)).collect();
+    assert!(rows.len() > 10 && db.windows(2).all(|pair| pair[0] <= pair[1]), "{db:?}");
+    assert!(db[0] > 20.0, "{db:?}");
+}
+
+#[test]
+fn text_and_onnx_are_two_forms_of_one_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let case = fixture("passes/drop-dead/captured.oq");
+    tool_ok(&["cat", text(&case), "--to", "onnx", "-o", &at("m.onnx")]);
+    let there = tool_ok(&["cat", &at("m.onnx")]);
+    std::fs::write(at("again.oq"), &there).unwrap();
+    assert_eq!(tool_ok(&["cat", &at("again.oq")]), there);
+    assert!(there.contains("then_branch=graph"), "{there}");
+}
+
+#[test]
+fn the_catalogue_can_be_read() {
+    for kind in ["passes", "roundings", "observers", "formats", "targets", "recipes", "executors", "codes"] {
+        assert!(!tool_ok(&["list", kind]).is_empty(), "{kind}");
+    }
+    assert!(tool_ok(&["explain", "OQ4001"]).contains("stays in float"));
+    assert!(tool_ok(&["explain", "fold-batch-norm"]).contains("1712.05877"));
+    assert!(tool_ok(&["explain", "ort-cpu"]).contains("assign-encodings"));
+    assert!(tool_ok(&["completions", "bash"]).contains("onnx-quant"));
+    assert!(tool_ok(&["inspect", text(&fixture("models/digits-resnet.onnx"))]).contains("opset 17"));
+}
