@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use globset::Glob;
 use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::exec::{Executor, Progress};
-use passes::id::ValueId;
 use passes::ir::Graph;
 use passes::model::Model;
 use passes::pass::{PassContext, PassError, PassManager, Pipeline, RunError, Trace, nearest};
@@ -344,7 +343,7 @@ fn context<'a>(
         target: request.target,
         executor,
         dataset: dataset.map(|d| d as &dyn passes::exec::Dataset),
-        wishes: std::collections::BTreeSet::<ValueId>::new(),
+        wishes: std::collections::BTreeSet::new(),
         keep_float,
         threads: request.threads,
         tap_budget: tap_budget(request)?,

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use passes::model::{Edit, Model, Patch, Statistic};
-use passes::observe::Sketch;
+use passes::observe::{Means, Sketch};
 use serde::{Deserialize, Serialize};
 
 use crate::driver::Error;
@@ -27,6 +27,33 @@ pub struct StatsFile {
     pub samples: u64,
     /// By tensor name.
     pub tensors: BTreeMap<String, Distribution>,
+    /// Channel means, by tensor name.
+    #[serde(default)]
+    pub means: BTreeMap<String, ChannelMeans>,
+}
+
+/// The channel means of one tensor.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChannelMeans {
+    /// The axis that the channels lie on.
+    pub axis: usize,
+    /// Values per channel.
+    pub count: u64,
+    /// Sums in units of 2^-60, in decimal: JSON numbers would lose digits.
+    pub sums: Vec<String>,
+}
+
+impl ChannelMeans {
+    fn of(means: &Means) -> Self {
+        let (axis, sums, count) = means.to_parts();
+        Self { axis, count, sums: sums.iter().map(ToString::to_string).collect() }
+    }
+
+    fn means(&self) -> Option<Means> {
+        let sums: Option<Vec<i128>> = self.sums.iter().map(|sum| sum.parse().ok()).collect();
+        Means::from_parts(self.axis, sums?, self.count)
+    }
 }
 
 /// One tensor's distribution. The ends are bit patterns of f32, so that nothing is lost in text.
@@ -53,10 +80,19 @@ impl Distribution {
 }
 
 impl StatsFile {
-    /// The statistics of `sketches`, named, over `samples` samples.
-    pub fn of(samples: u64, sketches: impl Iterator<Item = (String, Sketch)>) -> Self {
-        let tensors = sketches.map(|(name, sketch)| (name, Distribution::of(&sketch))).collect();
-        Self { version: VERSION, samples, tensors }
+    /// What was measured on `model`, over `samples` samples.
+    pub fn of(samples: u64, model: &Model) -> Self {
+        let mut file = Self { version: VERSION, samples, ..Self::default() };
+        for id in model.stats().values() {
+            let name = model.graph().value(id).name.to_string();
+            if let Some(sketch) = model.stats().distribution(id) {
+                file.tensors.insert(name.clone(), Distribution::of(sketch));
+            }
+            if let Some(means) = model.stats().means(id) {
+                file.means.insert(name, ChannelMeans::of(means));
+            }
+        }
+        file
     }
 
     /// Reads the file at `path`.
@@ -106,6 +142,17 @@ impl StatsFile {
             };
             self.tensors.insert(name, joined);
         }
+        for (name, theirs) in other.means {
+            let joined = match self.means.get(&name) {
+                None => theirs,
+                Some(mine) => {
+                    let (mut a, b) = mine.means().zip(theirs.means()).ok_or_else(|| bad(&name))?;
+                    a.merge(&b);
+                    ChannelMeans::of(&a)
+                }
+            };
+            self.means.insert(name, joined);
+        }
         Ok(self)
     }
 }
@@ -124,6 +171,11 @@ pub fn attach(mut model: Model, path: &Path) -> Result<Model, Error> {
             let sketch =
                 sketch.ok_or_else(|| Error::Input(format!("the distribution of `{name}` contradicts itself")))?;
             patch.edit(Edit::Record { value: id, statistic: Statistic::Distribution(Arc::new(sketch)) });
+        }
+        if let Some(means) = file.means.get(&**name) {
+            let means = means.means();
+            let means = means.ok_or_else(|| Error::Input(format!("the means of `{name}` contradict themselves")))?;
+            patch.edit(Edit::Record { value: id, statistic: Statistic::Means(Arc::new(means)) });
         }
     }
     if patch.is_empty() {

@@ -1,7 +1,7 @@
 //! Every pass: the stages' tables, joined in the order of the manual.
 
 use crate::pass::PassEntry;
-use crate::{analysis, calibrate, normalize, rounding};
+use crate::{analysis, calibrate, correct, normalize, rounding};
 
 /// Every table of passes.
 pub static STAGES: &[(&str, &[PassEntry])] = &[
@@ -9,6 +9,7 @@ pub static STAGES: &[(&str, &[PassEntry])] = &[
     ("calibrate", calibrate::PASSES),
     ("analysis", analysis::PASSES),
     ("rounding", rounding::PASSES),
+    ("correct", correct::PASSES),
 ];
 
 /// Every pass, in the order of the manual.

@@ -4,7 +4,7 @@
 //! what was decided about it ([`model::Plan`]). A [`pass::Pass`] is a pure function from a model to a
 //! [`model::Patch`]; [`pass::PassManager`] applies patches and checks them. [`simulate`] runs a plan, [`lower`] spells it.
 //!
-//! Stages, in the order a model meets them: [`normalize`], [`calibrate`], [`analysis`], [`rounding`], [`lower`]. They do
+//! Stages, in the order a model meets them: [`normalize`], [`calibrate`], [`analysis`], [`rounding`], [`correct`], [`lower`]. They do
 //! not use one another; they meet in the model.
 //!
 //! This crate does not read, write, print, or ask for the time; it knows no protobuf and no named target.
@@ -13,6 +13,7 @@ pub mod about;
 pub mod analysis;
 pub mod calibrate;
 pub mod catalogue;
+pub mod correct;
 pub mod diag;
 pub mod encoding;
 pub mod exec;

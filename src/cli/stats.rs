@@ -95,11 +95,7 @@ fn measure(args: &Args) -> Result<Ended, Error> {
         progress: &progress,
     };
     let (model, _) = PassManager::default().run(&pipeline, model, &mut cx)?;
-    let measured = model.stats().values().filter_map(|id| {
-        let sketch = model.stats().distribution(id)?.clone();
-        Some((model.graph().value(id).name.to_string(), sketch))
-    });
-    let file = StatsFile::of(dataset.len() as u64, measured);
+    let file = StatsFile::of(dataset.len() as u64, &model);
     file.write(output)?;
     eprint(&format!("{} samples, {} tensors in {}\n", file.samples, file.tensors.len(), output.display()));
     Ok(Ended::Done)

@@ -73,7 +73,10 @@ impl Target for OrtCpu {
             Goal::Fast => ("min-max", "min-max"),
             Goal::Balanced | Goal::Best => ("mse", "min-max"),
         };
-        format!("{NORMALIZE},\ncalibrate, assign-encodings{{observer={observer}, weights={weights}}}, round").into()
+        format!(
+            "{NORMALIZE},\ncalibrate, assign-encodings{{observer={observer}, weights={weights}}}, round, correct-bias"
+        )
+        .into()
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {

@@ -6,8 +6,8 @@ use onnx_quant::{dataset, exec, targets};
 use passes::exec::{Dataset, Silent};
 use passes::id::{Site, ValueId};
 use passes::ir::walk;
-use passes::model::Model;
-use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::model::{Model, Statistic};
+use passes::pass::{PassContext, PassManager, Pipeline, Wish};
 use passes::simulate::Simulation;
 use passes::target::{Goal, KeepFloat};
 
@@ -91,12 +91,17 @@ fn onnx_runtime_measures_what_the_others_measure() {
     let imported = onnx_quant::import::file(&fixture("models/digits-mobilenet.onnx")).unwrap();
     let graph = imported.model.graph();
     let data = dataset::Files::open(&fixture("data/digits"), dataset::Slot::of(graph), None, Some(8)).unwrap();
-    let wanted: Vec<_> = graph.nodes().flat_map(|(_, node)| node.outputs.iter().flatten().copied()).collect();
+    let wanted: Vec<_> = graph
+        .nodes()
+        .flat_map(|(_, node)| node.outputs.iter().flatten().copied())
+        .map(|v| (v, Wish::Distribution))
+        .collect();
     let [a, b] = ["rten", "ort"].map(|name| {
         let executor = (exec::find(name).unwrap().build)(&imported.model.meta).unwrap();
         passes::calibrate::collect(graph, &wanted, executor.as_ref(), &data, 2, 1 << 28, &Silent).unwrap()
     });
     for (a, b) in a.iter().zip(&b) {
+        let (Statistic::Distribution(a), Statistic::Distribution(b)) = (a, b) else { panic!("distributions") };
         let size = a.max().abs().max(a.min().abs());
         assert!((a.max() - b.max()).abs() <= 1e-4 * size && (a.min() - b.min()).abs() <= 1e-4 * size, "{a:?} {b:?}");
     }

@@ -2,7 +2,8 @@
 
 use onnx_quant::{dataset, exec, targets, verify};
 use passes::exec::{Dataset, Silent};
-use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::model::Statistic;
+use passes::pass::{PassContext, PassManager, Pipeline, Wish};
 use passes::target::{Goal, KeepFloat};
 
 use super::fixture;
@@ -64,7 +65,11 @@ fn executors_agree() {
     let imported = onnx_quant::import::file(&fixture("models/digits-resnet.onnx")).unwrap();
     let graph = imported.model.graph();
     let data = dataset::Files::open(&fixture("data/digits"), dataset::Slot::of(graph), None, Some(16)).unwrap();
-    let wanted: Vec<_> = graph.nodes().flat_map(|(_, node)| node.outputs.iter().flatten().copied()).collect();
+    let wanted: Vec<_> = graph
+        .nodes()
+        .flat_map(|(_, node)| node.outputs.iter().flatten().copied())
+        .map(|v| (v, Wish::Distribution))
+        .collect();
     let measured: Vec<_> = ["rten", "tract", "auto"]
         .iter()
         .map(|name| {
@@ -74,6 +79,7 @@ fn executors_agree() {
         .collect();
     for other in &measured[1..] {
         for (a, b) in measured[0].iter().zip(other) {
+            let (Statistic::Distribution(a), Statistic::Distribution(b)) = (a, b) else { panic!("distributions") };
             let size = a.max().abs().max(a.min().abs());
             assert!((a.max() - b.max()).abs() <= 1e-4 * size, "{a:?} {b:?}");
             assert!((a.min() - b.min()).abs() <= 1e-4 * size, "{a:?} {b:?}");

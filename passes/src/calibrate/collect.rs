@@ -8,8 +8,8 @@ use crate::exec::{Dataset, Executor, Progress};
 use crate::id::ValueId;
 use crate::ir::{Dim, Graph, TensorType, Type};
 use crate::model::{Edit, Model, Patch, Plan, Statistic};
-use crate::observe::Sketch;
-use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo};
+use crate::observe::{Means, Sketch};
+use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::simulate::Simulation;
 use crate::tensor::Tensor;
 use crate::{ops, parallel};
@@ -44,17 +44,22 @@ impl Pass for Calibrate {
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         let mut patch = Patch::on(model);
-        let wanted: Vec<ValueId> =
-            cx.wishes.iter().copied().filter(|v| model.stats().distribution(*v).is_none()).collect();
+        let open = |(value, wish): &(ValueId, Wish)| match wish {
+            Wish::Distribution => model.stats().distribution(*value).is_none(),
+            Wish::Means { .. } => model.stats().means(*value).is_none(),
+        };
+        let wanted: Vec<(ValueId, Wish)> = cx.wishes.iter().copied().filter(open).collect();
         if wanted.is_empty() {
             return Ok(patch);
         }
         let dataset = cx.dataset.filter(|d| !d.is_empty()).ok_or(PassError::NoData)?;
-        let sketches = collect(model.graph(), &wanted, cx.executor, dataset, cx.threads, cx.tap_budget, cx.progress)?;
-        for (value, sketch) in wanted.into_iter().zip(sketches) {
-            note_oddities(model, value, &sketch, &mut patch);
+        let measured = collect(model.graph(), &wanted, cx.executor, dataset, cx.threads, cx.tap_budget, cx.progress)?;
+        for ((value, _), statistic) in wanted.into_iter().zip(measured) {
+            if let Statistic::Distribution(sketch) = &statistic {
+                note_oddities(model, value, sketch, &mut patch);
+            }
             patch.count("measured", 1);
-            patch.edit(Edit::Record { value, statistic: Statistic::Distribution(Arc::new(sketch)) });
+            patch.edit(Edit::Record { value, statistic });
         }
         Ok(patch)
     }
@@ -79,32 +84,75 @@ fn note_oddities(model: &Model, value: ValueId, sketch: &Sketch, patch: &mut Pat
 /// What can go wrong while collecting.
 pub type CollectError = PassError;
 
-/// The distributions of `wanted`, in their order, over all samples.
+/// A statistic in the making.
+#[derive(Clone)]
+enum Gauge {
+    Distribution(Sketch),
+    Means(Means),
+}
+
+impl Gauge {
+    fn for_wish(wish: Wish) -> Self {
+        match wish {
+            Wish::Distribution => Self::Distribution(Sketch::default()),
+            Wish::Means { axis } => Self::Means(Means::along(axis)),
+        }
+    }
+
+    fn see(&mut self, values: &[f32], shape: &[usize]) {
+        match self {
+            Self::Distribution(sketch) => sketch.see(values),
+            Self::Means(means) => means.see(values, shape),
+        }
+    }
+
+    fn merge(&mut self, other: &Self) {
+        match (self, other) {
+            (Self::Distribution(mine), Self::Distribution(theirs)) => mine.merge(theirs),
+            (Self::Means(mine), Self::Means(theirs)) => mine.merge(theirs),
+            _ => unreachable!("every worker gauges the same wishes in the same order"),
+        }
+    }
+
+    fn finish(self) -> Statistic {
+        match self {
+            Self::Distribution(sketch) => Statistic::Distribution(Arc::new(sketch)),
+            Self::Means(means) => Statistic::Means(Arc::new(means)),
+        }
+    }
+}
+
+/// What is wished for of `wanted`, in their order, over all samples.
 ///
 /// # Errors
 /// [`PassError`] when a sample or the executor fails, or the user interrupts.
 pub fn collect(
     graph: &Graph,
-    wanted: &[ValueId],
+    wanted: &[(ValueId, Wish)],
     executor: &dyn Executor,
     dataset: &dyn Dataset,
     threads: usize,
     tap_budget: usize,
     progress: &dyn Progress,
-) -> Result<Vec<Sketch>, CollectError> {
-    let groups = tap_groups(graph, wanted, &dataset.sample(0)?, tap_budget / threads.max(1));
+) -> Result<Vec<Statistic>, CollectError> {
+    let mut values: Vec<ValueId> = wanted.iter().map(|(value, _)| *value).collect();
+    values.dedup();
+    let groups = tap_groups(graph, &values, &dataset.sample(0)?, tap_budget / threads.max(1));
     progress.begin("calibrate", (groups.len() * dataset.len()) as u64);
-    let mut sketches = Vec::with_capacity(wanted.len());
+    let mut finished = Vec::with_capacity(wanted.len());
     for group in groups {
         let simulation = Simulation::prepare(graph, &Plan::default(), executor, &group)?;
-        let start = || vec![Sketch::default(); group.len()];
-        let states = parallel::workers(threads, dataset.len(), start, |sketches, index| {
+        let gauges_of = |value: ValueId| -> Vec<Gauge> {
+            wanted.iter().filter(|(v, _)| *v == value).map(|(_, wish)| Gauge::for_wish(*wish)).collect()
+        };
+        let start = || -> Vec<Vec<Gauge>> { group.iter().map(|value| gauges_of(*value)).collect() };
+        let states = parallel::workers(threads, dataset.len(), start, |gauges, index| {
             if progress.cancelled() {
                 return Err(PassError::Interrupted);
             }
             simulation.run_with(&dataset.sample(index)?, &mut |at, tensor| {
                 if let Some(values) = tensor.values::<f32>() {
-                    sketches[at].see(&values);
+                    gauges[at].iter_mut().for_each(|gauge| gauge.see(&values, tensor.shape()));
                 }
             })?;
             progress.step();
@@ -113,12 +161,13 @@ pub fn collect(
         let mut states = states.into_iter();
         let mut merged = states.next().unwrap_or_else(start);
         for state in states {
-            merged.iter_mut().zip(&state).for_each(|(into, from)| into.merge(from));
+            let pairs = merged.iter_mut().flatten().zip(state.iter().flatten());
+            pairs.for_each(|(into, from)| into.merge(from));
         }
-        sketches.extend(merged);
+        finished.extend(merged.into_iter().flatten().map(Gauge::finish));
     }
     progress.end();
-    Ok(sketches)
+    Ok(finished)
 }
 
 /// `wanted` cut into groups whose tensors, for one sample like `sample`, take at most `budget` bytes together (or are

@@ -266,7 +266,7 @@ impl Model {
                 Edit::Encode { site, encoding } => drop(self.plan.encodings.insert(site, encoding)),
                 Edit::Round { site, codes } => drop(self.plan.codes.insert(site, codes)),
                 Edit::Decide { node, decision } => drop(self.plan.decisions.insert(node, decision)),
-                Edit::Record { value, statistic } => drop(self.stats.by_value.insert(value, statistic)),
+                Edit::Record { value, statistic } => self.stats.record(value, statistic),
                 _ => {}
             }
         }

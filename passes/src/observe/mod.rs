@@ -3,11 +3,13 @@
 //! Calibration keeps one [`Sketch`] per tensor, whatever the number of samples; every observer is a function of it.
 
 mod entropy;
+mod means;
 mod min_max;
 mod mse;
 mod percentile;
 mod sketch;
 
+pub use means::Means;
 pub use sketch::{Bucket, Sketch};
 
 use std::fmt::Debug;

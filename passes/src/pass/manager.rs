@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Facts, Fidelity, Pass, PassContext, PassError, PassInfo, Pipeline, Step};
+use super::{Facts, Fidelity, Pass, PassContext, PassError, PassInfo, Pipeline, Step, Wish};
 use crate::diag::Diagnostic;
 use crate::id::ValueId;
 use crate::ir::check::CheckError;
@@ -220,7 +220,7 @@ impl PassManager<'_> {
 }
 
 /// What the passes of `steps`, up to the next that measures, want measured.
-fn wishes(steps: &[Step], model: &Model, cx: &PassContext<'_>) -> BTreeSet<ValueId> {
+fn wishes(steps: &[Step], model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
     steps
         .iter()
         .flat_map(|step| match step {

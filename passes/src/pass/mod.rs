@@ -26,8 +26,8 @@ use crate::target::{KeepFloat, Target};
 pub trait Pass: Debug + Send + Sync {
     /// Name, documentation, facts.
     fn info(&self) -> &'static PassInfo;
-    /// The tensors whose distribution this pass will read; the nearest earlier `calibrate` measures them.
-    fn wishes(&self, _model: &Model, _cx: &PassContext<'_>) -> BTreeSet<ValueId> {
+    /// What this pass will read of which tensors; the nearest earlier `calibrate` measures it.
+    fn wishes(&self, _model: &Model, _cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
         BTreeSet::new()
     }
     /// The patch that does the work. An empty patch says that nothing is left to do.
@@ -35,6 +35,18 @@ pub trait Pass: Debug + Send + Sync {
     /// # Errors
     /// [`PassError`] for reasons in the model, the data or the executor.
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError>;
+}
+
+/// What a pass wants measured of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wish {
+    /// The distribution of all its values.
+    Distribution,
+    /// The mean of every index of this axis.
+    Means {
+        /// Counted from the front.
+        axis: usize,
+    },
 }
 
 /// What a pass says about itself.
@@ -74,7 +86,7 @@ pub struct PassContext<'a> {
     /// Calibration samples; `None` when none were given.
     pub dataset: Option<&'a dyn Dataset>,
     /// What later passes want measured; the manager fills it in.
-    pub wishes: BTreeSet<ValueId>,
+    pub wishes: BTreeSet<(ValueId, Wish)>,
     /// What stays in float because the user said so.
     pub keep_float: &'a KeepFloat,
     /// Worker threads.

@@ -10,7 +10,7 @@ use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::id::ValueId;
 use crate::model::{Decision, Edit, Model, Patch};
 use crate::observe;
-use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
+use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 
 crate::declare_pass! {
     /// Decides which nodes run on codes and how each of their tensors is written.
@@ -70,8 +70,9 @@ impl Pass for AssignEncodings {
         &INFO
     }
 
-    fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<ValueId> {
-        select::wishes(model.graph(), cx.target)
+    fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
+        let values = select::wishes(model.graph(), cx.target);
+        values.into_iter().map(|value| (value, Wish::Distribution)).collect()
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {

@@ -1,0 +1,8 @@
+//! Passes that correct what rounding left.
+
+mod correct_bias;
+
+use crate::pass::PassEntry;
+
+/// Order is the order of the manual, not of the pipeline.
+pub static PASSES: &[PassEntry] = &[correct_bias::ENTRY];
