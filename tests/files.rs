@@ -1,6 +1,6 @@
 //! One test per file under `fixtures/`: a pass over a graph in text form, and graphs that must be refused.
 
-#![allow(missing_docs, reason = "test binary")]
+#![allow(missing_docs, clippy::needless_pass_by_value, reason = "test binary; the harness hands texts over by value")]
 
 use std::path::Path;
 
@@ -46,7 +46,8 @@ fn run(path: &Path, source: &str) -> Result<String, Box<dyn std::error::Error>> 
     let counts: Vec<String> = record.counts.iter().map(|(what, n)| format!("{what} {n}")).collect();
     let mut out = format!("rounds {} (last one empty)   {}\n", record.rounds, counts.join("   "));
     for note in &trace.notes {
-        out += &format!("{note}\n");
+        out.push_str(&note.to_string());
+        out.push('\n');
     }
     out += &text::graph(&model);
     if !model.plan().is_empty() {

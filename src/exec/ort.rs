@@ -109,7 +109,9 @@ fn value_of(tensor: &Tensor) -> Result<DynValue, String> {
     macro_rules! typed {
         ($rust:ty) => {{
             let values = tensor.values::<$rust>().unwrap_or_default().into_owned();
-            OrtTensor::from_array((tensor.shape().to_vec(), values)).map(|v| v.into_dyn()).map_err(|e| e.to_string())
+            OrtTensor::from_array((tensor.shape().to_vec(), values))
+                .map(ort::value::Value::into_dyn)
+                .map_err(|e| e.to_string())
         }};
     }
     match tensor.dtype() {
@@ -125,7 +127,9 @@ fn value_of(tensor: &Tensor) -> Result<DynValue, String> {
         DType::U64 => typed!(u64),
         DType::Bool => {
             let values: Vec<bool> = tensor.bytes().iter().map(|&b| b != 0).collect();
-            OrtTensor::from_array((tensor.shape().to_vec(), values)).map(|v| v.into_dyn()).map_err(|e| e.to_string())
+            OrtTensor::from_array((tensor.shape().to_vec(), values))
+                .map(ort::value::Value::into_dyn)
+                .map_err(|e| e.to_string())
         }
         other => Err(format!("element type {} is not supported here", other.name())),
     }

@@ -69,7 +69,7 @@ fn onnx_runtime_computes_what_we_simulate() {
             let inside: Vec<ValueId> = given.iter().map(|v| result_of(*v)).collect();
             let part = walk::extract(&lowered, &inside, &[result_of(*value)]);
             let mut part_feeds: Vec<_> = given.iter().map(|v| simulated[v].clone()).collect();
-            part_feeds.extend(feeds.iter().cloned().take(part.inputs().len() - part_feeds.len()));
+            part_feeds.extend(feeds.iter().take(part.inputs().len() - part_feeds.len()).cloned());
             let session = ort.prepare(&part).unwrap();
             let got = session.run(&part_feeds).unwrap().remove(0);
             let (got, want) = (got.floats().unwrap(), simulated[value].floats().unwrap());
