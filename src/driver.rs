@@ -216,6 +216,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     finish(staged, verdict.as_ref())?;
     notes.extend(verdict.iter().flat_map(|v| v.findings.iter().cloned()));
     notes.extend(outcome_notes(&sizes, fidelity.as_ref()));
+    notes.extend(body_notes(model.graph()));
     notes.sort_by_key(|note| std::cmp::Reverse(note.severity));
     let n_samples = samples.map_or(0, passes::exec::Dataset::len);
     let (executor, stages) = (executor.describe(), clock.stages);
@@ -386,6 +387,20 @@ fn outcome_notes(sizes: &Sizes, fidelity: Option<&Fidelity>) -> Vec<Diagnostic> 
         notes.push(Diagnostic::new(diag::LOW_FIDELITY, Severity::Warning, Place::Model, message).help(help));
     }
     notes
+}
+
+/// What is inside the bodies of `If`, `Loop` and `Scan` is carried, not quantized: say how much that is.
+fn body_notes(graph: &Graph) -> Vec<Diagnostic> {
+    fn inside(node: &passes::ir::Node) -> usize {
+        node.bodies.iter().map(|body| body.graph.nodes().map(|(_, node)| 1 + inside(node)).sum::<usize>()).sum()
+    }
+    let note = |node: &passes::ir::Node| {
+        let n = inside(node);
+        let message =
+            format!("the {n} nodes in its bodies stay in float: this version does not quantize inside bodies");
+        (n > 0).then(|| Diagnostic::new(diag::KEPT_FLOAT, Severity::Warning, Place::Node(node.name.clone()), message))
+    };
+    graph.nodes().filter_map(|(_, node)| note(node)).collect()
 }
 
 /// Charges the time of passes to stages as users know them.

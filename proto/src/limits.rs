@@ -23,16 +23,18 @@ pub fn count_elements(name: &str, dims: &[i64]) -> Result<u64, DecodeError> {
     if dims.len() > MAX_RANK {
         return Err(DecodeError::tensor(name, format!("rank {} is over the limit of {MAX_RANK}", dims.len())));
     }
-    // A zero anywhere makes the tensor empty, but the other dimensions must still be sane.
+    // A zero anywhere makes the tensor empty, but the product of the other dimensions must still be sane.
     let mut count: u64 = 1;
+    let mut empty = false;
     for (axis, &dim) in dims.iter().enumerate() {
         let dim = u64::try_from(dim)
             .map_err(|_| DecodeError::tensor(name, format!("dimension {axis} is negative ({dim})")))?;
+        empty |= dim == 0;
         count = count
-            .checked_mul(dim)
+            .checked_mul(dim.max(1))
             .ok_or_else(|| DecodeError::tensor(name, format!("the product of dimensions {dims:?} overflows")))?;
     }
-    Ok(count)
+    Ok(if empty { 0 } else { count })
 }
 
 /// The bytes that `elements` values of `bits` bits take when packed densely, rounded up to whole bytes.
@@ -57,6 +59,7 @@ mod tests {
         assert!(count_elements("w", &[i64::MAX, 3]).is_err());
         assert!(count_elements("w", &[1; 65]).is_err());
         assert_eq!(count_elements("w", &[0, 7]).ok(), Some(0));
+        assert!(count_elements("w", &[0, i64::MAX, i64::MAX]).is_err());
         assert!(payload_bytes("w", u64::MAX, 32).is_err());
         assert_eq!(payload_bytes("w", 3, 4).ok(), Some(2));
     }

@@ -187,3 +187,65 @@ fn the_catalogue_can_be_read() {
     assert!(tool_ok(&["completions", "bash"]).contains("onnx-quant"));
     assert!(tool_ok(&["inspect", text(&fixture("models/digits-resnet.onnx"))]).contains("opset 17"));
 }
+
+/// The digits as pictures give the same statistics as the digits as arrays: only the form differs.
+#[test]
+fn pictures_are_samples_too() {
+    use passes::exec::Dataset as _;
+    let folder = tempfile::tempdir().unwrap();
+    let model = fixture("models/digits-resnet.onnx");
+    let imported = onnx_quant::import::file(&model).unwrap();
+    let slots = onnx_quant::dataset::Slot::of(imported.model.graph());
+    let data = onnx_quant::dataset::Files::open(&fixture("data/digits"), slots.clone(), None, Some(12)).unwrap();
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "pixels between 0 and 255")]
+    for index in 0..12 {
+        let pixels: Vec<u8> =
+            data.sample(index).unwrap()[0].floats().unwrap().iter().map(|v| (v * 255.0).round() as u8).collect();
+        let picture = image::GrayImage::from_raw(28, 28, pixels).unwrap();
+        picture.save(folder.path().join(format!("{index:02}.png"))).unwrap();
+    }
+    let options = "mean=0,std=1".parse().unwrap();
+    let pictures = onnx_quant::dataset::Files::open(folder.path(), slots, Some(options), None).unwrap();
+    assert_eq!(pictures.len(), 12);
+    for index in 0..12 {
+        let (a, b) = (pictures.sample(index).unwrap(), data.sample(index).unwrap());
+        let near = a[0].floats().unwrap().iter().zip(b[0].floats().unwrap().iter()).all(|(a, b)| (a - b).abs() < 1e-6);
+        assert!(near && a[0].shape() == b[0].shape(), "picture {index}");
+    }
+    refused(&["quantize", text(&model), "--data", text(folder.path()), "-o", "/dev/null/x"], 2, &["--image"]);
+    refused(
+        &["quantize", text(&model), "--data", text(folder.path()), "--image", "blur=1"],
+        2,
+        &["none of mean, std, size"],
+    );
+}
+
+/// Ctrl-C in the middle of calibration: exit 130, nothing written, nothing left behind.
+#[test]
+fn an_interrupted_run_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let samples = 20_000_usize;
+    let bytes = samples * 784 * 4;
+    let header =
+        format!("{{\"input\":{{\"dtype\":\"F32\",\"shape\":[{samples},1,28,28],\"data_offsets\":[0,{bytes}]}}}}");
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.bytes());
+    file.resize(file.len() + bytes, 0);
+    let data = folder.path().join("many.safetensors");
+    std::fs::write(&data, file).unwrap();
+    let out = folder.path().join("q.onnx");
+    let model = fixture("models/digits-resnet.onnx");
+    let args =
+        ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--threads", "1", "--progress", "none"];
+    let child = std::process::Command::new(env!("CARGO_BIN_EXE_onnx-quant"))
+        .args(args)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn();
+    let mut child = child.unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let sent = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "only the samples are there");
+}

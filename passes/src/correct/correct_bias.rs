@@ -134,6 +134,9 @@ fn output_shift(
     }
 }
 
+/// Strides, paddings and extents from here on are not worth the exact count, and could overflow it.
+const MAX_GEOMETRY: i64 = 1 << 20;
+
 /// Per kernel tap, the share of output positions at which it reads the input rather than padding.
 fn coverage(graph: &crate::ir::Graph, node: &Node, kernel: &[usize]) -> Vec<f64> {
     let extents = node.input(0).and_then(|value| graph.value(value).ty.tensor()?.shape.clone());
@@ -145,6 +148,11 @@ fn coverage(graph: &crate::ir::Graph, node: &Node, kernel: &[usize]) -> Vec<f64>
         let extent = extents.as_ref().and_then(|s| s.get(axis + 2)?.known()).and_then(|n| i64::try_from(n).ok());
         let (stride, dilation) = (list("strides", axis, 1).max(1), list("dilations", axis, 1));
         let (begin, end) = (list("pads", axis, 0), list("pads", axis + kernel.len(), 0));
+        let sane = |v: &i64| (0..MAX_GEOMETRY).contains(v);
+        if ![stride, dilation, begin, end, extent.unwrap_or(0)].iter().all(sane) || size >= 1 << 20 {
+            taps = taps.iter().flat_map(|t| std::iter::repeat_n(*t, size)).collect();
+            continue;
+        }
         let reach = dilation * (i64::try_from(size).unwrap_or(1) - 1) + 1;
         let along: Vec<f64> = (0_i64..)
             .take(size)

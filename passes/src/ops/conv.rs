@@ -40,7 +40,8 @@ impl Window {
         }
         // A window that would start in the padding at the end is dropped.
         let steps = room.div_ceil(self.stride);
-        Some(if steps * self.stride >= extent + self.pads.0 { steps } else { steps + 1 })
+        let starts_in_padding = steps.checked_mul(self.stride)? >= extent.checked_add(self.pads.0)?;
+        Some(if starts_in_padding { steps } else { steps + 1 })
     }
 }
 

@@ -41,9 +41,11 @@ pub struct TensorError {
     found: usize,
 }
 
-/// The number of elements of `shape`, or `None` on overflow.
+/// The number of elements of `shape`, or `None` on overflow. Zeros do not excuse the rest: the product of the other
+/// dimensions must fit too, so that every partial product does.
 pub fn count(shape: &[usize]) -> Option<usize> {
-    shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d))
+    let rest = shape.iter().filter(|&&d| d != 0).try_fold(1_usize, |n, &d| n.checked_mul(d))?;
+    Some(if shape.contains(&0) { 0 } else { rest })
 }
 
 impl Tensor {
@@ -228,6 +230,7 @@ mod tests {
     fn a_payload_must_fit_its_shape() {
         assert!(Tensor::new(DType::F32, vec![2], Bytes::from_static(&[0; 4])).is_err());
         assert!(Tensor::new(DType::F32, vec![usize::MAX, 2], Bytes::new()).is_err());
+        assert!(Tensor::new(DType::F32, vec![0, usize::MAX, 2], Bytes::new()).is_err());
         assert!(Tensor::new(DType::I4, vec![3], Bytes::from_static(&[0xe1, 0x07])).is_ok());
     }
 
