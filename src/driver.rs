@@ -169,6 +169,9 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     check_request(request)?;
     let imported = import::file(&request.input).map_err(Error::input)?;
     let (mut notes, input_opset, external) = (imported.notes, imported.opset, imported.external);
+    if let Some(output) = &request.output {
+        guard_inputs(output, &request.input, &external)?;
+    }
     let slots = Slot::of(imported.model.graph());
     let keep_float = keep_float(&request.keep_float, imported.model.graph())?;
     let text = pipeline_text(request);
@@ -181,21 +184,25 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     clock.lap("data");
     let mut cx = context(request, executor.as_ref(), dataset.as_ref(), &keep_float, progress)?;
     let mut manager = PassManager::new(vec![Box::new(StageTimes::new(&mut clock))], false);
-    let model = match &request.stats {
-        Some(path) => stats::attach(imported.model, path)?,
-        None => imported.model,
-    };
-    let (model, mut trace) = manager.run(&pipeline, model, &mut cx)?;
+    // Statistics go by the names that tensors have once the graph is plain.
+    let (plain, rest) = pipeline.split_at_calibration();
+    let (mut model, mut trace) = manager.run(&plain, imported.model, &mut cx)?;
+    if let Some(path) = &request.stats {
+        model = stats::attach(model, path)?;
+    }
+    let (model, more) = manager.run(&rest, model, &mut cx)?;
+    trace.steps.extend(more.steps);
+    trace.notes.extend(more.notes);
     drop(manager);
     notes.append(&mut trace.notes);
     let lowered = request.target.lower(&model).map_err(|e| Error::Target(e.to_string()))?;
     notes.extend(lowered.notes.iter().cloned());
     let file = output_name(request);
-    let options = Emit { external: external.then(|| format!("{file}.data")) };
+    let options = Emit { external: (!external.is_empty()).then(|| format!("{file}.data")) };
     let artifact = emit::model(&lowered.graph, &lowered.meta, &options, &file);
     drop(lowered);
     let mut sizes = Sizes {
-        input_bytes: input_bytes(&request.input, &model),
+        input_bytes: input_bytes(&request.input, &external),
         input_opset,
         output_bytes: artifact.bytes(),
         output_opset: model.meta.opset(),
@@ -213,6 +220,9 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let path = staged.as_ref().map(Staged::path);
     let (verdict, fidelity) = on_a_worker(|| check(path.as_deref(), &model, &mut cx, &mut clock))?;
     let samples = dataset.as_ref().map(|d| d as &dyn passes::exec::Dataset);
+    if progress.cancelled() {
+        return Err(Error::Interrupted);
+    }
     finish(staged, verdict.as_ref())?;
     notes.extend(verdict.iter().flat_map(|v| v.findings.iter().cloned()));
     notes.extend(outcome_notes(&sizes, fidelity.as_ref()));
@@ -260,19 +270,33 @@ fn check_request(request: &Request) -> Result<(), Error> {
             "target `{name}` takes scheme w8a8 so far; the nearest to what you asked is w8a8"
         )));
     }
-    if let Some(output) = &request.output {
-        let same = output.canonicalize().ok().zip(request.input.canonicalize().ok()).is_some_and(|(a, b)| a == b);
-        if same {
-            return Err(Error::Input("the output is the input: the input is never touched; choose another -o".into()));
-        }
-        if output.is_dir() {
-            return Err(Error::Input(format!("the output `{}` is a folder; name a file", output.display())));
-        }
+    if let Some(output) = request.output.as_ref().filter(|output| output.is_dir()) {
+        return Err(Error::Input(format!("the output `{}` is a folder; name a file", output.display())));
     }
     if request.data.is_none() && request.stats.is_none() && request.pipeline.is_none() {
         return Err(Error::Input(
             "scheme w8a8 needs calibration samples: pass a folder or file with --data, or measured statistics with --stats".into(),
         ));
+    }
+    Ok(())
+}
+
+/// Refuses an output that would replace the input model at `input` or one of its external files.
+///
+/// # Errors
+/// [`Error::Input`] names the file.
+pub(crate) fn guard_inputs(output: &Path, input: &Path, external: &[PathBuf]) -> Result<(), Error> {
+    let mut data = output.as_os_str().to_owned();
+    data.push(".data");
+    for written in [output, Path::new(&data)] {
+        let Ok(written) = written.canonicalize() else { continue };
+        let read = std::iter::once(input).chain(external.iter().map(PathBuf::as_path));
+        if read.filter_map(|path| path.canonicalize().ok()).any(|path| path == written) {
+            let name = written.display();
+            return Err(Error::Input(format!(
+                "writing `{name}` would replace the input, which is never touched: choose another -o"
+            )));
+        }
     }
     Ok(())
 }
@@ -370,9 +394,10 @@ pub(crate) fn tap_budget(request: &Request) -> Result<usize, Error> {
     Ok(usize::try_from(left / 2).unwrap_or(usize::MAX))
 }
 
-fn input_bytes(path: &Path, model: &Model) -> u64 {
-    let main = std::fs::metadata(path).map_or(0, |data| data.len());
-    main.max(model.graph().constant_bytes() as u64)
+/// The bytes of the model at `path` and of its external files.
+fn input_bytes(path: &Path, external: &[PathBuf]) -> u64 {
+    let size = |path: &Path| std::fs::metadata(path).map_or(0, |data| data.len());
+    size(path) + external.iter().map(|path| size(path)).sum::<u64>()
 }
 
 fn outcome_notes(sizes: &Sizes, fidelity: Option<&Fidelity>) -> Vec<Diagnostic> {

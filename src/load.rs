@@ -75,9 +75,9 @@ impl ExternalFiles {
         Self { folder: folder.to_owned(), maps: BTreeMap::new() }
     }
 
-    /// Whether any file was asked for.
-    pub fn any(&self) -> bool {
-        !self.maps.is_empty()
+    /// The files that were opened.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.maps.keys().map(|location| self.folder.join(location)).collect()
     }
 
     /// The bytes of `reference`, which must have `wanted` bytes, as a slice of the mapped file.

@@ -20,8 +20,8 @@ pub struct Verdict {
     /// Whether the file is what was planned and computes what was simulated.
     pub passed: bool,
     /// The largest difference from the simulation, in steps of the tensor's own scale (in units of the largest magnitude
-    /// times 2⁻¹⁶ for float tensors).
-    pub max_steps: f64,
+    /// times 2⁻¹⁶ for float tensors); `None` where nothing was run.
+    pub max_steps: Option<f64>,
     /// What is wrong.
     pub findings: Vec<Diagnostic>,
 }
@@ -288,7 +288,7 @@ fn compare_runs(
     simulation.run_with(&feeds, &mut |at, tensor| {
         let difference = max_difference(&expected[at], &tensor, steps[&mine[at]]);
         expected[at] = Tensor::of([0], Vec::<f32>::new());
-        verdict.max_steps = verdict.max_steps.max(difference);
+        verdict.max_steps = Some(verdict.max_steps.unwrap_or(0.0).max(difference));
         if difference > 1.0 {
             let place = Place::Value(graph.value(mine[at]).name.clone());
             let message = format!("on {} it is {difference:.1} steps from the simulation", dataset.name(0));

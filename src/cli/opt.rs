@@ -8,7 +8,7 @@ use passes::pass::{Instrument, PassContext, PassInfo, PassManager, Pipeline, Ste
 use passes::text;
 
 use super::common::{DataArgs, target_named};
-use super::progress::Shown;
+use super::progress::{self, Shown};
 use super::{Ended, eprint, print};
 use crate::dataset::Slot;
 use crate::driver::{self, Error};
@@ -58,12 +58,12 @@ pub(crate) struct CatArgs {
     output: Option<PathBuf>,
 }
 
-/// A model and whether it keeps weights beside itself.
-fn load(path: &Path) -> Result<(Model, bool), Error> {
+/// A model and the files beside it that it keeps weights in.
+fn load(path: &Path) -> Result<(Model, Vec<PathBuf>), Error> {
     if path.extension().is_some_and(|e| e == "oq") {
         let fail = |e: &dyn std::fmt::Display| Error::Input(format!("`{}`: {e}", path.display()));
         let source = std::fs::read_to_string(path).map_err(|e| fail(&e))?;
-        return text::parse(&source).map(|model| (model, false)).map_err(|e| fail(&e));
+        return text::parse(&source).map(|model| (model, Vec::new())).map_err(|e| fail(&e));
     }
     let imported = import::file(path).map_err(Error::input)?;
     for note in &imported.notes {
@@ -72,11 +72,12 @@ fn load(path: &Path) -> Result<(Model, bool), Error> {
     Ok((imported.model, imported.external))
 }
 
-fn save(model: &Model, external: bool, output: Option<&Path>) -> Result<(), Error> {
+fn save(model: &Model, input: &Path, external: &[PathBuf], output: Option<&Path>) -> Result<(), Error> {
     let Some(path) = output else {
         print(&text_of(model));
         return Ok(());
     };
+    driver::guard_inputs(path, input, external)?;
     if path.extension().is_some_and(|e| e == "oq") {
         emit::atomically(path, |out| out.write_all(text_of(model).as_bytes()))?;
         return Ok(());
@@ -89,8 +90,12 @@ fn save(model: &Model, external: bool, output: Option<&Path>) -> Result<(), Erro
         &lowered.graph
     };
     let file = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-    let options = Emit { external: external.then(|| format!("{file}.data")) };
-    Staged::write(emit::model(graph, &model.meta, &options, &file), path)?.publish()?;
+    let options = Emit { external: (!external.is_empty()).then(|| format!("{file}.data")) };
+    let staged = Staged::write(emit::model(graph, &model.meta, &options, &file), path)?;
+    if progress::is_cancelled() {
+        return Err(Error::Interrupted);
+    }
+    staged.publish()?;
     Ok(())
 }
 
@@ -126,17 +131,18 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     for note in &trace.notes {
         eprint(&format!("{note}\n"));
     }
-    save(&model, external, args.output.as_deref())?;
+    save(&model, &args.model, &external, args.output.as_deref())?;
     Ok(Ended::Done)
 }
 
 /// Runs `cat`.
 pub(crate) fn cat(args: &CatArgs) -> Result<Ended, Error> {
     let (model, external) = load(&args.model)?;
+    progress::watch_interrupts();
     if args.to == "onnx" && args.output.is_none() {
         return Err(Error::Input("ONNX is not printed to a terminal: name a file with -o".into()));
     }
-    save(&model, external, args.output.as_deref())?;
+    save(&model, &args.model, &external, args.output.as_deref())?;
     Ok(Ended::Done)
 }
 

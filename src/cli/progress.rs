@@ -23,7 +23,7 @@ pub(crate) enum Mode {
 static CANCELLED: AtomicBool = AtomicBool::new(false);
 
 /// From now on the first Ctrl-C asks the run to stop cleanly; a second one ends the process at once.
-fn watch_interrupts() {
+pub(super) fn watch_interrupts() {
     static WATCH: OnceLock<()> = OnceLock::new();
     WATCH.get_or_init(|| {
         let _ = ctrlc::set_handler(|| {
@@ -33,6 +33,11 @@ fn watch_interrupts() {
             super::eprint("\nstopping after the current step; press Ctrl-C again to stop at once\n");
         });
     });
+}
+
+/// Whether the user asked to stop.
+pub(super) fn is_cancelled() -> bool {
+    CANCELLED.load(Ordering::SeqCst)
 }
 
 /// Nothing is shown for work shorter than this, and plain lines come no more often.
@@ -121,6 +126,6 @@ impl Progress for Shown {
     }
 
     fn cancelled(&self) -> bool {
-        CANCELLED.load(Ordering::SeqCst)
+        is_cancelled()
     }
 }

@@ -118,6 +118,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let json = report::json(&request, &outcome);
     let text = report::text(&request, &outcome, &command());
     if let Some(path) = &args.report {
+        driver::guard_inputs(path, &args.model, &[])?;
         emit::atomically(path, |out| {
             serde_json::to_writer_pretty(&mut *out, &json)?;
             out.write_all(b"\n")

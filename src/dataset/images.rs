@@ -19,6 +19,9 @@ pub struct ImageOptions {
     pub size: Option<(u32, u32)>,
 }
 
+/// The longest side that a picture is resized to.
+const MAX_SIDE: u32 = 16_384;
+
 /// Text that states no preprocessing.
 #[derive(Debug, thiserror::Error)]
 #[error("--image: {0}; write it as mean=0.485:0.456:0.406,std=0.229:0.224:0.225,size=224x224")]
@@ -55,7 +58,7 @@ fn numbers(text: &str) -> Result<Vec<f32>, ImageError> {
 }
 
 fn size(text: &str) -> Result<(u32, u32), ImageError> {
-    let side = |part: &str| part.parse::<u32>().ok().filter(|&n| (1..=16_384).contains(&n));
+    let side = |part: &str| part.parse::<u32>().ok().filter(|&n| (1..=MAX_SIDE).contains(&n));
     let (height, width) = text.split_once('x').unwrap_or((text, text));
     side(height).zip(side(width)).ok_or_else(|| ImageError(format!("`{text}` is no size")))
 }
@@ -74,6 +77,7 @@ pub(super) fn read(path: &Path, slots: &[Slot], options: &ImageOptions) -> Resul
     let spatial = if first { (&shape[2], &shape[3]) } else { (&shape[1], &shape[2]) };
     let declared = spatial.0.known().zip(spatial.1.known());
     let declared = declared.and_then(|(h, w)| Some((u32::try_from(h).ok()?, u32::try_from(w).ok()?)));
+    let declared = declared.filter(|&(h, w)| h.max(w) <= MAX_SIDE && h.min(w) >= 1);
     let (height, width) = options.size.or(declared).ok_or("the model's size is open: state size= in --image")?;
     let picture = image::open(path).map_err(|e| format!("cannot be read: {e}"))?;
     let pixels = if channels == 3 {

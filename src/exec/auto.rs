@@ -89,7 +89,12 @@ impl Session for AutoSession {
             executor: first.executor,
             message: format!("{}; {}: {}", first.message, second.executor, second.message),
         })?;
-        self.shared.fell_over.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| first.to_string());
+        // Of several reasons the smallest text is kept, so that the report does not depend on who came first.
+        let mut fell_over = self.shared.fell_over.lock().unwrap_or_else(PoisonError::into_inner);
+        let reason = first.to_string();
+        if fell_over.as_ref().is_none_or(|kept| reason < *kept) {
+            *fell_over = Some(reason);
+        }
         Ok(results)
     }
 }

@@ -49,6 +49,17 @@ impl Tract {
     }
 }
 
+/// The first quantized operator of `graph` or its bodies: tract's optimizer fuses those around softmax into garbage.
+fn quantized_operator(graph: &Graph) -> Option<String> {
+    graph.nodes().find_map(|(_, node)| {
+        let quantized = node.op.name.ends_with("QuantizeLinear")
+            || node.op.is("DequantizeLinear")
+            || node.op.name.starts_with("QLinear");
+        let inside = || node.bodies.iter().find_map(|body| quantized_operator(&body.graph));
+        if quantized { Some(node.op.display()) } else { inside() }
+    })
+}
+
 struct Prepared {
     bytes: Vec<u8>,
     inputs: Vec<String>,
@@ -63,6 +74,10 @@ impl Executor for Tract {
     }
 
     fn prepare(&self, graph: &Graph) -> Result<Box<dyn Session>, ExecError> {
+        if let Some(op) = quantized_operator(graph) {
+            let message = format!("it would optimize {op} into wrong results");
+            return Err(ExecError { executor: NAME, message });
+        }
         Ok(Box::new(Prepared {
             bytes: encoded(graph, &self.meta),
             inputs: feeds::input_names(graph),

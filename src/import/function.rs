@@ -9,8 +9,9 @@ use super::{ImportError, graph};
 
 /// Calls inside calls deeper than this are refused: a function that calls itself never ends.
 const MAX_DEPTH: usize = 64;
-/// The most nodes that inlining may make, so that a small file cannot ask for billions.
-const MAX_NODES: usize = 4_000_000;
+/// The most nodes that inlining may make, and calls that it may follow, so that a small file cannot ask for billions.
+const MAX_NODES: usize = 1_000_000;
+const MAX_CALLS: usize = 200_000;
 
 type Key = (String, String, String);
 
@@ -82,6 +83,9 @@ impl Library {
             return Err(refuse(format!("inlining functions makes more than {MAX_NODES} nodes")));
         }
         *counter += 1;
+        if *counter > MAX_CALLS {
+            return Err(refuse(format!("the model makes more than {MAX_CALLS} function calls")));
+        }
         let prefix =
             format!("{}/{}#{counter}", if node.name().is_empty() { "call" } else { node.name() }, function.name());
         let renaming = Renaming::of(function, node, &prefix);
@@ -154,7 +158,8 @@ impl Renaming {
         for name in infos.filter_map(|info| info.name.as_mut()) {
             *name = self.of_name(name);
         }
-        for name in body.initializer.iter_mut().filter_map(|tensor| tensor.name.as_mut()) {
+        let sparse = body.sparse_initializer.iter_mut().filter_map(|sparse| sparse.values.as_mut());
+        for name in body.initializer.iter_mut().chain(sparse).filter_map(|tensor| tensor.name.as_mut()) {
             *name = self.of_name(name);
         }
     }

@@ -21,7 +21,14 @@ pub(super) struct Context<'a> {
     pub(super) functions: &'a Library,
     pub(super) files: &'a mut ExternalFiles,
     pub(super) notes: &'a mut Vec<Diagnostic>,
+    /// Bodies around what is being read.
+    pub(super) depth: usize,
 }
+
+/// Bodies inside bodies deeper than this are refused: a function that calls itself from a body never ends.
+const MAX_DEPTH: usize = 48;
+
+type Versions = BTreeMap<Name, u32>;
 
 /// The domain of `node`, empty for ai.onnx.
 pub(super) fn domain(node: &NodeProto) -> &str {
@@ -37,11 +44,17 @@ pub(super) fn node_error(node: &NodeProto, problem: impl Into<String>) -> Import
 /// The main graph.
 pub(super) fn import(wire: GraphProto, mut context: Context<'_>) -> Result<Graph, ImportError> {
     let mut counter = 0;
-    Ok(scope(wire, &mut context, &mut counter)?.finish()?)
+    Ok(scope(wire, None, &mut context, &mut counter)?.finish()?)
 }
 
-/// One graph; what it reads and does not define stays undefined in the builder.
-fn scope(wire: GraphProto, context: &mut Context<'_>, counter: &mut usize) -> Result<Builder, ImportError> {
+/// One graph; what it reads and does not define stays undefined in the builder. `versions`: those of the function that the
+/// graph is a body in, where they are not the model's.
+fn scope(
+    wire: GraphProto,
+    versions: Option<&Versions>,
+    context: &mut Context<'_>,
+    counter: &mut usize,
+) -> Result<Builder, ImportError> {
     let mut builder = Builder::new(wire.name(), wire.doc_string());
     let nodes = context.functions.inlined(wire.node, counter)?;
     // Every name of the file is taken before any is made up.
@@ -64,11 +77,17 @@ fn scope(wire: GraphProto, context: &mut Context<'_>, counter: &mut usize) -> Re
     for (named, tensor) in constants {
         builder.constant(named, tensor)?;
     }
-    for info in wire.value_info.iter().chain(&wire.output) {
-        let value = builder.value(info.name());
-        builder.set_type(value, types::of_info(info));
+    for output in &wire.output {
+        builder.value(output.name());
     }
-    for versioned in nodes {
+    // Entries for tensors that are no more are usual; what an input or a constant is, it says itself.
+    for info in wire.value_info.iter().chain(&wire.output) {
+        if let Some(value) = builder.find(info.name()).filter(|_| !builder.is_defined(info.name())) {
+            builder.set_type(value, types::of_info(info));
+        }
+    }
+    for mut versioned in nodes {
+        versioned.opsets = versioned.opsets.or_else(|| versions.cloned());
         node(versioned, &mut builder, context, counter)?;
     }
     for output in &wire.output {
@@ -103,7 +122,7 @@ fn node(
     let mut bodies = Vec::new();
     for attribute in &wire.attribute {
         match attribute::kind(attribute) {
-            AttributeType::Graph => bodies.push(body(attribute, &wire, builder, context, counter)?),
+            AttributeType::Graph => bodies.push(body(attribute, &wire, opsets.as_ref(), builder, context, counter)?),
             AttributeType::Graphs => {
                 return Err(node_error(&wire, "an attribute with a list of graphs is not supported"));
             }
@@ -139,12 +158,18 @@ fn notes(wire: &NodeProto) -> Option<Arc<Notes>> {
 fn body(
     attribute: &AttributeProto,
     node: &NodeProto,
+    versions: Option<&Versions>,
     builder: &mut Builder,
     context: &mut Context<'_>,
     counter: &mut usize,
 ) -> Result<Body, ImportError> {
     let graph = attribute.g.clone().ok_or_else(|| node_error(node, "a graph attribute is empty"))?;
-    let mut inner = scope(graph, context, counter)?;
+    if context.depth >= MAX_DEPTH {
+        return Err(node_error(node, format!("bodies nest more than {MAX_DEPTH} deep")));
+    }
+    context.depth += 1;
+    let mut inner = scope(graph, versions, context, counter)?;
+    context.depth -= 1;
     for captured in inner.undefined() {
         let outer = builder.value(&captured);
         let ty = builder.get(outer).ty.clone();

@@ -11,7 +11,7 @@ mod tensor;
 mod types;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use passes::diag::{self, Diagnostic, Place, Severity};
@@ -72,8 +72,8 @@ pub struct Imported {
     pub notes: Vec<Diagnostic>,
     /// The ai.onnx version of the file.
     pub opset: u32,
-    /// Whether the file keeps weights in external data.
-    pub external: bool,
+    /// The files that weights were read from, besides the model itself.
+    pub external: Vec<PathBuf>,
 }
 
 /// Reads the model at `path`; weights stay mapped.
@@ -104,7 +104,7 @@ pub fn model(mut wire: ModelProto, files: &mut ExternalFiles) -> Result<Imported
     let functions = function::Library::of(std::mem::take(&mut wire.functions))?;
     functions.add_domains(&mut opsets);
     let proto = wire.graph.take().unwrap_or_default();
-    let context = graph::Context { opsets: &opsets, functions: &functions, files, notes: &mut notes };
+    let context = graph::Context { opsets: &opsets, functions: &functions, files, notes: &mut notes, depth: 0 };
     let graph = graph::import(proto, context)?;
     let target = opset.max(TARGET_OPSET);
     if opset > TARGET_OPSET {
@@ -113,7 +113,7 @@ pub fn model(mut wire: ModelProto, files: &mut ExternalFiles) -> Result<Imported
     }
     opsets.insert("".into(), target);
     let model = Model::new(graph, metadata(wire, opsets))?;
-    Ok(Imported { model, notes, opset, external: files.any() })
+    Ok(Imported { model, notes, opset, external: files.paths() })
 }
 
 fn check_version(opset: u32, wire: &ModelProto) -> Result<(), ImportError> {

@@ -245,10 +245,14 @@ impl Upgrade<'_> {
         self.keep(node)
     }
 
-    /// A scalar of the element type of input 0 (f32 where it is not known).
+    /// A scalar of the element type of input 0, cast where that is not known yet.
     fn scalar_like(&mut self, node: &Node, what: &str, value: f32) -> Result<ValueId, Problem> {
         let stem = format!("{}.{what}", self.stem(node));
-        let tensor = match self.dtype(node.input(0)).unwrap_or(DType::F32) {
+        let Some(dtype) = self.dtype(node.input(0)) else {
+            let float = self.constant(&stem, Tensor::scalar(value))?;
+            return self.helper(node, "CastLike", vec![Some(float), node.input(0)], Attrs::new());
+        };
+        let tensor = match dtype {
             DType::F32 => Tensor::scalar(value),
             DType::F64 => Tensor::scalar(f64::from(value)),
             DType::F16 => {
@@ -384,8 +388,8 @@ impl Upgrade<'_> {
     /// Scale and bias were per group, and are per channel now.
     fn group_norm(&mut self, mut node: Node) -> Done {
         let groups = node.int("num_groups", 0);
-        if groups <= 0 {
-            return refuse("num_groups is missing");
+        if groups <= 0 || node.inputs.len() < 3 {
+            return refuse("num_groups, scale or bias is missing");
         }
         let one = self.ints(&node, "one", &[1])?;
         let shape = self.helper(

@@ -55,7 +55,7 @@ pub fn summary(request: &Request, outcome: &Outcome) -> Value {
             "kl_top": Value::Null,
             "samples": f.samples,
         })),
-        "verify": outcome.verdict.as_ref().map(|v| json!({ "passed": v.passed, "max_steps": number(v.max_steps) })),
+        "verify": outcome.verdict.as_ref().map(|v| json!({ "passed": v.passed, "max_steps": v.max_steps.map_or(Value::Null, number) })),
         "stages": outcome.stages.iter().map(|s| json!({ "name": s.name, "seconds": s.time.as_secs_f64() })).collect::<Vec<_>>(),
         "peak_rss_bytes": peak_rss_bytes(),
         "seed": 0,

@@ -96,9 +96,15 @@ fn numbers(text: &mut String, request: &Request, outcome: &Outcome) {
         );
     }
     match &outcome.verdict {
+        Some(v) if v.passed && v.max_steps.is_none() => {
+            let _ = writeln!(text, "verified   read back as planned; not run: there were no samples");
+        }
         Some(v) if v.passed => {
-            let _ =
-                writeln!(text, "verified   read back as planned; at most {:.3} steps from the simulation", v.max_steps);
+            let _ = writeln!(
+                text,
+                "verified   read back as planned; at most {:.3} steps from the simulation",
+                v.max_steps.unwrap_or(0.0)
+            );
         }
         Some(v) => {
             let _ = writeln!(text, "verified   FAILED: {} findings", v.findings.len());

@@ -249,3 +249,56 @@ fn an_interrupted_run_leaves_nothing() {
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "only the samples are there");
 }
+
+/// A convolution whose quantized result is read inside a branch: the branch reads it by the name it has outside.
+#[test]
+fn a_branch_may_read_what_is_quantized() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let source = "graph (%x: f32[batch,1,28,28]) -> (%y) {
+  %w = const f32[4,1,3,3] rand(seed=1, std=0.3)
+  %b = const f32[4] [0, 0.1, 0.2, 0.3]
+  %zero = const f32[] [0]
+  %c = Conv(%x, %w, %b)
+  %r = Relu(%c)
+  %m = ReduceMax(%r) {keepdims=0}
+  %p = Greater(%m, %zero)
+  %y = If(%p) {then_branch=graph () -> (%t) {
+    %t = Neg(%r)
+  }, else_branch=graph () -> (%e) {
+    %e = Identity(%r)
+  }}
+}
+";
+    std::fs::write(at("m.oq"), source).unwrap();
+    tool_ok(&["cat", &at("m.oq"), "--to", "onnx", "-o", &at("input.onnx")]);
+    let inspected = tool_ok(&["inspect", &at("input.onnx")]);
+    assert!(inspected.contains("x: f32[batch,1,28,28]"), "{inspected}");
+    // The fixture's samples are called `input`.
+    let renamed = source.replace("%x", "%input");
+    std::fs::write(at("m.oq"), renamed).unwrap();
+    tool_ok(&["cat", &at("m.oq"), "--to", "onnx", "-o", &at("input.onnx")]);
+    let data = fixture("data/digits");
+    let summary =
+        tool_ok(&["quantize", &at("input.onnx"), "--data", text(&data), "-o", &at("q.onnx"), "--progress", "none"]);
+    assert!(summary.contains("read back as planned") && summary.contains("stay in float"), "{summary}");
+    let written = tool_ok(&["cat", &at("q.onnx")]);
+    assert!(written.contains("QuantizeLinear"), "{written}");
+    refused(&["quantize", &at("q.onnx"), "--data", text(&data), "-o", &at("r.onnx")], 2, &["quantized already"]);
+}
+
+/// The weights of the input are as untouchable as its main file.
+#[test]
+fn external_weights_of_the_input_are_never_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let imported = onnx_quant::import::file(&fixture("models/digits-resnet.onnx")).unwrap();
+    let options = onnx_quant::emit::Emit { external: Some("foo.onnx.data".into()) };
+    let artifact = onnx_quant::emit::model(imported.model.graph(), &imported.model.meta, &options, "foo.onnx");
+    onnx_quant::emit::Staged::write(artifact, at("float.onnx").as_ref()).unwrap().publish().unwrap();
+    let before = std::fs::read(at("foo.onnx.data")).unwrap();
+    let data = fixture("data/digits");
+    refused(&["quantize", &at("float.onnx"), "--data", text(&data), "-o", &at("foo.onnx")], 2, &["never touched"]);
+    refused(&["opt", &at("float.onnx"), "--pipeline", "", "-o", &at("float.onnx")], 2, &["never touched"]);
+    assert_eq!(std::fs::read(at("foo.onnx.data")).unwrap(), before);
+}

@@ -171,3 +171,87 @@ proptest! {
         let _ = passes::pass::Pipeline::parse(&source, &catalogue);
     }
 }
+
+/// A function whose body's branch calls the function again: the calls never nest directly, but never end either.
+#[test]
+fn functions_that_call_themselves_from_a_branch_end() {
+    let call = NodeProto {
+        op_type: Some("F".into()),
+        domain: Some("d".into()),
+        input: vec!["x".into()],
+        output: vec!["y".into()],
+        ..NodeProto::default()
+    };
+    let output = ValueInfoProto { name: Some("y".into()), ..ValueInfoProto::default() };
+    let branch = GraphProto { node: vec![call.clone()], output: vec![output.clone()], ..GraphProto::default() };
+    let attribute = |name: &str| proto::onnx::AttributeProto {
+        name: Some(name.into()),
+        g: Some(branch.clone()),
+        r#type: Some(5),
+        ..proto::onnx::AttributeProto::default()
+    };
+    let choice = NodeProto {
+        op_type: Some("If".into()),
+        input: vec!["x".into()],
+        output: vec!["y".into()],
+        attribute: vec![attribute("then_branch"), attribute("else_branch")],
+        ..NodeProto::default()
+    };
+    let function = proto::onnx::FunctionProto {
+        name: Some("F".into()),
+        domain: Some("d".into()),
+        input: vec!["x".into()],
+        output: vec!["y".into()],
+        node: vec![choice],
+        ..proto::onnx::FunctionProto::default()
+    };
+    let input = ValueInfoProto { name: Some("x".into()), ..ValueInfoProto::default() };
+    let graph = GraphProto { node: vec![call], input: vec![input], output: vec![output], ..GraphProto::default() };
+    let wire = ModelProto { functions: vec![function], ..model(graph) };
+    assert!(import_beside(Path::new("."), wire).is_err());
+}
+
+/// Sixty functions that each call the next twice: two to the sixtieth calls out of a kilobyte.
+#[test]
+fn functions_that_double_end() {
+    let call = |to: usize, output: &str| NodeProto {
+        op_type: Some(format!("F{to}")),
+        domain: Some("d".into()),
+        input: vec!["x".into()],
+        output: vec![output.into()],
+        ..NodeProto::default()
+    };
+    let function = |n: usize| proto::onnx::FunctionProto {
+        name: Some(format!("F{n}")),
+        domain: Some("d".into()),
+        input: vec!["x".into()],
+        output: vec!["y".into()],
+        node: if n < 60 { vec![call(n + 1, "a"), call(n + 1, "y")] } else { Vec::new() },
+        ..proto::onnx::FunctionProto::default()
+    };
+    let input = ValueInfoProto { name: Some("x".into()), ..ValueInfoProto::default() };
+    let output = ValueInfoProto { name: Some("y".into()), ..ValueInfoProto::default() };
+    let graph =
+        GraphProto { node: vec![call(0, "y")], input: vec![input], output: vec![output], ..GraphProto::default() };
+    let wire = ModelProto { functions: (0..61).map(function).collect(), ..model(graph) };
+    assert!(import_beside(Path::new("."), wire).unwrap_err().contains("function calls"));
+}
+
+/// Shapes declared with absurd lengths: nothing is allocated for a declaration.
+#[test]
+fn a_declared_length_is_no_reason_to_allocate() {
+    for op in ["Reshape(%x, %s)", "Expand(%x, %s)", "ConstantOfShape(%s)", "Slice(%x, %s, %s)"] {
+        let source = format!("graph (%x: f32[2], %s: i64[10000000000000]) -> (%y) {{\n  %y = {op}\n}}");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.oq");
+        std::fs::write(&path, source).unwrap();
+        let output = tool(&["opt", text(&path), "--pipeline", "infer-shapes, fold-constants", "--check"]);
+        assert!(output.status.success(), "{op}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn text_nests_no_deeper_than_it_may() {
+    let lists = format!("graph () -> () {{\n  %y = A() {{a={}}}\n}}", "[".repeat(200_000));
+    assert!(passes::text::parse(&lists).is_err());
+}

@@ -108,7 +108,7 @@ fn output_shift(
         "Conv" => {
             let (outputs, inputs) = (shape[0], shape[1]);
             let groups = usize::try_from(node.int("group", 1)).ok().filter(|&g| g > 0)?;
-            if means.len() != inputs * groups || outputs % groups != 0 {
+            if inputs.checked_mul(groups) != Some(means.len()) || outputs % groups != 0 {
                 return None;
             }
             let taps = coverage(graph, node, &shape[2..]);

@@ -37,6 +37,8 @@ pub struct Builder {
     by_name: BTreeMap<Name, ValueId>,
     defined: BTreeSet<ValueId>,
     node_names: BTreeSet<Name>,
+    /// Per stem, the number that a made-up node name tries next.
+    next_number: BTreeMap<Name, u64>,
 }
 
 impl Builder {
@@ -56,6 +58,11 @@ impl Builder {
         self.graph.values.push(Value { name: Arc::clone(&name), ty: Type::default(), def: Def::Input });
         self.by_name.insert(name, id);
         id
+    }
+
+    /// The value called `name`, if anything mentioned it.
+    pub fn find(&self, name: &str) -> Option<ValueId> {
+        self.by_name.get(name).copied()
     }
 
     /// A name that nothing in the graph has yet, starting with `stem`.
@@ -132,13 +139,27 @@ impl Builder {
             }
         }
         if node.name.is_empty() || self.node_names.contains(&node.name) {
-            let stem = if node.name.is_empty() { &node.op.name } else { &node.name };
-            node.name = fresh(stem, |name| self.node_names.contains(name)).into();
+            let stem = Arc::clone(if node.name.is_empty() { &node.op.name } else { &node.name });
+            node.name = self.fresh_node_name(&stem);
         }
         self.node_names.insert(Arc::clone(&node.name));
         self.graph.nodes.push(Some(node));
         self.graph.order.push(id);
         Ok(id)
+    }
+
+    fn fresh_node_name(&mut self, stem: &Name) -> Name {
+        if !stem.is_empty() && !self.node_names.contains(stem) {
+            return Arc::clone(stem);
+        }
+        let next = self.next_number.entry(Arc::clone(stem)).or_insert(1);
+        loop {
+            let name: Name = format!("{stem}_{next}").into();
+            *next += 1;
+            if !self.node_names.contains(&name) {
+                return name;
+            }
+        }
     }
 
     /// Declares `name` a graph output.
@@ -150,9 +171,10 @@ impl Builder {
 
     /// The names that are read but that nothing defines yet: in a body, what it captures.
     pub fn undefined(&self) -> Vec<Name> {
+        let read = self.read();
         self.graph
             .value_ids()
-            .filter(|id| !self.defined.contains(id))
+            .filter(|id| read[id.index()] && !self.defined.contains(id))
             .map(|id| Arc::clone(&self.graph.value(id).name))
             .collect()
     }
@@ -162,7 +184,8 @@ impl Builder {
     /// # Errors
     /// [`BuildError::Undefined`] or [`BuildError::Cycle`].
     pub fn finish(mut self) -> Result<Graph, BuildError> {
-        if let Some(value) = self.graph.value_ids().find(|id| !self.defined.contains(id)) {
+        let read = self.read();
+        if let Some(value) = self.graph.value_ids().find(|id| read[id.index()] && !self.defined.contains(id)) {
             let reader = self
                 .graph
                 .nodes()
@@ -171,7 +194,16 @@ impl Builder {
             return Err(BuildError::Undefined { value: Arc::clone(&self.graph.value(value).name), reader });
         }
         self.graph.sort().map_err(BuildError::Cycle)?;
+        self.graph.sync_captures();
         Ok(self.graph)
+    }
+
+    /// Per value, whether a node, a body or the graph's outputs read it: a name that nobody reads needs no definition.
+    fn read(&self) -> Vec<bool> {
+        let mut read = vec![false; self.graph.n_values()];
+        let by_nodes = self.graph.nodes().flat_map(|(_, node)| super::walk::reads(node));
+        by_nodes.chain(self.graph.outputs.iter().copied()).for_each(|value| read[value.index()] = true);
+        read
     }
 
     fn define(&mut self, name: &str, def: Def) -> Result<ValueId, BuildError> {

@@ -1,6 +1,6 @@
 //! A plan as `QuantizeLinear` and `DequantizeLinear` nodes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::encoding::{Encoding, Granularity};
@@ -26,6 +26,7 @@ pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
         plan: model.plan(),
         opset: model.meta.opset(),
         builder: Builder::new(graph.name(), graph.doc()),
+        taken: graph.value_ids().map(|id| Arc::clone(&graph.value(id).name)).collect(),
         raw: BTreeMap::new(),
         pairs: BTreeMap::new(),
         constants: BTreeMap::new(),
@@ -59,6 +60,8 @@ struct Lowering<'a> {
     plan: &'a Plan,
     opset: u32,
     builder: Builder,
+    /// The names of the float graph.
+    taken: BTreeSet<Name>,
     /// Values as they are computed.
     raw: BTreeMap<ValueId, ValueId>,
     /// Values behind their pairs, by encoding.
@@ -87,7 +90,7 @@ impl Lowering<'_> {
     /// A name that is free here and in the float graph.
     fn fresh(&self, stem: &str) -> String {
         let mut name = self.builder.fresh(stem);
-        while self.graph.find(&name).is_some() {
+        while self.taken.contains(name.as_str()) {
             name.push('_');
             name = self.builder.fresh(&name);
         }
@@ -102,16 +105,13 @@ impl Lowering<'_> {
                 *input = Some(self.read(value, site)?);
             }
         }
+        let mut captured = BTreeMap::new();
         for value in walk::captures(node) {
-            let captured = self.read(value, None)?;
-            for body in &mut copy.bodies {
-                for inner in &mut body.graph.values {
-                    if let Def::Capture(outer) = &mut inner.def
-                        && *outer == value
-                    {
-                        *outer = captured;
-                    }
-                }
+            captured.insert(value, self.read(value, None)?);
+        }
+        for inner in copy.bodies.iter_mut().flat_map(|body| &mut body.graph.values) {
+            if let Def::Capture(outer) = &mut inner.def {
+                *outer = captured[outer];
             }
         }
         for output in copy.outputs.iter_mut().flatten() {

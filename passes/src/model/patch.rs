@@ -131,6 +131,8 @@ pub struct Patch {
     counts: BTreeMap<&'static str, u64>,
     notes: Vec<Diagnostic>,
     erased: BTreeSet<NodeId>,
+    /// The same in the order of their coming, for rolling back.
+    erased_log: Vec<NodeId>,
 }
 
 /// A point to come back to, for a rewrite that finds out late that it cannot go through.
@@ -139,7 +141,7 @@ pub(crate) struct Mark {
     values: usize,
     edits: usize,
     nodes: usize,
-    erased: BTreeSet<NodeId>,
+    erased: usize,
 }
 
 impl Patch {
@@ -155,6 +157,7 @@ impl Patch {
             counts: BTreeMap::new(),
             notes: Vec::new(),
             erased: BTreeSet::new(),
+            erased_log: Vec::new(),
         }
     }
 
@@ -182,14 +185,20 @@ impl Patch {
 
     /// Another way to compute the outputs of node `id`.
     pub fn replace(&mut self, id: NodeId, node: Node) {
-        self.erased.insert(id);
+        self.touch(id);
         self.edits.push(Edit::Replace { id, node });
     }
 
     /// Removes node `id`, which nobody will read.
     pub fn erase(&mut self, id: NodeId) {
-        self.erased.insert(id);
+        self.touch(id);
         self.edits.push(Edit::Erase(id));
+    }
+
+    fn touch(&mut self, id: NodeId) {
+        if self.erased.insert(id) {
+            self.erased_log.push(id);
+        }
     }
 
     /// Adds any edit.
@@ -231,15 +240,17 @@ impl Patch {
             values: self.values.len(),
             edits: self.edits.len(),
             nodes: self.n_new_nodes,
-            erased: self.erased.clone(),
+            erased: self.erased_log.len(),
         }
     }
 
-    pub(crate) fn roll_back(&mut self, mark: Mark) {
+    pub(crate) fn roll_back(&mut self, mark: &Mark) {
         self.values.truncate(mark.values);
         self.edits.truncate(mark.edits);
         self.n_new_nodes = mark.nodes;
-        self.erased = mark.erased;
+        for id in self.erased_log.drain(mark.erased..) {
+            self.erased.remove(&id);
+        }
     }
 }
 
@@ -259,11 +270,19 @@ impl Model {
             return Err(PatchError::Stale);
         }
         if patch.edits.iter().any(Edit::touches_graph) {
-            self.graph = edited(&self.graph, &patch)?;
+            let next = edited(&self.graph, &patch)?;
+            self.forget_moved_uses(&patch);
+            self.graph = next;
         }
         for edit in patch.edits {
             match edit {
-                Edit::Encode { site, encoding } => drop(self.plan.encodings.insert(site, encoding)),
+                Edit::Encode { site, encoding } => {
+                    // Codes mean nothing under another encoding.
+                    if self.plan.encodings.get(&site) != Some(&encoding) {
+                        self.plan.codes.remove(&site);
+                    }
+                    self.plan.encodings.insert(site, encoding);
+                }
                 Edit::Round { site, codes } => drop(self.plan.codes.insert(site, codes)),
                 Edit::Decide { node, decision } => drop(self.plan.decisions.insert(node, decision)),
                 Edit::Record { value, statistic } => self.stats.record(value, statistic),
@@ -272,6 +291,27 @@ impl Model {
         }
         self.revision += 1;
         Ok(())
+    }
+}
+
+impl Model {
+    /// Drops what the plan says of uses that go away or come to read another value.
+    fn forget_moved_uses(&mut self, patch: &Patch) {
+        for edit in &patch.edits {
+            let (id, kept) = match edit {
+                Edit::Erase(id) => (*id, None),
+                Edit::Replace { id, node } => (*id, Some(node)),
+                _ => continue,
+            };
+            let Some(old) = self.graph.node(id) else { continue };
+            for (index, value) in old.inputs.iter().enumerate() {
+                let Ok(input) = u16::try_from(index) else { continue };
+                if kept.is_none_or(|node| node.inputs.get(index) != Some(value)) {
+                    self.plan.encodings.remove(&Site::Use { node: id, input });
+                    self.plan.codes.remove(&Site::Use { node: id, input });
+                }
+            }
+        }
     }
 }
 
@@ -313,6 +353,7 @@ fn edited(graph: &Graph, patch: &Patch) -> Result<Graph, PatchError> {
     next.order = reordered(&next, graph, &inserts, last);
     redirect(&mut next, &redirects)?;
     next.sort().map_err(PatchError::Cycle)?;
+    next.sync_captures();
     check::check(&next)?;
     Ok(next)
 }

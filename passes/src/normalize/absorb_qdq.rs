@@ -162,7 +162,7 @@ fn encoding_of(graph: &Graph, node: &Node, storage: DType, shape: &[usize]) -> O
     let grid = grid_of(storage)?;
     let zero_point: Vec<i32> = match node.input(2) {
         Some(zero_point) => {
-            let codes = graph.constant(zero_point)?;
+            let codes = graph.constant(zero_point).filter(|codes| codes.dtype() == storage)?;
             crate::encoding::unpack(codes).into_iter().map(|code| whole(grid.decode(code))).collect()
         }
         None => vec![0; scale.len()],

@@ -42,6 +42,11 @@ impl Rewrite for EliminateIdentity {
         if !does_nothing(graph, node) || !can_redirect(graph, from, to) {
             return Err(Miss::NoMatch);
         }
+        // An output changes hands once a round: a chain is seen again when its first link is done.
+        let meets = |edit: &Edit| matches!(edit, Edit::Redirect { from: f, to: t } if [*f, *t].iter().any(|v| *v == from || *v == to));
+        if graph.outputs().contains(&from) && patch.edits().iter().any(meets) {
+            return Err(Miss::NoMatch);
+        }
         patch.edit(Edit::Redirect { from, to });
         patch.erase(site.id);
         patch.count("removed", 1);

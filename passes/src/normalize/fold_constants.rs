@@ -38,6 +38,9 @@ struct FoldConstants;
 /// From this size on, a constant with other readers is not copied into a folded form.
 const TIED_BYTES: usize = 1 << 16;
 
+/// All that one run of the pass may make: a small file of many large constants must not fill the memory.
+const MAX_MADE: usize = 512 << 20;
+
 impl Pass for FoldConstants {
     fn info(&self) -> &'static PassInfo {
         &INFO
@@ -48,6 +51,7 @@ impl Pass for FoldConstants {
         let users = Users::of(graph);
         let mut patch = Patch::on(model);
         let mut folded: BTreeMap<ValueId, Arc<Tensor>> = BTreeMap::new();
+        let mut made = 0_usize;
         for (id, node) in graph.nodes() {
             let is_output = |v: &ValueId| users.of_value(*v).contains(&User::Output);
             let stays = !node.bodies.is_empty()
@@ -66,6 +70,10 @@ impl Pass for FoldConstants {
                 }
                 Err(_) => continue,
             };
+            made += results.iter().map(|tensor| tensor.bytes().len()).sum::<usize>();
+            if made > MAX_MADE {
+                break;
+            }
             for (value, tensor) in node.outputs.iter().zip(results) {
                 if let Some(value) = *value {
                     let tensor = Arc::new(tensor);

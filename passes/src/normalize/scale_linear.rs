@@ -16,7 +16,7 @@ pub(super) struct Scaled<'a> {
 }
 
 impl<'a> Scaled<'a> {
-    /// The node `id`, when it is linear with an f32 weight (and bias) and one channel axis.
+    /// The node `id`, when it is linear with an f32 weight (and bias) on the right, one channel axis and no factors of its own.
     pub(super) fn of(graph: &'a Graph, id: NodeId) -> Option<Self> {
         let node = graph.node(id)?;
         let roles = ops::linear(graph, id)?;
@@ -33,14 +33,15 @@ impl<'a> Scaled<'a> {
             "ConvTranspose" if groups > 1 => return None,
             _ => channels,
         };
-        (f32_weight && plain_bias).then_some(Self { graph, node, roles, channels })
+        let one = |name: &str| (node.float(name, 1.0) - 1.0).abs() < f32::EPSILON;
+        let plain = roles.weight == 1 && (!node.op.is("Gemm") || (one("alpha") && one("beta")));
+        (f32_weight && plain_bias && plain).then_some(Self { graph, node, roles, channels })
     }
 
     /// The axis of the output that runs over channels, for an output of rank `rank`.
     pub(super) fn channel_axis(&self, rank: usize) -> usize {
         match &*self.node.op.name {
             "Conv" | "ConvTranspose" => 1,
-            _ if self.roles.weight == 0 => rank.saturating_sub(2),
             _ => rank.saturating_sub(1),
         }
     }

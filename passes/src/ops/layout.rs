@@ -11,7 +11,7 @@ fn typed(call: &Call<'_>, shape: Option<Vec<Dim>>) -> Vec<TensorType> {
 /// The number of elements of input `index`, where its type is a vector of known length.
 fn vector_length(call: &Call<'_>, index: usize) -> Option<usize> {
     match call.shape(index)?.as_slice() {
-        [dim] => dim.known(),
+        [dim] => dim.known().filter(|&n| n <= super::MAX_RANK),
         _ => None,
     }
 }

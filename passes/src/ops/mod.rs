@@ -16,6 +16,9 @@ pub(crate) use shape::shape_range;
 use crate::ir::{Dim, Graph, Node, OpKey, TensorType};
 use crate::tensor::{DType, Tensor};
 
+/// The highest rank that a shape rule speaks of: a declared length is no reason to allocate.
+const MAX_RANK: usize = 64;
+
 /// A set of algebraic laws.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Laws(u32);

@@ -38,7 +38,7 @@ pub(super) fn constant_of_shape(call: &Call<'_>) -> Vec<TensorType> {
     let shape = match call.constant_ints(0) {
         Some(dims) => Some(dims.iter().map(|&n| usize::try_from(n).map_or(Dim::Unknown, Dim::Known)).collect()),
         None => match call.shape(0).as_deref() {
-            Some([Dim::Known(rank)]) => Some(vec![Dim::Unknown; *rank]),
+            Some([Dim::Known(rank)]) if *rank <= super::MAX_RANK => Some(vec![Dim::Unknown; *rank]),
             _ => None,
         },
     };

@@ -73,6 +73,17 @@ impl Pipeline {
         Ok(facts)
     }
 
+    /// The steps before the first that measures, and the rest.
+    pub fn split_at_calibration(mut self) -> (Self, Self) {
+        let measures = |step: &Step| match step {
+            Step::Once(pass) => pass.info().establishes.contains(Facts::CALIBRATED),
+            Step::UntilStable(_) => false,
+        };
+        let at = self.steps.iter().position(measures).unwrap_or(self.steps.len());
+        let rest = self.steps.split_off(at);
+        (self, Self { steps: rest })
+    }
+
     /// Every pass, in order, repeated groups once.
     pub fn passes(&self) -> impl Iterator<Item = &dyn Pass> {
         self.steps.iter().flat_map(|step| match step {

@@ -78,7 +78,7 @@ impl<R: Rewrite> Pass for Sweep<R> {
             match self.0.rewrite(&Site { model, users: &users, id, node }, &mut patch) {
                 Ok(()) => {}
                 Err(miss) => {
-                    patch.roll_back(mark);
+                    patch.roll_back(&mark);
                     if let Miss::Blocked(reason) = miss {
                         let place = Place::Node(std::sync::Arc::clone(&node.name));
                         let message = format!("{}: {reason}", self.0.info().about.name);

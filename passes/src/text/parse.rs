@@ -290,7 +290,10 @@ impl Parser {
         if self.peek() != Some(&Token::Mark('[')) {
             return self.scalar();
         }
-        let items = self.list('[', ']', Self::attribute_value)?;
+        let items = self.list('[', ']', |parser| match parser.peek() {
+            Some(Token::Mark('[')) => Err(parser.fail("a list cannot hold a list")),
+            _ => parser.attribute_value(),
+        })?;
         let all = |pick: fn(&Attr) -> bool| !items.is_empty() && items.iter().all(pick);
         Ok(if all(|a| matches!(a, Attr::Float(_))) {
             Attr::Floats(items.iter().filter_map(|a| if let Attr::Float(v) = a { Some(*v) } else { None }).collect())

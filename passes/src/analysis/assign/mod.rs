@@ -71,12 +71,18 @@ impl Pass for AssignEncodings {
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
-        let values = select::wishes(model.graph(), cx.target);
+        let values = select::wishes(model.graph(), cx.target, cx.keep_float);
         values.into_iter().map(|value| (value, Wish::Distribution)).collect()
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         let mut patch = Patch::on(model);
+        if !model.plan().is_empty() {
+            let n = model.plan().encodings().count();
+            return Err(PassError::Model(format!(
+                "the model is quantized already ({n} tensors are): give the float model it was made from"
+            )));
+        }
         let selection = select::select(model, cx.target, cx.keep_float);
         encode::encode(model, &selection, self.observer.as_ref(), self.weights, &mut patch);
         for (node, choice) in &selection.choices {

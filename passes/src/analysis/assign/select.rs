@@ -55,7 +55,7 @@ pub(super) struct Selection {
 }
 
 /// Every tensor whose distribution the decisions need.
-pub(super) fn wishes(graph: &Graph, target: &dyn Target) -> BTreeSet<ValueId> {
+pub(super) fn wishes(graph: &Graph, target: &dyn Target, keep_float: &KeepFloat) -> BTreeSet<ValueId> {
     let users = Users::of(graph);
     let mut wanted = BTreeSet::new();
     for (id, node) in graph.nodes() {
@@ -64,7 +64,7 @@ pub(super) fn wishes(graph: &Graph, target: &dyn Target) -> BTreeSet<ValueId> {
             wanted.extend(activations(graph, id, node).into_iter().filter_map(|input| node.input(input.into())));
         }
         if let Some(output) = node.output(0).filter(|_| rule.result != Outcome::Same) {
-            wanted.insert(end_of_group(graph, &users, rule, output));
+            wanted.insert(end_of_group(graph, &users, keep_float, rule, output));
         }
     }
     wanted.retain(|value| is_float_activation(graph, *value));
@@ -86,18 +86,33 @@ pub(super) fn activations(graph: &Graph, id: NodeId, node: &Node) -> Vec<u16> {
 }
 
 /// Where the result of a quantized node is quantized: after the clamp that alone reads it, if the rule absorbs one.
-pub(super) fn end_of_group(graph: &Graph, users: &Users, rule: &Rule, output: ValueId) -> ValueId {
-    absorbed_clamp(graph, users, rule, output).map_or(output, |(_, end)| end)
+pub(super) fn end_of_group(
+    graph: &Graph,
+    users: &Users,
+    keep_float: &KeepFloat,
+    rule: &Rule,
+    output: ValueId,
+) -> ValueId {
+    absorbed_clamp(graph, users, keep_float, rule, output).map_or(output, |(_, end)| end)
 }
 
-fn absorbed_clamp(graph: &Graph, users: &Users, rule: &Rule, output: ValueId) -> Option<(NodeId, ValueId)> {
+fn absorbed_clamp(
+    graph: &Graph,
+    users: &Users,
+    keep_float: &KeepFloat,
+    rule: &Rule,
+    output: ValueId,
+) -> Option<(NodeId, ValueId)> {
     if !rule.absorbs_clamp {
         return None;
     }
     let (reader, 0) = users.only_input(output)? else { return None };
     let clamp = graph.node(reader)?;
     let constant_bounds = clamp.inputs.iter().skip(1).flatten().all(|v| graph.constant(*v).is_some());
-    (ops::laws(&clamp.op).contains(Laws::CLAMPS) && constant_bounds).then(|| Some((reader, clamp.output(0)?)))?
+    let kept = |name: &str| keep_float.contains_key(name);
+    let kept = kept(&clamp.name) || clamp.output(0).is_some_and(|v| kept(&graph.value(v).name));
+    (ops::laws(&clamp.op).contains(Laws::CLAMPS) && constant_bounds && !kept)
+        .then(|| Some((reader, clamp.output(0)?)))?
 }
 
 struct Selector<'a> {
@@ -217,7 +232,9 @@ impl Selector<'_> {
                 None => self.result_obstacle(node, rule).map_or(Ok(*rule), |reason| Err((reason, true))),
             };
             if verdict.is_ok() && rule.result != Outcome::Float {
-                codes.extend(node.output(0).map(|output| end_of_group(graph, &self.users, rule, output)));
+                codes.extend(
+                    node.output(0).map(|output| end_of_group(graph, &self.users, self.keep_float, rule, output)),
+                );
             }
             verdicts.insert(id, verdict);
         }
@@ -229,7 +246,7 @@ impl Selector<'_> {
     }
 
     fn result_obstacle(&self, node: &Node, rule: &Rule) -> Option<String> {
-        let end = end_of_group(self.graph(), &self.users, rule, node.output(0)?);
+        let end = end_of_group(self.graph(), &self.users, self.keep_float, rule, node.output(0)?);
         if node.outputs.iter().skip(1).flatten().any(|v| !self.users.of_value(*v).is_empty()) {
             return Some("it has a second result that is read".into());
         }
@@ -275,7 +292,7 @@ impl Selector<'_> {
         ok.filter(|(_, rule)| rule.result != Outcome::Float)
             .filter_map(|(id, rule)| {
                 let output = self.graph().node(id)?.output(0)?;
-                Some(end_of_group(self.graph(), &self.users, rule, output))
+                Some(end_of_group(self.graph(), &self.users, self.keep_float, rule, output))
             })
             .collect()
     }
@@ -287,7 +304,7 @@ impl Selector<'_> {
         verdicts: &BTreeMap<NodeId, Result<Rule, (String, bool)>>,
     ) -> bool {
         let Some(output) = self.graph().node(id).and_then(|node| node.output(0)) else { return false };
-        let end = end_of_group(self.graph(), &self.users, rule, output);
+        let end = end_of_group(self.graph(), &self.users, self.keep_float, rule, output);
         self.users.of_value(end).iter().any(|user| match user {
             User::Input { node, .. } => verdicts.get(node).is_some_and(Result::is_ok),
             User::Capture { .. } | User::Output => false,
@@ -329,7 +346,7 @@ impl Selector<'_> {
         selection.choices.insert(id, Choice::Quantized { reason });
         selection.reads.extend(activations(graph, id, node).into_iter().map(|input| (id, input)));
         let Some(output) = node.output(0) else { return };
-        let clamp = absorbed_clamp(graph, &self.users, rule, output);
+        let clamp = absorbed_clamp(graph, &self.users, self.keep_float, rule, output);
         let end = clamp.map_or(output, |(_, end)| end);
         let writes = match rule.result {
             Outcome::Codes | Outcome::Same => true,

@@ -169,14 +169,25 @@ fn comparison<T: PartialOrd>(name: &str) -> Option<fn(&T, &T) -> bool> {
     })
 }
 
+/// Elements of the largest `Where` that is folded.
+const MAX_SELECTED: usize = 1 << 16;
+
 pub(super) fn select(condition: &Tensor, yes: &Tensor, no: &Tensor) -> Result<Tensor, EvalError> {
     if yes.dtype() != no.dtype() || yes.dtype().bits() < 8 {
+        return Err(EvalError::NoRule);
+    }
+    // It works through lists of places: fine for shapes, too dear for weights.
+    if yes.len().max(no.len()).max(condition.len()) > MAX_SELECTED {
         return Err(EvalError::NoRule);
     }
     let chosen = condition.integers().ok_or(EvalError::NoRule)?;
     let width = yes.dtype().bits() as usize / 8;
     let (branches, pairs) = broadcast(yes, no, yes.dtype(), |i, j| (i, j))?;
+    let branches_len = pairs.len();
     let all = Tensor::of(branches, vec![0_u8; pairs.len()]);
+    if branches_len > MAX_SELECTED {
+        return Err(EvalError::NoRule);
+    }
     let (shape, bytes) = broadcast(condition, &all, yes.dtype(), |c, at| {
         let (i, j) = pairs[at];
         let (source, at) = if chosen[c] != 0 { (yes, i) } else { (no, j) };

@@ -151,6 +151,9 @@ pub(super) fn concat(node: &Node, inputs: &Inputs<'_>) -> Result<Tensor, EvalErr
     }
     let source = parts.iter().map(|part| part.bytes().len()).sum();
     let total = allowed(first.dtype(), &shape, source)?;
+    if total == 0 {
+        return made(first.dtype(), shape, Vec::new());
+    }
     let outer: usize = shape[..axis].iter().product();
     let inner: usize = shape[axis + 1..].iter().product::<usize>() * width;
     let mut bytes = Vec::with_capacity(total * width);
