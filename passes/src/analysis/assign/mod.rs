@@ -71,7 +71,7 @@ impl Pass for AssignEncodings {
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
-        let values = select::wishes(model.graph(), cx.target, cx.keep_float);
+        let values = select::wishes(model, cx.target, cx.keep_float);
         values.into_iter().map(|value| (value, Wish::Distribution)).collect()
     }
 

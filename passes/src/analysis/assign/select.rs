@@ -54,21 +54,15 @@ pub(super) struct Selection {
     pub(super) reads: Vec<(NodeId, u16)>,
 }
 
-/// Every tensor whose distribution the decisions need.
-pub(super) fn wishes(graph: &Graph, target: &dyn Target, keep_float: &KeepFloat) -> BTreeSet<ValueId> {
-    let users = Users::of(graph);
-    let mut wanted = BTreeSet::new();
-    for (id, node) in graph.nodes() {
-        let Some(rule) = target.rule(&node.op) else { continue };
-        if rule.when == When::Always {
-            wanted.extend(activations(graph, id, node).into_iter().filter_map(|input| node.input(input.into())));
-        }
-        if let Some(output) = node.output(0).filter(|_| rule.result != Outcome::Same) {
-            wanted.insert(end_of_group(graph, &users, keep_float, rule, output));
-        }
-    }
-    wanted.retain(|value| is_float_activation(graph, *value));
-    wanted
+/// Every tensor whose distribution the decisions need: what would be written or read as codes if all were measured.
+pub(super) fn wishes(model: &Model, target: &dyn Target, keep_float: &KeepFloat) -> BTreeSet<ValueId> {
+    let graph = model.graph();
+    let selection = selection(model, target, keep_float, Ranges::Hoped);
+    let shared: BTreeSet<ValueId> =
+        selection.written.iter().filter(|(_, shares)| shares.is_some()).map(|(value, _)| *value).collect();
+    let read = selection.reads.iter().filter_map(|(node, input)| graph.node(*node)?.input((*input).into()));
+    let written = selection.written.iter().map(|(value, _)| *value);
+    read.chain(written).filter(|value| !shared.contains(value) && is_float_activation(graph, *value)).collect()
 }
 
 /// The inputs of `node` that carry activations: all that are not constant, but for weights and biases.
@@ -115,16 +109,28 @@ fn absorbed_clamp(
         .then(|| Some((reader, clamp.output(0)?)))?
 }
 
+/// Whether ranges are known, or only hoped for because nothing was measured yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ranges {
+    Measured,
+    Hoped,
+}
+
 struct Selector<'a> {
     model: &'a Model,
     target: &'a dyn Target,
     users: Users,
     keep_float: &'a KeepFloat,
+    ranges: Ranges,
 }
 
 /// Decides about every node that the target has a rule for.
 pub(super) fn select(model: &Model, target: &dyn Target, keep_float: &KeepFloat) -> Selection {
-    let selector = Selector { model, target, users: Users::of(model.graph()), keep_float };
+    selection(model, target, keep_float, Ranges::Measured)
+}
+
+fn selection(model: &Model, target: &dyn Target, keep_float: &KeepFloat, ranges: Ranges) -> Selection {
+    let selector = Selector { model, target, users: Users::of(model.graph()), keep_float, ranges };
     let mut quantized = selector.grow();
     selector.prune(&mut quantized);
     selector.describe(&quantized)
@@ -214,7 +220,8 @@ impl Selector<'_> {
     }
 
     fn is_measured(&self, value: ValueId) -> bool {
-        self.model.stats().distribution(value).is_some_and(|sketch| sketch.finite() > 0)
+        let measured = || self.model.stats().distribution(value).is_some_and(|sketch| sketch.finite() > 0);
+        self.ranges == Ranges::Hoped || measured()
     }
 
     /// The nodes that could run on codes, in graph order, with what they write.
