@@ -58,11 +58,9 @@ pub(super) struct Selection {
 pub(super) fn wishes(model: &Model, target: &dyn Target, keep_float: &KeepFloat) -> BTreeSet<ValueId> {
     let graph = model.graph();
     let selection = selection(model, target, keep_float, Ranges::Hoped);
-    let shared: BTreeSet<ValueId> =
-        selection.written.iter().filter(|(_, shares)| shares.is_some()).map(|(value, _)| *value).collect();
     let read = selection.reads.iter().filter_map(|(node, input)| graph.node(*node)?.input((*input).into()));
     let written = selection.written.iter().map(|(value, _)| *value);
-    read.chain(written).filter(|value| !shared.contains(value) && is_float_activation(graph, *value)).collect()
+    read.chain(written).filter(|value| is_float_activation(graph, *value)).collect()
 }
 
 /// The inputs of `node` that carry activations: all that are not constant, but for weights and biases.
