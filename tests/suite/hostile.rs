@@ -147,8 +147,13 @@ fn what_is_no_model_is_refused_and_nothing_is_left_behind() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 
+/// How many random inputs: `ONNX_QUANT_CASES`, or few enough for every run of the suite.
+fn cases() -> u32 {
+    std::env::var("ONNX_QUANT_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(256)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Bytes flipped anywhere in a real model: an error or a model, never a panic.
     #[test]

@@ -51,6 +51,7 @@ graph (%x: f32[batch,2,?], %"odd name": i64[]) -> (%y: f32[batch,2,4], %z: bool)
     %t = Add(%b, %c)
   }}
   %unread = Tanh(%y) @twice
+  %"colon:" = Tanh(%unread)
 }
 "#;
         let once = round_trip(text);

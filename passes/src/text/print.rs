@@ -57,7 +57,8 @@ pub fn plan(model: &Model) -> String {
 /// `sigil` and the name, quoted where it has to be.
 fn name(text: &str, sigil: char) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_./:-".contains(c);
-    if !text.is_empty() && text.chars().all(plain) {
+    // A colon at the end would be taken for the one before a type.
+    if !text.is_empty() && text.chars().all(plain) && !text.ends_with(':') {
         format!("{sigil}{text}")
     } else {
         format!("{sigil}{}", quoted(text))
