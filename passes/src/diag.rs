@@ -5,7 +5,7 @@ use std::fmt;
 use crate::id::Name;
 
 /// A stable code, `OQ` and four digits: 1xxx load and import, 2xxx normalize, 3xxx calibrate, 4xxx equalize and
-/// analysis, 5xxx rounding, 6xxx lower and emit, 7xxx verify, 9xxx our own bugs.
+/// analysis, 5xxx rounding, 6xxx lower and emit, 7xxx verify. What is our own bug says so in words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Code(pub &'static str);
 
@@ -132,10 +132,6 @@ codes! {
         "It gets scale 1 and zero point 0. If the tensor is really dead, its consumers do nothing; if not, the data does not exercise the model.";
     BIAS_SATURATED = "OQ5001", "a bias did not fit 32 bits at its scale and the weight scale was raised",
         "The bias is stored at input scale times weight scale. Where the weights of a channel are tiny, that product is too fine for the bias; the channel's weight scale was raised until it fits.";
-    NONFINITE_WEIGHT = "OQ5002", "a weight has NaN or infinite values",
-        "A weight that is not finite cannot be quantized. The node stays in float; mend or re-export the model.";
-    NOT_FUSED = "OQ6001", "the target will not fuse this node",
-        "The quantize and dequantize nodes around it cost time without speeding the node up.";
     GREW = "OQ6002", "the quantized model is not smaller than the float model",
         "Little of the model is weights that could be quantized. The summary says what was quantized and what was not.";
     VERIFY_STRUCTURE = "OQ7001", "the written model does not read back as what was planned",
@@ -144,8 +140,6 @@ codes! {
         "The file was imported again and run on calibration samples; a tensor differs from the simulation. This is a bug in onnx-quant: please report it with the model.";
     LOW_FIDELITY = "OQ7003", "the quantized model is far from the float model",
         "End to end the outputs differ more than a usual 8-bit model's do. See the worst layers in the summary, and keep those in float with --keep-float.";
-    BUG = "OQ9001", "a bug in onnx-quant",
-        "Something that cannot happen happened. Please report it, with the model if you can share it.";
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ pub(crate) struct Args {
     /// Keep nodes or tensors whose name matches this pattern in float; may be repeated.
     #[arg(long, value_name = "PATTERN")]
     keep_float: Vec<String>,
-    /// Plan and report; write nothing.
+    /// Measure, plan and report, tensor by tensor; write nothing.
     #[arg(long)]
     dry_run: bool,
     /// Fail when a node that the target could run on codes stays in float.
@@ -116,7 +116,11 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let progress = Shown::new(args.data.progress);
     let outcome = driver::quantize(&request, &progress)?;
     let json = report::json(&request, &outcome);
-    let text = report::text(&request, &outcome, &command());
+    let mut text = report::text(&request, &outcome, &command());
+    if args.dry_run {
+        // Everything but writing was done: the plan is exact, and so are time and memory above.
+        text = passes::text::plan(&outcome.model) + &text;
+    }
     if let Some(path) = &args.report {
         driver::guard_inputs(path, &args.model, &[])?;
         emit::atomically(path, |out| {

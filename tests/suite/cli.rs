@@ -40,6 +40,8 @@ fn json_goes_to_standard_output_alone() {
     let json: serde_json::Value = serde_json::from_str(&out).unwrap();
     assert_eq!(json["version"], 1);
     assert_eq!(json["verify"], serde_json::Value::Null);
+    let plan = tool_ok(&["quantize", text(&model), "--data", text(&data), "--dry-run"]);
+    assert!(plan.starts_with("plan {") && plan.contains("uint8 per-tensor, scale"), "{plan}");
     assert!(!model.with_extension("q.onnx").exists(), "a dry run writes nothing");
 }
 
@@ -285,6 +287,27 @@ fn a_branch_may_read_what_is_quantized() {
     let written = tool_ok(&["cat", &at("q.onnx")]);
     assert!(written.contains("QuantizeLinear"), "{written}");
     refused(&["quantize", &at("q.onnx"), "--data", text(&data), "-o", &at("r.onnx")], 2, &["quantized already"]);
+}
+
+/// A weight that is not finite: its node stays in float, named with the tensor, and the rest is quantized.
+#[test]
+fn weights_that_are_not_finite_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let source = "graph (%input: f32[batch,1,28,28]) -> (%y) {
+  %bad = const f32[1,1,1,1] [nan]
+  %good = const f32[1,1,1,1] [0.5]
+  %a = Conv(%input, %good)
+  %y = Conv(%a, %bad)
+}
+";
+    std::fs::write(at("m.oq"), source).unwrap();
+    tool_ok(&["cat", &at("m.oq"), "--to", "onnx", "-o", &at("m.onnx")]);
+    let (model, data) = (at("m.onnx"), fixture("data/digits"));
+    let args = ["quantize", &model, "--data", text(&data), "--dry-run", "--json"];
+    let json: serde_json::Value = serde_json::from_str(&tool_ok(&args)).unwrap();
+    let reasons: Vec<&str> = json["layers"].as_array().unwrap().iter().filter_map(|l| l["reason"].as_str()).collect();
+    assert!(reasons.iter().any(|r| r.contains("`bad` has NaN")) && json["totals"]["quantized"] == 1, "{reasons:?}");
 }
 
 /// The weights of the input are as untouchable as its main file.

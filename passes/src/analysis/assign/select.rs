@@ -189,7 +189,8 @@ impl Selector<'_> {
             return Some("its weight is empty".into());
         }
         if !is_finite(weight) {
-            return Some("its weight has NaN or infinite values".into());
+            let name = graph.value(node.input(roles.weight.into())?).name.escape_debug().to_string();
+            return Some(format!("its weight `{name}` has NaN or infinite values"));
         }
         if node.op.is("MatMul") && weight.shape().len() != 2 {
             return Some("its weight is a batch of matrices".into());
@@ -210,7 +211,7 @@ impl Selector<'_> {
             Some(bias)
                 if bias.dtype() == DType::F32 && bias.len() == channels && bias.shape().last() == Some(&channels) =>
             {
-                (!is_finite(bias)).then(|| "its bias has NaN or infinite values".into())
+                (!is_finite(bias)).then(|| "its bias has NaN or infinite values".to_owned())
             }
             Some(_) => Some("its bias is not one number per output channel".into()),
             None => Some("its bias is not constant".into()),
