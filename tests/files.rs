@@ -4,10 +4,9 @@
 
 use std::path::Path;
 
-use passes::exec::{ExecError, Executor, Session, Silent};
+use passes::exec::{ExecError, Executor, Session};
 use passes::ir::Graph;
 use passes::pass::{PassContext, PassManager, Pipeline};
-use passes::target::KeepFloat;
 use passes::text;
 
 /// Passes over float graphs run nothing.
@@ -30,17 +29,7 @@ fn run(path: &Path, source: &str) -> Result<String, Box<dyn std::error::Error>> 
     let catalogue = passes::catalogue::passes();
     let steps = if pass == "infer-shapes" { pass.to_owned() } else { format!("infer-shapes, {pass}") };
     let pipeline = Pipeline::parse(&steps, &catalogue)?;
-    let keep_float = KeepFloat::new();
-    let mut cx = PassContext {
-        target: onnx_quant::targets::TARGETS[0],
-        executor: &NoExecutor,
-        dataset: None,
-        wishes: std::collections::BTreeSet::new(),
-        keep_float: &keep_float,
-        threads: 1,
-        tap_budget: 0,
-        progress: &Silent,
-    };
+    let mut cx = PassContext::new(onnx_quant::targets::TARGETS[0], &NoExecutor);
     let (model, trace) = PassManager::new(Vec::new(), true).run(&pipeline, text::parse(source)?, &mut cx)?;
     let (_, record) = trace.steps.last().ok_or("no pass ran")?;
     let counts: Vec<String> = record.counts.iter().map(|(what, n)| format!("{what} {n}")).collect();

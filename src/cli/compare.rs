@@ -52,16 +52,12 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let dataset = dataset.ok_or_else(|| Error::Input("samples are needed: pass them with --data".into()))?;
     let executor = driver::executor(&request.executor, &float)?;
     let progress = Shown::new(args.data.progress);
-    let keep_float = passes::target::KeepFloat::new();
     let mut cx = PassContext {
-        target: target_named("ort-cpu")?,
-        executor: executor.as_ref(),
         dataset: Some(&dataset),
-        wishes: std::collections::BTreeSet::new(),
-        keep_float: &keep_float,
         threads: request.threads,
         tap_budget: driver::tap_budget(&request)?,
         progress: &progress,
+        ..PassContext::new(target_named("ort-cpu")?, executor.as_ref())
     };
     let catalogue = passes::catalogue::passes();
     let mut plain = |model: Model| -> Result<Model, Error> {

@@ -114,16 +114,12 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let dataset = driver::open_data(&request, Slot::of(model.graph()))?;
     let executor = driver::executor(&request.executor, &model)?;
     let progress = Shown::new(args.data.progress);
-    let keep_float = passes::target::KeepFloat::new();
     let mut cx = PassContext {
-        target: target_named(&args.target)?,
-        executor: executor.as_ref(),
         dataset: dataset.as_ref().map(|d| d as &dyn Dataset),
-        wishes: std::collections::BTreeSet::new(),
-        keep_float: &keep_float,
         threads: request.threads,
         tap_budget: driver::tap_budget(&request)?,
         progress: &progress,
+        ..PassContext::new(target_named(&args.target)?, executor.as_ref())
     };
     let watch = Watch { before: &args.dump_before, after: &args.dump_after, stop_after: args.stop_after };
     let mut manager = PassManager::new(vec![Box::new(watch)], args.check);

@@ -83,16 +83,12 @@ fn measure(args: &Args) -> Result<Ended, Error> {
     let text = target.pipeline(request.goal);
     let catalogue = passes::catalogue::passes();
     let pipeline = Pipeline::parse(&text, &catalogue).map_err(Error::input)?;
-    let keep_float = passes::target::KeepFloat::new();
     let mut cx = PassContext {
-        target,
-        executor: executor.as_ref(),
         dataset: Some(&dataset),
-        wishes: std::collections::BTreeSet::new(),
-        keep_float: &keep_float,
         threads: request.threads,
         tap_budget: driver::tap_budget(&request)?,
         progress: &progress,
+        ..PassContext::new(target, executor.as_ref())
     };
     let (model, _) = PassManager::default().run(&pipeline, model, &mut cx)?;
     let file = StatsFile::of(dataset.len() as u64, &model);

@@ -9,12 +9,12 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use onnx_quant::{dataset, exec, import, targets};
-use passes::exec::{Dataset, Silent};
+use passes::exec::Dataset;
 use passes::model::Plan;
 use passes::parallel;
 use passes::pass::{PassContext, PassManager, Pipeline};
 use passes::simulate::Simulation;
-use passes::target::{Goal, KeepFloat};
+use passes::target::Goal;
 
 const ROUNDS: usize = 5;
 
@@ -34,17 +34,8 @@ fn bench(path: &str, data: &str) {
     let executor = (exec::find("auto").expect("listed").build)(&imported.model.meta).expect("embedded");
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let target = targets::TARGETS[0];
-    let keep_float = KeepFloat::new();
-    let mut cx = PassContext {
-        target,
-        executor: executor.as_ref(),
-        dataset: Some(&data as &dyn Dataset),
-        wishes: std::collections::BTreeSet::new(),
-        keep_float: &keep_float,
-        threads,
-        tap_budget: 256 << 20,
-        progress: &Silent,
-    };
+    let mut cx =
+        PassContext { dataset: Some(&data as &dyn Dataset), threads, ..PassContext::new(target, executor.as_ref()) };
     let catalogue = passes::catalogue::passes();
     let text = target.pipeline(Goal::Balanced);
     let (normalize, _) = text.split_once("calibrate").expect("every pipeline calibrates");

@@ -9,7 +9,7 @@ use passes::ir::walk;
 use passes::model::{Model, Statistic};
 use passes::pass::{PassContext, PassManager, Pipeline, Wish};
 use passes::simulate::Simulation;
-use passes::target::{Goal, KeepFloat};
+use passes::target::Goal;
 
 use super::fixture;
 
@@ -19,17 +19,8 @@ fn quantized(name: &str) -> (Model, dataset::Files) {
     let data = dataset::Files::open(&fixture("data/digits"), slots, None, None).unwrap();
     let executor = (exec::find("rten").unwrap().build)(&imported.model.meta).unwrap();
     let target = targets::find("ort-cpu").unwrap();
-    let keep_float = KeepFloat::new();
-    let mut cx = PassContext {
-        target,
-        executor: executor.as_ref(),
-        dataset: Some(&data as &dyn Dataset),
-        wishes: std::collections::BTreeSet::new(),
-        keep_float: &keep_float,
-        threads: 2,
-        tap_budget: 1 << 28,
-        progress: &Silent,
-    };
+    let mut cx =
+        PassContext { dataset: Some(&data as &dyn Dataset), threads: 2, ..PassContext::new(target, executor.as_ref()) };
     let catalogue = passes::catalogue::passes();
     let pipeline = Pipeline::parse(&target.pipeline(Goal::Balanced), &catalogue).unwrap();
     let (model, _) = PassManager::default().run(&pipeline, imported.model, &mut cx).unwrap();

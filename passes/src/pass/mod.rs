@@ -16,7 +16,7 @@ pub use pipeline::{Pipeline, PipelineError, Step, nearest};
 pub use rewrite::{Miss, Rewrite, Site as RewriteSite, Sweep};
 
 use crate::about::About;
-use crate::exec::{DataError, Dataset, Executor, Progress};
+use crate::exec::{DataError, Dataset, Executor, Progress, Silent};
 use crate::id::ValueId;
 use crate::model::{Model, Patch};
 use crate::simulate::SimulateError;
@@ -95,6 +95,24 @@ pub struct PassContext<'a> {
     pub tap_budget: usize,
     /// Told about long work.
     pub progress: &'a dyn Progress,
+}
+
+impl<'a> PassContext<'a> {
+    /// A context without samples, in which nothing is kept in float and nobody is told; one worker thread, and 256 MiB for
+    /// tensors held at once for measuring. Callers set what differs.
+    pub fn new(target: &'a dyn Target, executor: &'a dyn Executor) -> Self {
+        static NOTHING_KEPT: KeepFloat = KeepFloat::new();
+        Self {
+            target,
+            executor,
+            dataset: None,
+            wishes: BTreeSet::new(),
+            keep_float: &NOTHING_KEPT,
+            threads: 1,
+            tap_budget: 256 << 20,
+            progress: &Silent,
+        }
+    }
 }
 
 /// Why a pass stopped.

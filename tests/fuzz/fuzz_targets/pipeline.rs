@@ -2,13 +2,12 @@
 #![no_main]
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
 
 use passes::about::About;
-use passes::exec::{ExecError, Executor, Session, Silent};
+use passes::exec::{ExecError, Executor, Session};
 use passes::model::Model;
 use passes::pass::{PassContext, PassManager, Pipeline, RunError};
-use passes::target::{Goal, KeepFloat, LowerError, Lowered, Rule, Target, TargetInfo};
+use passes::target::{Goal, LowerError, Lowered, Rule, Target, TargetInfo};
 
 #[derive(Debug)]
 struct NoExecutor;
@@ -50,17 +49,7 @@ libfuzzer_sys::fuzz_target!(|text: &str| {
     let Ok(model) = passes::text::parse(text) else { return };
     let catalogue = passes::catalogue::passes();
     let pipeline = Pipeline::parse(PIPELINE, &catalogue).expect("the pipeline parses");
-    let keep_float = KeepFloat::new();
-    let mut cx = PassContext {
-        target: &NoTarget,
-        executor: &NoExecutor,
-        dataset: None,
-        wishes: BTreeSet::new(),
-        keep_float: &keep_float,
-        threads: 1,
-        tap_budget: 0,
-        progress: &Silent,
-    };
+    let mut cx = PassContext::new(&NoTarget, &NoExecutor);
     match PassManager::new(Vec::new(), true).run(&pipeline, model, &mut cx) {
         Ok(_) | Err(RunError::Pass { .. }) => {}
         Err(error) => panic!("{error}\n{text}"),
