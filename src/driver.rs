@@ -14,6 +14,7 @@ use passes::target::{Goal, KeepFloat, Scheme, Target};
 
 use crate::dataset::{Files, ImageOptions, Slot};
 use crate::emit::{self, Emit, Staged};
+use crate::memory::Needs;
 use crate::verify::{self, Fidelity, Verdict};
 use crate::{exec, import, stats};
 
@@ -130,6 +131,8 @@ pub struct Outcome {
     pub executor: String,
     /// How many samples there were.
     pub samples: usize,
+    /// The peak memory that was expected before the first sample ran; `None` without samples.
+    pub estimated_bytes: Option<u64>,
 }
 
 /// Bytes and opsets.
@@ -182,11 +185,12 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let dataset = open_data(request, slots)?;
     let executor = executor(&request.executor, &imported.model)?;
     clock.lap("data");
-    let mut cx = context(request, executor.as_ref(), dataset.as_ref(), &keep_float, progress)?;
+    let mut cx = context(request, executor.as_ref(), dataset.as_ref(), &keep_float, progress);
     let mut manager = PassManager::new(vec![Box::new(StageTimes::new(&mut clock))], false);
     // Statistics go by the names that tensors have once the graph is plain.
     let (plain, rest) = pipeline.split_at_calibration();
     let (mut model, mut trace) = manager.run(&plain, imported.model, &mut cx)?;
+    let estimated_bytes = fit_memory(request, &model, &mut cx)?;
     if let Some(path) = &request.stats {
         model = stats::attach(model, path)?;
     }
@@ -230,7 +234,19 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     notes.sort_by_key(|note| std::cmp::Reverse(note.severity));
     let n_samples = samples.map_or(0, passes::exec::Dataset::len);
     let (executor, stages) = (executor.describe(), clock.stages);
-    Ok(Outcome { model, trace, notes, verdict, fidelity, stages, sizes, pipeline: text, executor, samples: n_samples })
+    Ok(Outcome {
+        model,
+        trace,
+        notes,
+        verdict,
+        fidelity,
+        stages,
+        sizes,
+        pipeline: text,
+        executor,
+        samples: n_samples,
+        estimated_bytes,
+    })
 }
 
 /// Runs `f` on a thread of its own. The allocator keeps what calibration's workers freed for other threads like them, not
@@ -363,35 +379,27 @@ fn context<'a>(
     dataset: Option<&'a Files>,
     keep_float: &'a KeepFloat,
     progress: &'a dyn Progress,
-) -> Result<PassContext<'a>, Error> {
-    Ok(PassContext {
-        target: request.target,
-        executor,
+) -> PassContext<'a> {
+    PassContext {
         dataset: dataset.map(|d| d as &dyn passes::exec::Dataset),
-        wishes: std::collections::BTreeSet::new(),
         keep_float,
         threads: request.threads,
-        tap_budget: tap_budget(request)?,
         progress,
-    })
+        ..PassContext::new(request.target, executor)
+    }
 }
 
-/// Without a limit, tensors held at once for measuring take at most this.
-const DEFAULT_TAP_BYTES: u64 = 256 << 20;
-
-/// The part of `--max-memory` that is left for measured tensors once the model has its share.
-pub(crate) fn tap_budget(request: &Request) -> Result<usize, Error> {
-    let Some(limit) = request.max_memory else { return Ok(usize::try_from(DEFAULT_TAP_BYTES).unwrap_or(usize::MAX)) };
-    let model = std::fs::metadata(&request.input).map_or(0, |data| data.len());
-    // The executor holds the weights once more, and packed for its kernels.
-    let fixed = 3 * model + (64 << 20);
-    let left = limit.checked_sub(fixed).filter(|left| *left >= 16 << 20).ok_or_else(|| {
-        Error::Resources(format!(
-            "--max-memory {limit} bytes is too little: this model takes about {} bytes before the first sample",
-            fixed + (16 << 20)
-        ))
-    })?;
-    Ok(usize::try_from(left / 2).unwrap_or(usize::MAX))
+/// Fits the run of `cx` into the memory that `request` allows or the machine has, going by its first sample.
+///
+/// # Errors
+/// [`Error::Resources`] when it does not fit, [`Error::Input`] when the sample cannot be read.
+pub(crate) fn fit_memory(request: &Request, model: &Model, cx: &mut PassContext<'_>) -> Result<Option<u64>, Error> {
+    let Some(dataset) = cx.dataset.filter(|d| !d.is_empty()) else { return Ok(None) };
+    let needs = Needs::of(model, &dataset.sample(0).map_err(Error::input)?, request.target, cx.executor);
+    let budget = needs.budget(request.max_memory, request.threads)?;
+    tracing::info!(estimate = budget.estimate, threads = budget.threads, taps = budget.taps, "memory");
+    (cx.threads, cx.tap_budget, cx.sizes) = (budget.threads, budget.taps, needs.sizes);
+    Ok(Some(budget.estimate))
 }
 
 /// The bytes of the model at `path` and of its external files.

@@ -11,6 +11,7 @@ pub mod emit;
 pub mod exec;
 pub mod import;
 pub mod load;
+mod memory;
 pub mod report;
 pub mod stats;
 pub mod targets;

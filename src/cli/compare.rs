@@ -55,10 +55,10 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let mut cx = PassContext {
         dataset: Some(&dataset),
         threads: request.threads,
-        tap_budget: driver::tap_budget(&request)?,
         progress: &progress,
         ..PassContext::new(target_named("ort-cpu")?, executor.as_ref())
     };
+    driver::fit_memory(&request, &float, &mut cx)?;
     let catalogue = passes::catalogue::passes();
     let mut plain = |model: Model| -> Result<Model, Error> {
         let pipeline = Pipeline::parse(PIPELINE, &catalogue).map_err(Error::input)?;

@@ -117,10 +117,10 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let mut cx = PassContext {
         dataset: dataset.as_ref().map(|d| d as &dyn Dataset),
         threads: request.threads,
-        tap_budget: driver::tap_budget(&request)?,
         progress: &progress,
         ..PassContext::new(target_named(&args.target)?, executor.as_ref())
     };
+    driver::fit_memory(&request, &model, &mut cx)?;
     let watch = Watch { before: &args.dump_before, after: &args.dump_after, stop_after: args.stop_after };
     let mut manager = PassManager::new(vec![Box::new(watch)], args.check);
     let (model, trace) = manager.run(&pipeline, model, &mut cx)?;

@@ -22,13 +22,15 @@ pub(crate) enum Mode {
 
 static CANCELLED: AtomicBool = AtomicBool::new(false);
 
-/// From now on the first Ctrl-C asks the run to stop cleanly; a second one ends the process at once.
+/// From now on the first Ctrl-C asks the run to stop cleanly; a second one ends the process at once, half-written files gone.
 pub(super) fn watch_interrupts() {
     static WATCH: OnceLock<()> = OnceLock::new();
     WATCH.get_or_init(|| {
         let _ = ctrlc::set_handler(|| {
             if CANCELLED.swap(true, Ordering::SeqCst) {
-                std::process::abort();
+                crate::emit::discard_staged();
+                #[expect(clippy::exit, reason = "the user asked twice; threads may be anywhere in their work")]
+                std::process::exit(130);
             }
             super::eprint("\nstopping after the current step; press Ctrl-C again to stop at once\n");
         });

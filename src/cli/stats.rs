@@ -86,10 +86,10 @@ fn measure(args: &Args) -> Result<Ended, Error> {
     let mut cx = PassContext {
         dataset: Some(&dataset),
         threads: request.threads,
-        tap_budget: driver::tap_budget(&request)?,
         progress: &progress,
         ..PassContext::new(target, executor.as_ref())
     };
+    driver::fit_memory(&request, &model, &mut cx)?;
     let (model, _) = PassManager::default().run(&pipeline, model, &mut cx)?;
     let file = StatsFile::of(dataset.len() as u64, &model);
     file.write(output)?;

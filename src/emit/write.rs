@@ -2,6 +2,7 @@
 
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use tempfile::{NamedTempFile, TempDir};
 
@@ -15,6 +16,34 @@ pub struct WriteError {
     pub path: PathBuf,
     /// What the system said.
     pub error: io::Error,
+}
+
+/// Files and folders that are being written, for the case that the process has to end at once.
+static UNDER_WAY: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// A path in [`UNDER_WAY`] for as long as this lives.
+#[derive(Debug)]
+struct Registered(PathBuf);
+
+impl Registered {
+    fn new(path: &Path) -> Self {
+        UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_owned());
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner).retain(|path| *path != self.0);
+    }
+}
+
+/// Removes everything that is half written. Only for a process that ends right after.
+pub fn discard_staged() {
+    for path in UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        // Best effort: there is nobody left to tell.
+        let _ = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+    }
 }
 
 fn failed(path: &Path) -> impl Fn(io::Error) -> WriteError + '_ {
@@ -39,6 +68,7 @@ pub fn atomically(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<(
         builder.permissions(std::fs::Permissions::from_mode(0o666)); // the umask takes away what the user wants gone
     }
     let mut file: NamedTempFile = builder.tempfile_in(folder_of(path)).map_err(&fail)?;
+    let _registered = Registered::new(file.path());
     let mut buffered = BufWriter::with_capacity(1 << 20, file.as_file_mut());
     fill(&mut buffered).map_err(&fail)?;
     buffered.flush().map_err(&fail)?;
@@ -51,6 +81,7 @@ pub fn atomically(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<(
 #[derive(Debug)]
 pub struct Staged {
     folder: TempDir,
+    _registered: Registered,
     target: PathBuf,
     names: Vec<PathBuf>,
 }
@@ -65,6 +96,7 @@ impl Staged {
         let name = target.file_name().map(PathBuf::from);
         let name = name.ok_or_else(|| fail(io::Error::new(io::ErrorKind::InvalidInput, "it names no file")))?;
         let folder = tempfile::Builder::new().prefix(".onnx-quant-").tempdir_in(folder_of(target)).map_err(&fail)?;
+        let registered = Registered::new(folder.path());
         let Artifact { model, external, external_name } = artifact;
         let mut names = Vec::new();
         if !external.is_empty() {
@@ -84,7 +116,7 @@ impl Staged {
         }
         fill(&folder.path().join(&name), |out| proto::encode_to(model, out)).map_err(&fail)?;
         names.push(name);
-        Ok(Self { folder, target: target.to_owned(), names })
+        Ok(Self { folder, _registered: registered, target: target.to_owned(), names })
     }
 
     /// The main file, where it lies now.

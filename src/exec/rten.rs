@@ -55,7 +55,10 @@ impl Executor for Rten {
             let mut wire = crate::emit::part(graph, &self.meta);
             write_default_attributes(&mut wire, graph);
             let mut options = ModelOptions::with_all_ops();
-            options.enable_optimization(false).prepack_weights(true);
+            let weights: u64 =
+                graph.value_ids().filter_map(|id| graph.constant(id)).map(|t| t.bytes().len() as u64).sum();
+            // Packed weights are held once more: for large models that costs more memory than it saves time.
+            options.enable_optimization(false).prepack_weights(weights <= crate::memory::PREPACK_LIMIT);
             let model = options.load(proto::encode(&wire)).map_err(|e| e.to_string())?;
             let find = |names: Vec<String>| -> Result<Vec<NodeId>, String> {
                 names.iter().map(|n| model.find_node(n).ok_or_else(|| format!("it lost the tensor `{n}`"))).collect()

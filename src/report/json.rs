@@ -58,6 +58,7 @@ pub fn summary(request: &Request, outcome: &Outcome) -> Value {
         "verify": outcome.verdict.as_ref().map(|v| json!({ "passed": v.passed, "max_steps": v.max_steps.map_or(Value::Null, number) })),
         "stages": outcome.stages.iter().map(|s| json!({ "name": s.name, "seconds": s.time.as_secs_f64() })).collect::<Vec<_>>(),
         "peak_rss_bytes": peak_rss_bytes(),
+        "estimated_rss_bytes": outcome.estimated_bytes,
         "seed": 0,
         "threads": request.threads,
         "diagnostics": outcome.notes.iter().map(diagnostic).collect::<Vec<_>>(),

@@ -118,7 +118,8 @@ fn numbers(text: &mut String, request: &Request, outcome: &Outcome) {
         outcome.stages.iter().map(|stage| format!("{} {:.2} s", stage.name, stage.time.as_secs_f64())).collect();
     let _ = writeln!(text, "time       {}", stages.join(", "));
     if let Some(peak) = peak_rss_bytes() {
-        let _ = writeln!(text, "memory     {} at most", size(peak));
+        let estimate = outcome.estimated_bytes.map_or(String::new(), |bytes| format!(", {} expected", size(bytes)));
+        let _ = writeln!(text, "memory     {} at most{estimate}", size(peak));
     }
     if let Some(output) = &request.output {
         let _ = writeln!(text, "written    {}", output.display());

@@ -68,7 +68,7 @@ fn bad_requests_are_refused_before_any_work() {
     refused(&["quantize", model, "--data", data, "--keep-float", "nothing-like-it*"], 2, &["matches no node"]);
     refused(&["quantize", model, "--data", data, "--executor", "magic"], 2, &["tract"]);
     refused(&["quantize", model, "--data", data, "-o", model], 2, &["never touched"]);
-    refused(&["quantize", model, "--data", data, "--max-memory", "1M"], 4, &["too little"]);
+    refused(&["quantize", model, "--data", data, "--max-memory", "1M"], 4, &["--max-memory allows 1 MB"]);
     refused(&["quantize", "no-such-model.onnx", "--data", data], 2, &["no-such-model.onnx"]);
     refused(&["quantize", model, "--data", data, "-o", "/no/such/folder/q.onnx"], 4, &["cannot write"]);
     refused(&["opt", model, "--pipeline", "calibrat"], 2, &["did you mean `calibrate`"]);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use onnx_quant::{dataset, exec, targets};
-use passes::exec::{Dataset, Silent};
+use passes::exec::Dataset;
 use passes::id::{Site, ValueId};
 use passes::ir::walk;
 use passes::model::{Model, Statistic};
@@ -89,7 +89,9 @@ fn onnx_runtime_measures_what_the_others_measure() {
         .collect();
     let [a, b] = ["rten", "ort"].map(|name| {
         let executor = (exec::find(name).unwrap().build)(&imported.model.meta).unwrap();
-        passes::calibrate::collect(graph, &wanted, executor.as_ref(), &data, 2, 1 << 28, &Silent).unwrap()
+        let target = targets::TARGETS[0];
+        let cx = PassContext { dataset: Some(&data), threads: 2, ..PassContext::new(target, executor.as_ref()) };
+        passes::calibrate::collect(graph, &wanted, &cx).unwrap()
     });
     for (a, b) in a.iter().zip(&b) {
         let (Statistic::Distribution(a), Statistic::Distribution(b)) = (a, b) else { panic!("distributions") };

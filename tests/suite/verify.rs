@@ -1,7 +1,7 @@
 //! Verification finds what is wrong with a file.
 
 use onnx_quant::{dataset, exec, targets, verify};
-use passes::exec::{Dataset, Silent};
+use passes::exec::Dataset;
 use passes::model::Statistic;
 use passes::pass::{PassContext, PassManager, Pipeline, Wish};
 use passes::target::Goal;
@@ -65,7 +65,9 @@ fn executors_agree() {
         .iter()
         .map(|name| {
             let executor = (exec::find(name).unwrap().build)(&imported.model.meta).unwrap();
-            passes::calibrate::collect(graph, &wanted, executor.as_ref(), &data, 2, 1 << 28, &Silent).unwrap()
+            let target = targets::TARGETS[0];
+            let cx = PassContext { dataset: Some(&data), threads: 2, ..PassContext::new(target, executor.as_ref()) };
+            passes::calibrate::collect(graph, &wanted, &cx).unwrap()
         })
         .collect();
     for other in &measured[1..] {

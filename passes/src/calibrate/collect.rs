@@ -1,17 +1,15 @@
 //! Runs the data once, for all wishes.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::diag::{self, Diagnostic, Place, Severity};
-use crate::exec::{Dataset, Executor, Progress};
 use crate::id::ValueId;
-use crate::ir::{Dim, Graph, TensorType, Type};
+use crate::ir::Graph;
 use crate::model::{Edit, Model, Patch, Plan, Statistic};
 use crate::observe::{Means, Sketch};
 use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::simulate::Simulation;
-use crate::tensor::Tensor;
 use crate::{ops, parallel};
 
 crate::declare_pass! {
@@ -52,8 +50,7 @@ impl Pass for Calibrate {
         if wanted.is_empty() {
             return Ok(patch);
         }
-        let dataset = cx.dataset.filter(|d| !d.is_empty()).ok_or(PassError::NoData)?;
-        let measured = collect(model.graph(), &wanted, cx.executor, dataset, cx.threads, cx.tap_budget, cx.progress)?;
+        let measured = collect(model.graph(), &wanted, cx)?;
         for ((value, _), statistic) in wanted.into_iter().zip(measured) {
             if let Statistic::Distribution(sketch) = &statistic {
                 note_oddities(model, value, sketch, &mut patch);
@@ -125,23 +122,25 @@ impl Gauge {
 /// What is wished for of `wanted`, in their order, over all samples.
 ///
 /// # Errors
-/// [`PassError`] when a sample or the executor fails, or the user interrupts.
+/// [`PassError`] when there are no samples, one of them or the executor fails, or the user interrupts.
 pub fn collect(
     graph: &Graph,
     wanted: &[(ValueId, Wish)],
-    executor: &dyn Executor,
-    dataset: &dyn Dataset,
-    threads: usize,
-    tap_budget: usize,
-    progress: &dyn Progress,
+    cx: &PassContext<'_>,
 ) -> Result<Vec<Statistic>, CollectError> {
+    let dataset = cx.dataset.filter(|d| !d.is_empty()).ok_or(PassError::NoData)?;
+    let (threads, progress) = (cx.threads, cx.progress);
     let mut values: Vec<ValueId> = wanted.iter().map(|(value, _)| *value).collect();
     values.dedup();
-    let groups = tap_groups(graph, &values, &dataset.sample(0)?, tap_budget / threads.max(1));
+    let mut sizes = cx.sizes.clone();
+    if sizes.is_empty() {
+        sizes = ops::sizes::of(graph, &dataset.sample(0)?);
+    }
+    let groups = tap_groups(&values, &sizes, cx.tap_budget / threads.max(1) as u64);
     progress.begin("calibrate", (groups.len() * dataset.len()) as u64);
     let mut finished = Vec::with_capacity(wanted.len());
     for group in groups {
-        let simulation = Simulation::prepare(graph, &Plan::default(), executor, &group)?;
+        let simulation = Simulation::prepare(graph, &Plan::default(), cx.executor, &group)?;
         let gauges_of = |value: ValueId| -> Vec<Gauge> {
             wanted.iter().filter(|(v, _)| *v == value).map(|(_, wish)| Gauge::for_wish(*wish)).collect()
         };
@@ -170,55 +169,37 @@ pub fn collect(
     Ok(finished)
 }
 
-/// `wanted` cut into groups whose tensors, for one sample like `sample`, take at most `budget` bytes together (or are
-/// alone). A tensor whose size does not follow from the sample counts as an even share of nothing: its group is the
-/// current one.
-pub fn tap_groups(graph: &Graph, wanted: &[ValueId], sample: &[Tensor], budget: usize) -> Vec<Vec<ValueId>> {
-    let sizes = concrete_bytes(graph, sample);
-    let mut groups: Vec<Vec<ValueId>> = vec![Vec::new()];
-    let mut filled = 0_usize;
-    let unique: BTreeSet<ValueId> = wanted.iter().copied().collect();
-    debug_assert_eq!(unique.len(), wanted.len(), "a tensor is wished for once");
+/// `wanted` cut into groups whose tensors, by `sizes` for one sample, take at most `budget` bytes together (or are alone). A
+/// tensor of unknown size counts as much as the largest known one.
+pub fn tap_groups(wanted: &[ValueId], sizes: &BTreeMap<ValueId, u64>, budget: u64) -> Vec<Vec<ValueId>> {
+    let largest = sizes.values().copied().max().unwrap_or(0);
+    let mut groups: Vec<Vec<ValueId>> = Vec::new();
+    let mut filled = 0_u64;
     for &value in wanted {
-        let bytes = sizes[value.index()].unwrap_or(0);
-        let last = groups.len() - 1;
-        if filled.saturating_add(bytes) > budget && !groups[last].is_empty() {
-            groups.push(Vec::new());
+        let bytes = sizes.get(&value).copied().unwrap_or(largest);
+        if let Some(group) = groups.last_mut().filter(|_| filled.saturating_add(bytes) <= budget) {
+            group.push(value);
+        } else {
+            groups.push(vec![value]);
             filled = 0;
         }
         filled = filled.saturating_add(bytes);
-        let last = groups.len() - 1;
-        groups[last].push(value);
     }
     groups
 }
 
-/// The bytes of every value when the graph runs on `sample`, where they follow from the shape rules.
-fn concrete_bytes(graph: &Graph, sample: &[Tensor]) -> Vec<Option<usize>> {
-    let mut types: Vec<Option<TensorType>> = graph
-        .value_ids()
-        .map(|id| match &graph.value(id).ty {
-            Type::Tensor(ty) => Some(TensorType::new(ty.dtype, ty.known_shape().and(ty.shape.clone()))),
-            Type::Opaque(_) => None,
-        })
-        .collect();
-    for (&input, tensor) in graph.inputs().iter().zip(sample) {
-        types[input.index()] = Some(TensorType::of(tensor));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_stay_within_the_budget_and_lose_nothing() {
+        let wanted: Vec<ValueId> = (0..5).map(ValueId).collect();
+        let sizes: BTreeMap<ValueId, u64> = wanted.iter().copied().zip([4, 4, 9, 1]).collect();
+        // The last one is of unknown size: it counts 9.
+        let groups: Vec<usize> = tap_groups(&wanted, &sizes, 10).iter().map(Vec::len).collect();
+        assert_eq!(groups, [2, 2, 1]);
+        assert_eq!(tap_groups(&wanted, &sizes, 0).len(), 5);
+        assert!(tap_groups(&[], &sizes, 10).is_empty());
     }
-    for (_, node) in graph.nodes() {
-        let inputs = node.inputs.iter().map(|v| v.and_then(|v| types[v.index()].clone())).collect();
-        for (output, inferred) in node.outputs.iter().zip(ops::infer(graph, node, inputs)) {
-            if let Some(slot) = output.and_then(|output| types[output.index()].as_mut()) {
-                *slot = slot.refined(&inferred);
-            }
-        }
-    }
-    let bytes = |ty: &TensorType| {
-        let elements = ty.shape.as_ref()?.iter().try_fold(1_usize, |n, dim| match dim {
-            Dim::Known(d) => n.checked_mul(*d),
-            _ => None,
-        })?;
-        ty.dtype?.bytes_for(elements)
-    };
-    types.iter().map(|ty| ty.as_ref().and_then(bytes)).collect()
 }

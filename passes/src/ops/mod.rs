@@ -8,6 +8,7 @@ mod linear;
 mod matmul;
 mod reduce;
 mod shape;
+pub mod sizes;
 
 pub use eval::{EvalError, MAX_FOLDED_BYTES, evaluate};
 pub use linear::{Linear, linear};

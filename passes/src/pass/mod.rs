@@ -6,7 +6,7 @@ mod options;
 mod pipeline;
 mod rewrite;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 
 pub use fact::Facts;
@@ -92,7 +92,9 @@ pub struct PassContext<'a> {
     /// Worker threads.
     pub threads: usize,
     /// The most bytes that tensors held at once for measuring may take.
-    pub tap_budget: usize,
+    pub tap_budget: u64,
+    /// The bytes of tensors for one sample, where they are known; empty to have them worked out from the shapes.
+    pub sizes: BTreeMap<ValueId, u64>,
     /// Told about long work.
     pub progress: &'a dyn Progress,
 }
@@ -110,6 +112,7 @@ impl<'a> PassContext<'a> {
             keep_float: &NOTHING_KEPT,
             threads: 1,
             tap_budget: 256 << 20,
+            sizes: BTreeMap::new(),
             progress: &Silent,
         }
     }
