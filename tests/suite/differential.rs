@@ -9,7 +9,7 @@ use passes::ir::walk;
 use passes::model::{Model, Statistic};
 use passes::pass::{PassContext, PassManager, Pipeline, Wish};
 use passes::simulate::Simulation;
-use passes::target::Goal;
+use passes::target::{Goal, Scheme};
 
 use super::fixture;
 
@@ -22,7 +22,7 @@ fn quantized(name: &str) -> (Model, dataset::Files) {
     let mut cx =
         PassContext { dataset: Some(&data as &dyn Dataset), threads: 2, ..PassContext::new(target, executor.as_ref()) };
     let catalogue = passes::catalogue::passes();
-    let pipeline = Pipeline::parse(&target.pipeline(Goal::Balanced), &catalogue).unwrap();
+    let pipeline = Pipeline::parse(&target.pipeline(Goal::Balanced, &Scheme::W8A8), &catalogue).unwrap();
     let (model, _) = PassManager::default().run(&pipeline, imported.model, &mut cx).unwrap();
     (model, data)
 }
@@ -94,7 +94,9 @@ fn onnx_runtime_measures_what_the_others_measure() {
         passes::calibrate::collect(graph, &wanted, &cx).unwrap()
     });
     for (a, b) in a.iter().zip(&b) {
-        let (Statistic::Distribution(a), Statistic::Distribution(b)) = (a, b) else { panic!("distributions") };
+        let ((_, Statistic::Distribution(a)), (_, Statistic::Distribution(b))) = (a, b) else {
+            panic!("distributions")
+        };
         let size = a.max().abs().max(a.min().abs());
         assert!((a.max() - b.max()).abs() <= 1e-4 * size && (a.min() - b.min()).abs() <= 1e-4 * size, "{a:?} {b:?}");
     }

@@ -4,7 +4,7 @@ use onnx_quant::{dataset, exec, targets, verify};
 use passes::exec::Dataset;
 use passes::model::Statistic;
 use passes::pass::{PassContext, PassManager, Pipeline, Wish};
-use passes::target::Goal;
+use passes::target::{Goal, Scheme};
 
 use super::fixture;
 
@@ -19,7 +19,7 @@ fn a_changed_file_does_not_pass() {
     let mut cx =
         PassContext { dataset: Some(&data as &dyn Dataset), threads: 2, ..PassContext::new(target, executor.as_ref()) };
     let catalogue = passes::catalogue::passes();
-    let pipeline = Pipeline::parse(&target.pipeline(Goal::Balanced), &catalogue).unwrap();
+    let pipeline = Pipeline::parse(&target.pipeline(Goal::Balanced, &Scheme::W8A8), &catalogue).unwrap();
     let (model, _) = PassManager::default().run(&pipeline, imported.model, &mut cx).unwrap();
     let lowered = target.lower(&model).unwrap();
     let wire =
@@ -72,7 +72,9 @@ fn executors_agree() {
         .collect();
     for other in &measured[1..] {
         for (a, b) in measured[0].iter().zip(other) {
-            let (Statistic::Distribution(a), Statistic::Distribution(b)) = (a, b) else { panic!("distributions") };
+            let ((_, Statistic::Distribution(a)), (_, Statistic::Distribution(b))) = (a, b) else {
+                panic!("distributions")
+            };
             let size = a.max().abs().max(a.min().abs());
             assert!((a.max() - b.max()).abs() <= 1e-4 * size, "{a:?} {b:?}");
             assert!((a.min() - b.min()).abs() <= 1e-4 * size, "{a:?} {b:?}");

@@ -1,15 +1,17 @@
 //! Runs the data once, for all wishes.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::diag::{self, Diagnostic, Place, Severity};
+use crate::exec::Dataset;
 use crate::id::ValueId;
 use crate::ir::Graph;
 use crate::model::{Edit, Model, Patch, Plan, Statistic};
-use crate::observe::{Means, Sketch};
+use crate::observe::{GramSums, Means, Peaks, Rows, Sketch};
 use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::simulate::Simulation;
+use crate::tensor::Tensor;
 use crate::{ops, parallel};
 
 crate::declare_pass! {
@@ -42,16 +44,24 @@ impl Pass for Calibrate {
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         let mut patch = Patch::on(model);
+        let stats = model.stats();
         let open = |(value, wish): &(ValueId, Wish)| match wish {
-            Wish::Distribution => model.stats().distribution(*value).is_none(),
-            Wish::Means { .. } => model.stats().means(*value).is_none(),
+            Wish::Distribution => stats.distribution(*value).is_none(),
+            Wish::Means { .. } => stats.means(*value).is_none(),
+            Wish::Peaks { axis } => stats.peaks(*value, *axis).is_none(),
+            Wish::Gram(rows) => stats.gram(*value, *rows).is_none(),
         };
-        let wanted: Vec<(ValueId, Wish)> = cx.wishes.iter().copied().filter(open).collect();
+        let mut wanted: Vec<(ValueId, Wish)> = cx.wishes.iter().copied().filter(open).collect();
+        let with_samples = cx.dataset.is_some_and(|d| !d.is_empty());
+        if !with_samples && wanted.iter().all(|(_, wish)| matches!(wish, Wish::Gram(_) | Wish::Peaks { .. })) {
+            // Statistics from files hold no matrices: what is rounded by data falls back to nearest and says so.
+            wanted.clear();
+        }
         if wanted.is_empty() {
             return Ok(patch);
         }
         let measured = collect(model.graph(), &wanted, cx)?;
-        for ((value, _), statistic) in wanted.into_iter().zip(measured) {
+        for (value, statistic) in measured {
             if let Statistic::Distribution(sketch) = &statistic {
                 note_oddities(model, value, sketch, &mut patch);
             }
@@ -81,18 +91,22 @@ fn note_oddities(model: &Model, value: ValueId, sketch: &Sketch, patch: &mut Pat
 /// What can go wrong while collecting.
 pub type CollectError = PassError;
 
-/// A statistic in the making.
+/// A statistic in the making, of which every worker has its own.
 #[derive(Clone)]
 enum Gauge {
     Distribution(Sketch),
     Means(Means),
+    Peaks(usize, Peaks),
 }
 
 impl Gauge {
-    fn for_wish(wish: Wish) -> Self {
+    /// `None` for what needs a pass of its own.
+    fn for_wish(wish: Wish) -> Option<Self> {
         match wish {
-            Wish::Distribution => Self::Distribution(Sketch::default()),
-            Wish::Means { axis } => Self::Means(Means::along(axis)),
+            Wish::Distribution => Some(Self::Distribution(Sketch::default())),
+            Wish::Means { axis } => Some(Self::Means(Means::along(axis))),
+            Wish::Peaks { axis } => Some(Self::Peaks(axis, Peaks::along(axis))),
+            Wish::Gram(_) => None,
         }
     }
 
@@ -100,6 +114,7 @@ impl Gauge {
         match self {
             Self::Distribution(sketch) => sketch.see(values),
             Self::Means(means) => means.see(values, shape),
+            Self::Peaks(_, peaks) => peaks.see(values, shape),
         }
     }
 
@@ -107,6 +122,7 @@ impl Gauge {
         match (self, other) {
             (Self::Distribution(mine), Self::Distribution(theirs)) => mine.merge(theirs),
             (Self::Means(mine), Self::Means(theirs)) => mine.merge(theirs),
+            (Self::Peaks(_, mine), Self::Peaks(_, theirs)) => mine.merge(theirs),
             _ => unreachable!("every worker gauges the same wishes in the same order"),
         }
     }
@@ -115,11 +131,13 @@ impl Gauge {
         match self {
             Self::Distribution(sketch) => Statistic::Distribution(Arc::new(sketch)),
             Self::Means(means) => Statistic::Means(Arc::new(means)),
+            Self::Peaks(axis, peaks) => Statistic::Peaks { axis, peaks: Arc::new(peaks) },
         }
     }
 }
 
-/// What is wished for of `wanted`, in their order, over all samples.
+/// What is wished for of `wanted`, over all samples: one pass over the data, and a second one for Gram matrices, whose
+/// columns are measured in units of the peaks that the first one found.
 ///
 /// # Errors
 /// [`PassError`] when there are no samples, one of them or the executor fails, or the user interrupts.
@@ -127,47 +145,150 @@ pub fn collect(
     graph: &Graph,
     wanted: &[(ValueId, Wish)],
     cx: &PassContext<'_>,
-) -> Result<Vec<Statistic>, CollectError> {
+) -> Result<Vec<(ValueId, Statistic)>, CollectError> {
     let dataset = cx.dataset.filter(|d| !d.is_empty()).ok_or(PassError::NoData)?;
-    let (threads, progress) = (cx.threads, cx.progress);
-    let mut values: Vec<ValueId> = wanted.iter().map(|(value, _)| *value).collect();
-    values.dedup();
-    let mut sizes = cx.sizes.clone();
-    if sizes.is_empty() {
-        sizes = ops::sizes::of(graph, &dataset.sample(0)?);
+    let mut sizes = ops::sizes::of(graph, &dataset.sample(0)?);
+    sizes.extend(&cx.sizes);
+    let wished: Vec<ValueId> = wanted.iter().map(|(value, _)| *value).collect();
+    ops::sizes::by_likeness(graph, &wished, &mut sizes);
+    let grams: Vec<(ValueId, Rows)> = wanted
+        .iter()
+        .filter_map(|(value, wish)| if let Wish::Gram(rows) = wish { Some((*value, *rows)) } else { None })
+        .collect();
+    let axis = |(value, rows): &(ValueId, Rows)| Some((*value, rows.channel_axis(graph.value(*value).ty.rank()?)));
+    let mut gauged: BTreeSet<(ValueId, Wish)> = wanted.iter().copied().collect();
+    gauged.extend(grams.iter().filter_map(axis).map(|(value, axis)| (value, Wish::Peaks { axis })));
+    let gauged: Vec<(ValueId, Wish)> = gauged.into_iter().filter(|(_, w)| !matches!(w, Wish::Gram(_))).collect();
+    let run = Run { graph, dataset, sizes, cx };
+    let mut measured = run.gauges(&gauged)?;
+    let mut tables = Vec::new();
+    for (value, rows) in grams {
+        let Some((_, axis)) = axis(&(value, rows)) else { continue };
+        let peaks = measured.iter().find_map(|(v, statistic)| match statistic {
+            Statistic::Peaks { axis: a, peaks } if *v == value && *a == axis => Some(peaks.values()),
+            _ => None,
+        });
+        tables.extend(peaks.map(|peaks| (value, rows, peaks.to_vec())));
     }
-    let groups = tap_groups(&values, &sizes, cx.tap_budget / threads.max(1) as u64);
-    progress.begin("calibrate", (groups.len() * dataset.len()) as u64);
-    let mut finished = Vec::with_capacity(wanted.len());
-    for group in groups {
-        let simulation = Simulation::prepare(graph, &Plan::default(), cx.executor, &group)?;
-        let gauges_of = |value: ValueId| -> Vec<Gauge> {
-            wanted.iter().filter(|(v, _)| *v == value).map(|(_, wish)| Gauge::for_wish(*wish)).collect()
-        };
-        let start = || -> Vec<Vec<Gauge>> { group.iter().map(|value| gauges_of(*value)).collect() };
-        let states = parallel::workers(threads, dataset.len(), start, |gauges, index| {
-            if progress.cancelled() {
+    measured.extend(run.grams(&tables)?);
+    Ok(measured)
+}
+
+/// The data, and what runs it.
+struct Run<'a> {
+    graph: &'a Graph,
+    dataset: &'a dyn Dataset,
+    sizes: BTreeMap<ValueId, u64>,
+    cx: &'a PassContext<'a>,
+}
+
+impl Run<'_> {
+    /// Runs every sample once and shows `values` to `see`, with the state of the worker and the place among `values`; then
+    /// `after` once per sample.
+    fn each<S: Send>(
+        &self,
+        values: &[ValueId],
+        start: impl Fn() -> S + Sync,
+        see: impl Fn(&mut S, usize, Tensor) + Sync,
+        after: impl Fn(&mut S) + Sync,
+    ) -> Result<Vec<S>, PassError> {
+        let simulation = Simulation::prepare(self.graph, &Plan::default(), self.cx.executor, values)?;
+        parallel::workers(self.cx.threads, self.dataset.len(), start, |state, index| {
+            if self.cx.progress.cancelled() {
                 return Err(PassError::Interrupted);
             }
-            simulation.run_with(&dataset.sample(index)?, &mut |at, tensor| {
+            simulation.run_with(&self.dataset.sample(index)?, &mut |at, tensor| see(state, at, tensor))?;
+            after(state);
+            self.cx.progress.step();
+            Ok(())
+        })
+    }
+
+    fn gauges(&self, wanted: &[(ValueId, Wish)]) -> Result<Vec<(ValueId, Statistic)>, PassError> {
+        let mut values: Vec<ValueId> = wanted.iter().map(|(value, _)| *value).collect();
+        values.dedup();
+        let budget = self.cx.tap_budget / self.cx.threads.max(1) as u64;
+        let groups = tap_groups(&values, &self.sizes, budget);
+        self.cx.progress.begin("calibrate", (groups.len() * self.dataset.len()) as u64);
+        let mut finished = Vec::with_capacity(wanted.len());
+        for group in groups {
+            let gauges_of = |value: ValueId| -> Vec<Gauge> {
+                wanted.iter().filter(|(v, _)| *v == value).filter_map(|(_, wish)| Gauge::for_wish(*wish)).collect()
+            };
+            let start = || -> Vec<Vec<Gauge>> { group.iter().map(|value| gauges_of(*value)).collect() };
+            let see = |gauges: &mut Vec<Vec<Gauge>>, at: usize, tensor: Tensor| {
                 if let Some(values) = tensor.values::<f32>() {
                     gauges[at].iter_mut().for_each(|gauge| gauge.see(&values, tensor.shape()));
                 }
-            })?;
-            progress.step();
-            Ok(())
-        })?;
-        let mut states = states.into_iter();
-        let mut merged = states.next().unwrap_or_else(start);
-        for state in states {
-            let pairs = merged.iter_mut().flatten().zip(state.iter().flatten());
-            pairs.for_each(|(into, from)| into.merge(from));
+            };
+            let states = self.each(&group, start, see, |_| ())?;
+            let mut states = states.into_iter();
+            let mut merged = states.next().unwrap_or_else(start);
+            for state in states {
+                let pairs = merged.iter_mut().flatten().zip(state.iter().flatten());
+                pairs.for_each(|(into, from)| into.merge(from));
+            }
+            for (value, gauges) in group.iter().zip(merged) {
+                finished.extend(gauges.into_iter().map(|gauge| (*value, gauge.finish())));
+            }
         }
-        finished.extend(merged.into_iter().flatten().map(Gauge::finish));
+        self.cx.progress.end();
+        Ok(finished)
     }
-    progress.end();
-    Ok(finished)
+
+    /// Gram matrices, a few tensors at a time: as many as the budget holds. Workers add to the same sums, which are exact.
+    fn grams(&self, wanted: &[(ValueId, Rows, Vec<f32>)]) -> Result<Vec<(ValueId, Statistic)>, PassError> {
+        let mut sizes = BTreeMap::new();
+        for (value, rows, peaks) in wanted {
+            // Sums are shared by the workers, taps are not.
+            let tap = self.sizes.get(value).copied().unwrap_or(0) * self.cx.threads as u64;
+            *sizes.entry(*value).or_insert(tap) += GramSums::bytes(*rows, peaks.len()).unwrap_or(0);
+        }
+        let mut values: Vec<ValueId> = wanted.iter().map(|(value, ..)| *value).collect();
+        values.dedup();
+        let groups = tap_groups(&values, &sizes, GRAM_SHARE * self.cx.tap_budget);
+        self.cx.progress.begin("second moments", (groups.len() * self.dataset.len()) as u64);
+        let mut finished = Vec::new();
+        for group in groups {
+            let of_value = |value: &ValueId| -> Vec<(Rows, Mutex<GramSums>)> {
+                let mine = wanted.iter().filter(|(v, ..)| v == value);
+                mine.filter_map(|(_, rows, peaks)| Some((*rows, Mutex::new(GramSums::new(*rows, peaks)?)))).collect()
+            };
+            let sums: Vec<Vec<(Rows, Mutex<GramSums>)>> = group.iter().map(of_value).collect();
+            let add = |sum: &mut GramSums, tensor: &Tensor| {
+                if let Some(values) = tensor.values::<f32>() {
+                    sum.see(&values, tensor.shape());
+                }
+            };
+            // A worker that finds a sum busy comes back to it when it has done the others.
+            let see = |later: &mut Vec<(usize, usize, Tensor)>, at: usize, tensor: Tensor| {
+                for (which, (_, sum)) in sums[at].iter().enumerate() {
+                    match sum.try_lock() {
+                        Ok(mut sum) => add(&mut sum, &tensor),
+                        Err(_) => later.push((at, which, tensor.clone())),
+                    }
+                }
+            };
+            let after = |later: &mut Vec<(usize, usize, Tensor)>| {
+                for (at, which, tensor) in later.drain(..) {
+                    add(&mut sums[at][which].1.lock().unwrap_or_else(PoisonError::into_inner), &tensor);
+                }
+            };
+            self.each(&group, Vec::new, see, after)?;
+            for (value, sums) in group.iter().zip(sums) {
+                for (rows, sum) in sums {
+                    let gram = sum.into_inner().unwrap_or_else(PoisonError::into_inner).finish();
+                    finished.extend(gram.map(|gram| (*value, Statistic::Gram { rows, gram: Arc::new(gram) })));
+                }
+            }
+        }
+        self.cx.progress.end();
+        Ok(finished)
+    }
 }
+
+/// Gram matrices are worth more memory than taps: every further group runs the whole model once more.
+const GRAM_SHARE: u64 = 4;
 
 /// `wanted` cut into groups whose tensors, by `sizes` for one sample, take at most `budget` bytes together (or are alone). A
 /// tensor of unknown size counts as much as the largest known one.

@@ -78,6 +78,11 @@ impl Model {
         &self.stats
     }
 
+    /// Lets go of second moments, which take more memory than all else that was measured, when nobody will read them again.
+    pub fn drop_moments(&mut self) {
+        self.stats.grams.clear();
+    }
+
     /// What was decided.
     pub fn plan(&self) -> &Plan {
         &self.plan

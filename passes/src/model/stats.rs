@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::id::ValueId;
-use crate::observe::{Means, Sketch};
+use crate::observe::{Gram, Means, Peaks, Rows, Sketch};
 
 /// One measurement of one tensor.
 #[derive(Clone, Debug)]
@@ -14,6 +14,20 @@ pub enum Statistic {
     Distribution(Arc<Sketch>),
     /// The mean of every channel.
     Means(Arc<Means>),
+    /// The largest magnitude of every index of an axis.
+    Peaks {
+        /// The axis.
+        axis: usize,
+        /// What was measured.
+        peaks: Arc<Peaks>,
+    },
+    /// The second moments of its rows.
+    Gram {
+        /// How rows are cut.
+        rows: Rows,
+        /// What was measured.
+        gram: Arc<Gram>,
+    },
 }
 
 /// Measurements by tensor. An id never changes its meaning, so a statistic can be missing but never stale.
@@ -21,6 +35,8 @@ pub enum Statistic {
 pub struct Stats {
     pub(crate) distributions: BTreeMap<ValueId, Arc<Sketch>>,
     pub(crate) means: BTreeMap<ValueId, Arc<Means>>,
+    pub(crate) peaks: BTreeMap<(ValueId, usize), Arc<Peaks>>,
+    pub(crate) grams: BTreeMap<(ValueId, Rows), Arc<Gram>>,
 }
 
 impl Stats {
@@ -34,10 +50,22 @@ impl Stats {
         self.means.get(&value).map(AsRef::as_ref)
     }
 
+    /// The largest magnitude of every index of `axis` of `value`, where it was measured.
+    pub fn peaks(&self, value: ValueId, axis: usize) -> Option<&Peaks> {
+        self.peaks.get(&(value, axis)).map(AsRef::as_ref)
+    }
+
+    /// The second moments of the `rows` of `value`, where they were measured.
+    pub fn gram(&self, value: ValueId, rows: Rows) -> Option<&Arc<Gram>> {
+        self.grams.get(&(value, rows))
+    }
+
     pub(crate) fn record(&mut self, value: ValueId, statistic: Statistic) {
         match statistic {
             Statistic::Distribution(sketch) => drop(self.distributions.insert(value, sketch)),
             Statistic::Means(means) => drop(self.means.insert(value, means)),
+            Statistic::Peaks { axis, peaks } => drop(self.peaks.insert((value, axis), peaks)),
+            Statistic::Gram { rows, gram } => drop(self.grams.insert((value, rows), gram)),
         }
     }
 

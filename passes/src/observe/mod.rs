@@ -3,13 +3,19 @@
 //! Calibration keeps one [`Sketch`] per tensor, whatever the number of samples; every observer is a function of it.
 
 mod entropy;
+mod gram;
 mod means;
 mod min_max;
 mod mse;
+mod peaks;
 mod percentile;
+mod rows;
 mod sketch;
 
+pub use gram::{Gram, GramSums};
 pub use means::Means;
+pub use peaks::Peaks;
+pub use rows::{Rows, Window};
 pub use sketch::{Bucket, Sketch};
 
 use std::fmt::Debug;

@@ -41,6 +41,22 @@ fn bytes_of(ty: &TensorType) -> Option<u64> {
     u64::try_from(ty.dtype?.bytes_for(elements)?).ok()
 }
 
+/// Gives those of `values` that have no size that of a tensor of the very same type: equal symbols stand for equal extents.
+pub fn by_likeness(graph: &Graph, values: &[ValueId], bytes: &mut BTreeMap<ValueId, u64>) {
+    let named = |value: ValueId| -> Option<&TensorType> {
+        let ty = graph.value(value).ty.tensor()?;
+        ty.shape.as_ref()?.iter().all(|dim| !matches!(dim, Dim::Unknown)).then_some(ty)
+    };
+    let known: Vec<(&TensorType, u64)> = bytes.iter().filter_map(|(value, n)| Some((named(*value)?, *n))).collect();
+    let open = values.iter().filter(|value| !bytes.contains_key(value));
+    let alike = open.filter_map(|value| {
+        let ty = named(*value)?;
+        known.iter().find(|(other, _)| *other == ty).map(|(_, n)| (*value, *n))
+    });
+    let found: Vec<(ValueId, u64)> = alike.collect();
+    bytes.extend(found);
+}
+
 /// The most bytes of activations that are alive at once when the nodes run in order and each tensor is let go after its last
 /// reader. A tensor whose size is not known counts as much as the largest known one.
 pub fn alive_at_once(graph: &Graph, bytes: &BTreeMap<ValueId, u64>) -> u64 {

@@ -19,8 +19,9 @@ use crate::about::About;
 use crate::exec::{DataError, Dataset, Executor, Progress, Silent};
 use crate::id::ValueId;
 use crate::model::{Model, Patch};
+use crate::observe::Rows;
 use crate::simulate::SimulateError;
-use crate::target::{KeepFloat, Target};
+use crate::target::{KeepFloat, Scheme, Target};
 
 /// One step of the middle: a pure function from a model to a patch.
 pub trait Pass: Debug + Send + Sync {
@@ -47,6 +48,13 @@ pub enum Wish {
         /// Counted from the front.
         axis: usize,
     },
+    /// The largest magnitude of every index of this axis.
+    Peaks {
+        /// Counted from the front.
+        axis: usize,
+    },
+    /// The second moments of the rows that a linear node reads; a second pass over the data.
+    Gram(Rows),
 }
 
 /// What a pass says about itself.
@@ -81,6 +89,8 @@ pub enum Fidelity {
 pub struct PassContext<'a> {
     /// Where the model will run.
     pub target: &'a dyn Target,
+    /// In how many bits.
+    pub scheme: Scheme,
     /// Runs float graphs.
     pub executor: &'a dyn Executor,
     /// Calibration samples; `None` when none were given.
@@ -100,12 +110,13 @@ pub struct PassContext<'a> {
 }
 
 impl<'a> PassContext<'a> {
-    /// A context without samples, in which nothing is kept in float and nobody is told; one worker thread, and 256 MiB for
+    /// A context for `w8a8` without samples, in which nothing is kept in float and nobody is told; one worker thread, and 256 MiB for
     /// tensors held at once for measuring. Callers set what differs.
     pub fn new(target: &'a dyn Target, executor: &'a dyn Executor) -> Self {
         static NOTHING_KEPT: KeepFloat = KeepFloat::new();
         Self {
             target,
+            scheme: Scheme::W8A8,
             executor,
             dataset: None,
             wishes: BTreeSet::new(),

@@ -43,6 +43,18 @@ impl Options {
         }
     }
 
+    /// The whole number `name`, or `default`.
+    ///
+    /// # Errors
+    /// [`OptionError`] when it is none, or is over a thousand.
+    pub fn count(&self, name: &str, default: usize) -> Result<usize, OptionError> {
+        let Some(text) = self.0.get(name) else { return Ok(default) };
+        text.parse().ok().filter(|&n| n <= 1000).ok_or_else(|| OptionError {
+            option: name.to_owned(),
+            problem: format!("`{text}` is not a whole number up to 1000"),
+        })
+    }
+
     /// Refuses what `known` does not list.
     pub(crate) fn check(&self, known: &[OptionInfo]) -> Result<(), OptionError> {
         match self.0.keys().find(|key| !known.iter().any(|option| option.name == **key)) {

@@ -1,0 +1,253 @@
+//! How rows of products are cut out of the tensor that a linear node reads.
+
+#![expect(clippy::inline_always, reason = "what runs inside `vectorized` must be compiled into it")]
+
+/// So many rows at a time are handed on.
+const STRIP_ROWS: usize = 1024;
+
+/// The rows that a linear node multiplies with its weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rows {
+    /// Every run along the last axis is a row: `MatMul`, `Gemm`.
+    Last,
+    /// The windows of a convolution over one or two axes.
+    Windows(Window),
+}
+
+/// The geometry of a convolution, as two spatial axes; one axis has kernel 1 on the second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Window {
+    /// Extents.
+    pub kernel: [usize; 2],
+    /// Steps.
+    pub strides: [usize; 2],
+    /// Distances of taps.
+    pub dilations: [usize; 2],
+    /// Zeros before both axes, then after.
+    pub pads: [usize; 4],
+    /// Groups of channels.
+    pub groups: usize,
+}
+
+/// A few rows, every value a whole multiple of its column's unit; column after column.
+pub(super) struct Strip<'a> {
+    pub(super) values: &'a [f64],
+    pub(super) rows: usize,
+}
+
+/// `v` in units of 1 / `inverse`, to the nearest whole number; what is not finite counts as 0.
+#[inline(always)]
+fn whole(v: f32, inverse: f64) -> f64 {
+    /// Adding and subtracting 1.5 · 2⁵² rounds to a whole number, ties to even.
+    const ROUND: f64 = 6_755_399_441_055_744.0;
+    let v = if v.is_finite() { f64::from(v) * inverse } else { 0.0 };
+    (v.clamp(-32768.0, 32768.0) + ROUND) - ROUND
+}
+
+impl Window {
+    fn taps(&self) -> usize {
+        self.kernel[0] * self.kernel[1]
+    }
+
+    /// Output extents for an input of `shape` \[N, C, …\]; `None` where the window does not fit.
+    fn outputs(&self, shape: &[usize]) -> Option<[usize; 2]> {
+        let extent = |axis: usize| -> Option<usize> {
+            let n = shape.get(axis + 2).copied().unwrap_or(1);
+            let reach = self.dilations[axis].checked_mul(self.kernel[axis].checked_sub(1)?)?.checked_add(1)?;
+            let padded = n.checked_add(self.pads[axis])?.checked_add(self.pads[axis + 2])?;
+            Some(padded.checked_sub(reach)? / self.strides[axis].max(1) + 1)
+        };
+        Some([extent(0)?, extent(1)?])
+    }
+
+    /// Where, on `axis`, the window at output position `at` reads with its `tap`; `None` before the start.
+    #[inline(always)]
+    fn reads(&self, axis: usize, at: usize, tap: usize) -> Option<usize> {
+        (at * self.strides[axis] + tap * self.dilations[axis]).checked_sub(self.pads[axis])
+    }
+
+    /// The output positions 0, `step`, 2 `step`, … (`across` of them) that read inside a line of `extent` with `tap`.
+    fn span(&self, axis: usize, tap: usize, step: usize, across: usize, extent: usize) -> Span {
+        let stride = step * self.strides[axis];
+        let offset = tap * self.dilations[axis];
+        let from = self.pads[axis].saturating_sub(offset).div_ceil(stride.max(1));
+        let first = (from * stride + offset).saturating_sub(self.pads[axis]);
+        let inside = extent.saturating_sub(first).div_ceil(stride.max(1));
+        Span { from: from.min(across), to: (from + inside).min(across), first, stride: stride.max(1) }
+    }
+
+    /// Every so-manieth output position is taken, along both axes: enough rows to know `columns` columns, no more.
+    fn thinning(outputs: [usize; 2], columns: usize) -> usize {
+        let wanted = columns.clamp(25, 784);
+        let mut step = 1;
+        while outputs[0].div_ceil(step + 1) * outputs[1].div_ceil(step + 1) >= wanted {
+            step += 1;
+        }
+        step
+    }
+}
+
+impl Rows {
+    /// The length of a row for a tensor of so many `channels`; `None` where they cannot be cut.
+    pub fn columns(self, channels: usize) -> Option<usize> {
+        match self {
+            Self::Last => Some(channels),
+            Self::Windows(w) => {
+                (w.groups > 0 && channels.is_multiple_of(w.groups)).then(|| channels / w.groups)?.checked_mul(w.taps())
+            }
+        }
+        .filter(|&n| n > 0)
+    }
+
+    /// How many kinds of rows there are.
+    pub fn groups(self) -> usize {
+        match self {
+            Self::Last => 1,
+            Self::Windows(w) => w.groups,
+        }
+    }
+
+    /// The axis of the tensor that runs over channels, for a tensor of rank `rank`.
+    pub fn channel_axis(self, rank: usize) -> usize {
+        match self {
+            Self::Last => rank.saturating_sub(1),
+            Self::Windows(_) => 1,
+        }
+    }
+
+    /// The channels of a tensor of `shape`; `None` when no row can be cut from it.
+    pub(super) fn channels(self, shape: &[usize]) -> Option<usize> {
+        match self {
+            Self::Last => shape.last().copied(),
+            Self::Windows(w) => ((3..=4).contains(&shape.len()) && w.outputs(shape).is_some()).then(|| shape[1]),
+        }
+    }
+
+    /// The channel that `column` of `group` reads, of `channels`.
+    pub(super) fn channel(self, group: usize, column: usize, channels: usize) -> usize {
+        match self {
+            Self::Last => column,
+            Self::Windows(w) => group * (channels / w.groups) + column / w.taps(),
+        }
+    }
+
+    /// The rows in a tensor of `shape`, and what they are worth in quarters of an independent one.
+    pub(super) fn count(self, shape: &[usize]) -> (u64, u64) {
+        match self {
+            Self::Last => {
+                let rows = shape[..shape.len().saturating_sub(1)].iter().product::<usize>() as u64;
+                (rows, if shape.len() > 2 { rows } else { 4 * rows })
+            }
+            Self::Windows(w) => {
+                let outputs = w.outputs(shape).unwrap_or([0, 0]);
+                let step = Window::thinning(outputs, self.columns(shape[1]).unwrap_or(1));
+                let positions = (outputs[0].div_ceil(step) * outputs[1].div_ceil(step)) as u64;
+                (shape[0] as u64 * positions, 4 * shape[0] as u64 * positions.min(16))
+            }
+        }
+    }
+
+    /// Hands the rows of `group` to `take`, a strip at a time, each value as a whole multiple of its channel's unit.
+    pub(super) fn strips(
+        self,
+        values: &[f32],
+        shape: &[usize],
+        group: usize,
+        inverse_units: &[f64],
+        mut take: impl FnMut(&Strip<'_>),
+    ) {
+        match self {
+            Self::Last => {
+                let d = inverse_units.len();
+                let mut strip = Vec::with_capacity(STRIP_ROWS.min(values.len() / d.max(1)) * d);
+                for block in values.chunks(STRIP_ROWS * d) {
+                    let rows = block.len() / d;
+                    strip.clear();
+                    for (column, &unit) in inverse_units.iter().enumerate() {
+                        strip.extend(block[column..].iter().step_by(d).take(rows).map(|&v| whole(v, unit)));
+                    }
+                    take(&Strip { values: &strip, rows });
+                }
+            }
+            Self::Windows(w) => windows(w, values, shape, group, inverse_units, take),
+        }
+    }
+}
+
+/// The windows of `group`, strip by strip.
+fn windows(
+    w: Window,
+    values: &[f32],
+    shape: &[usize],
+    group: usize,
+    inverse_units: &[f64],
+    mut take: impl FnMut(&Strip<'_>),
+) {
+    let Some(outputs) = w.outputs(shape) else { return };
+    let (height, width) = (shape[2], shape.get(3).copied().unwrap_or(1));
+    let per_group = shape[1] / w.groups;
+    let step = Window::thinning(outputs, per_group * w.taps());
+    let across = outputs[1].div_ceil(step);
+    let lines: Vec<usize> = (0..outputs[0]).step_by(step).collect();
+    let mut strip: Vec<f64> = Vec::new();
+    for image in values.chunks_exact((shape[1] * height * width).max(1)) {
+        for lines in lines.chunks((STRIP_ROWS / across.max(1)).max(1)) {
+            strip.clear();
+            for channel in group * per_group..(group + 1) * per_group {
+                let plane = &image[channel * height * width..(channel + 1) * height * width];
+                let unit = inverse_units[channel];
+                for tap in 0..w.taps() {
+                    let span = w.span(1, tap % w.kernel[1], step, across, width);
+                    for &line in lines {
+                        let y = w.reads(0, line, tap / w.kernel[1]).filter(|&y| y < height);
+                        let row = y.map_or(&[][..], |y| &plane[y * width..(y + 1) * width]);
+                        push_line(&mut strip, row, across, &span, unit);
+                    }
+                }
+            }
+            take(&Strip { values: &strip, rows: lines.len() * across });
+        }
+    }
+}
+
+/// Which of the output positions of a line read inside of it, where the first of them reads, and how far the next ones.
+struct Span {
+    from: usize,
+    to: usize,
+    first: usize,
+    stride: usize,
+}
+
+/// What `across` windows read of `row`: zeros outside of it, or for an empty row.
+#[inline(always)]
+fn push_line(strip: &mut Vec<f64>, row: &[f32], across: usize, span: &Span, unit: f64) {
+    let end = strip.len() + across;
+    if !row.is_empty() && span.from < span.to {
+        strip.extend(std::iter::repeat_n(0.0, span.from));
+        let read = row[span.first..].iter().step_by(span.stride).take(span.to - span.from);
+        strip.extend(read.map(|&v| whole(v, unit)));
+    }
+    strip.resize(end, 0.0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_read_zeros_outside() {
+        let w = Window { kernel: [3, 1], strides: [1, 1], dilations: [1, 1], pads: [1, 0, 1, 0], groups: 1 };
+        let mut rows = Vec::new();
+        Rows::Windows(w).strips(&[1.0, 2.0, 3.0], &[1, 1, 3], 0, &[1.0], |strip| rows.extend_from_slice(strip.values));
+        // Column after column: what the first, the second and the third tap read.
+        assert_eq!(rows, [0.0, 1.0, 2.0, 1.0, 2.0, 3.0, 2.0, 3.0, 0.0]);
+    }
+
+    #[test]
+    fn large_maps_are_thinned_and_small_ones_are_not() {
+        assert_eq!(Window::thinning([7, 7], 1152), 1);
+        assert!(Window::thinning([112, 112], 27) > 10);
+        let step = Window::thinning([112, 112], 27);
+        assert!(112_usize.div_ceil(step).pow(2) >= 27);
+    }
+}
