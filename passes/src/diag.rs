@@ -126,6 +126,8 @@ codes! {
         "With fewer than 100 values a percentile or an entropy search says little; the range falls back to minimum and maximum.";
     NEVER_SEEN = "OQ3003", "a tensor was never computed during calibration",
         "No sample reached it, as in a branch that was not taken. What needs its range stays in float.";
+    NO_MOMENTS = "OQ3004", "a method that rounds by data had no data",
+        "Its second moments come from calibration samples; files of statistics do not hold them. Weights were rounded to nearest.";
     KEPT_FLOAT = "OQ4001", "a node that could be quantized stays in float",
         "The message gives the reason: an option, a shape, a missing constant, or a rule of the target.";
     SMALL_RANGE = "OQ4002", "a tensor was all zero in calibration",

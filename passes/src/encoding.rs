@@ -33,7 +33,8 @@ pub struct Encoding {
     pub grid: &'static dyn Grid,
     /// Who shares a scale.
     pub granularity: Granularity,
-    /// One per group, row-major over groups; finite and > 0.
+    /// One per group, row-major over groups; finite and not 0. Those of weights may be negative: the grid has one code more
+    /// on one side, and the sign says which.
     pub scale: Arc<[f32]>,
     /// One per group; 0 for symmetric encodings.
     pub zero_point: Arc<[i32]>,
@@ -70,6 +71,11 @@ impl Encoding {
         Self { grid, granularity: Granularity::Axis(axis), scale: scale.into(), zero_point }
     }
 
+    /// Whether both read codes as the same values: a file does not tell grids of one storage type apart.
+    pub fn reads_like(&self, other: &Self) -> bool {
+        self.grid.info().storage == other.grid.info().storage && Self { grid: other.grid, ..self.clone() } == *other
+    }
+
     /// Whether every zero point is 0.
     pub fn is_symmetric(&self) -> bool {
         self.zero_point.iter().all(|&z| z == 0)
@@ -97,12 +103,21 @@ impl Encoding {
             run.iter_mut().for_each(|x| *x /= scale);
             self.grid.snap(run, zero);
         })?;
-        // `snap` leaves code − zero: put the zero points back, group by group, while packing.
-        let mut codes = vec![0_u32; values.len()];
-        self.for_each_index(shape, |index, group| {
+        // `snap` leaves code − zero: packing puts the zero points back.
+        Ok(self.pack_points(&points, shape))
+    }
+
+    /// The codes of points of the grid from which zero points were taken, packed in the grid's storage type.
+    ///
+    /// # Panics
+    /// Never for as many points as `shape` holds and scales that fit it.
+    pub fn pack_points(&self, points: &[f32], shape: &[usize]) -> Tensor {
+        let mut codes = vec![0_u32; points.len()];
+        let fits = self.for_each_index(shape, |index, group| {
             codes[index] = self.grid.encode(f64::from(points[index]) + f64::from(self.zero_point[group]));
-        })?;
-        Ok(self.pack(&codes, shape))
+        });
+        debug_assert!(fits.is_ok(), "{fits:?}");
+        self.pack(&codes, shape)
     }
 
     /// The values that `codes` stand for.

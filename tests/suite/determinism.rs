@@ -15,6 +15,25 @@ fn threads_do_not_matter() {
     assert!(files[0] == files[1] && files[1] == files[2]);
 }
 
+/// Second moments are exact sums: what is rounded by them does not depend on threads, batches or order either.
+#[test]
+fn rounding_by_data_is_as_reproducible() {
+    let model = fixture("models/digits-resnet.onnx");
+    let results: Vec<Vec<u8>> = [("1", 1_usize, 1_usize), ("2", 8, 37), ("3", 32, 11)]
+        .iter()
+        .map(|&(threads, batch, stride)| {
+            let folder = tempfile::tempdir().unwrap();
+            rebatched(folder.path(), batch, |row| row * stride % 128);
+            let out = folder.path().join("q.onnx");
+            let args =
+                ["quantize", text(&model), "--data", text(folder.path()), "-o", text(&out), "--progress", "none"];
+            tool_ok(&[&args[..], &["--recipe", "best", "--scheme", "w4a8", "--threads", threads]].concat());
+            std::fs::read(out).unwrap()
+        })
+        .collect();
+    assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
 /// Writes the fixture's samples as `.safetensors`, `batch` to a file, in the order of `order`.
 fn rebatched(folder: &Path, batch: usize, order: impl Fn(usize) -> usize) {
     use passes::exec::Dataset as _;

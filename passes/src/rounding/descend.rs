@@ -1,0 +1,65 @@
+//! Exact coordinate descent on codes.
+
+use std::collections::BTreeSet;
+
+use super::work;
+use crate::id::ValueId;
+use crate::model::{Model, Patch};
+use crate::pass::{Facts, OptionInfo, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
+use crate::simd::vectorized;
+
+crate::declare_pass! {
+    /// Moves every code of a rounded weight to where the squared error of the layer's output is smallest, all others held,
+    /// sweep after sweep until nothing moves.
+    ///
+    /// One coordinate of a convex quadratic on sorted points is solved by rounding its vertex, so every step is exact and
+    /// none loses:
+    ///
+    /// ```text
+    /// wⱼ' = point nearest to  ŵⱼ − ((Ŵ − W) H)ⱼ / Hⱼⱼ
+    /// ```
+    ///
+    /// Works on any grid, from any start. Columns that were never anything but zero keep their codes.
+    INFO {
+        name: "descend",
+        source: "coordinate descent on the layer quadratic; as in CDQuant, arXiv:2406.17542",
+        requires: Facts::ROUNDED,
+        establishes: Facts::NONE,
+        preserves: Facts::ALL,
+        fidelity: PlanOnly,
+        options: &[OptionInfo { name: "sweeps", doc: "at most so many sweeps, 6 by default" }],
+    }
+}
+
+pub(super) const ENTRY: PassEntry =
+    PassEntry { info: &INFO, build: |options| Ok(Box::new(Descend { sweeps: options.count("sweeps", 6)? })) };
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct Descend {
+    sweeps: usize,
+}
+
+impl Pass for Descend {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
+        work::wishes(model, cx)
+    }
+
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
+        work::polish(model, cx, INFO.about.name, |tile, grid, q| {
+            let mut errors = tile.errors();
+            for _ in 0..self.sweeps {
+                if !vectorized(
+                    #[inline(always)]
+                    || tile.descend(grid, q, &mut errors),
+                ) {
+                    break;
+                }
+            }
+        })
+    }
+}

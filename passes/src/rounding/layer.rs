@@ -1,0 +1,182 @@
+//! The weight of a linear node as a matrix, and what it is multiplied with.
+
+use std::sync::Arc;
+
+use crate::encoding::{self, Encoding, Granularity};
+use crate::id::{NodeId, Site, ValueId};
+use crate::ir::{Graph, Node};
+use crate::model::Model;
+use crate::observe::{Gram, Rows, Window};
+use crate::ops::{self, Linear};
+use crate::tensor::Tensor;
+
+/// Beyond this many columns a Gram matrix costs more memory than its weight is worth.
+const MAX_COLUMNS: usize = 8192;
+
+/// An encoded weight: `rows` output channels of `columns` each, cut into `groups` of rows that read different channels.
+pub(super) struct Layer<'a> {
+    pub(super) node: NodeId,
+    pub(super) site: Site,
+    pub(super) tensor: &'a Tensor,
+    pub(super) encoding: &'a Encoding,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) groups: usize,
+    /// Whether the weight is stored column by column.
+    transposed: bool,
+    gram: Option<Arc<Gram>>,
+    /// Whether a mean error of the output is taken back in a bias.
+    centered: bool,
+}
+
+/// The tensor that the linear node `id` reads and how rows are cut out of it, where one weight row is one row of products.
+pub(super) fn rows_of(graph: &Graph, id: NodeId, roles: &Linear) -> Option<(ValueId, Rows)> {
+    let node = graph.node(id)?;
+    let weight = graph.constant_input(node, roles.weight.into())?;
+    let value = node.input(roles.activation.into())?;
+    let rows = match &*node.op.name {
+        "MatMul" | "Gemm" if roles.weight == 1 && weight.shape().len() == 2 && node.int("transA", 0) == 0 => Rows::Last,
+        "Conv" => Rows::Windows(window(node, weight.shape())?),
+        _ => return None,
+    };
+    let columns = match rows {
+        Rows::Last => weight.shape()[1 - roles.out_axis],
+        Rows::Windows(_) => weight.shape()[1..].iter().product(),
+    };
+    (columns <= MAX_COLUMNS).then_some((value, rows))
+}
+
+fn window(node: &Node, weight: &[usize]) -> Option<Window> {
+    let spatial = weight.len().checked_sub(2).filter(|n| (1..=2).contains(n))?;
+    if node.text("auto_pad", "NOTSET") != "NOTSET" {
+        return None;
+    }
+    let list = |name: &str, at: usize, default: usize| {
+        node.ints(name).map_or(Some(default), |l| usize::try_from(*l.get(at)?).ok())
+    };
+    let pair = |name: &str, default: usize| -> Option<[usize; 2]> {
+        Some([list(name, 0, default)?, if spatial == 2 { list(name, 1, default)? } else { default }])
+    };
+    let pads = match spatial {
+        2 => [list("pads", 0, 0)?, list("pads", 1, 0)?, list("pads", 2, 0)?, list("pads", 3, 0)?],
+        _ => [list("pads", 0, 0)?, 0, list("pads", 1, 0)?, 0],
+    };
+    Some(Window {
+        kernel: [weight[2], if spatial == 2 { weight[3] } else { 1 }],
+        strides: pair("strides", 1)?,
+        dilations: pair("dilations", 1)?,
+        pads,
+        groups: usize::try_from(node.int("group", 1)).ok().filter(|&g| g > 0 && weight[0].is_multiple_of(g))?,
+    })
+}
+
+impl<'a> Layer<'a> {
+    /// The encoded weight of node `id`; `None` where it has none or is no matrix.
+    pub(super) fn of(model: &'a Model, id: NodeId) -> Option<Self> {
+        let graph = model.graph();
+        let roles = ops::linear(graph, id)?;
+        let node = graph.node(id)?;
+        let site = Site::Use { node: id, input: roles.weight };
+        let encoding = model.plan().encoding(site)?;
+        let tensor = graph.constant_input(node, roles.weight.into())?;
+        let (value, cut) = rows_of(graph, id, &roles)?;
+        let rows = tensor.shape()[roles.out_axis];
+        let columns = tensor.len().checked_div(rows)?;
+        let gram = model.stats().gram(value, cut).filter(|gram| gram.columns == columns).cloned();
+        let bias = roles.bias.map(|input| Site::Use { node: id, input });
+        let layer = Self {
+            node: id,
+            site,
+            tensor,
+            encoding,
+            rows,
+            columns,
+            groups: cut.groups(),
+            transposed: roles.out_axis == 1,
+            gram,
+            centered: bias.is_some_and(|bias| model.plan().encoding(bias).is_some()),
+        };
+        let along_rows = match encoding.granularity {
+            Granularity::Tensor => true,
+            Granularity::Axis(axis) => axis == roles.out_axis,
+            Granularity::Block { axis, .. } => axis != roles.out_axis && tensor.shape().len() == 2,
+        };
+        (along_rows && layer.rows.is_multiple_of(layer.groups)).then_some(layer)
+    }
+
+    /// Whether second moments of its input were measured.
+    pub(super) fn has_gram(&self) -> bool {
+        self.gram.is_some()
+    }
+
+    /// The position of (row, column) in the stored weight.
+    pub(super) fn index(&self, row: usize, column: usize) -> usize {
+        if self.transposed { column * self.rows + row } else { row * self.columns + column }
+    }
+
+    /// The number of columns that share a scale.
+    pub(super) fn block(&self) -> usize {
+        match self.encoding.granularity {
+            Granularity::Block { size, .. } => size.clamp(1, self.columns.max(1)),
+            _ => self.columns.max(1),
+        }
+    }
+
+    /// Blocks in a row.
+    pub(super) fn blocks(&self) -> usize {
+        self.columns.div_ceil(self.block())
+    }
+
+    /// The position of the scale of a block of a row.
+    pub(super) fn scale_index(&self, row: usize, block: usize) -> usize {
+        match self.encoding.granularity {
+            Granularity::Tensor => 0,
+            Granularity::Axis(_) => row,
+            Granularity::Block { .. } if self.transposed => block * self.rows + row,
+            Granularity::Block { .. } => row * self.blocks() + block,
+        }
+    }
+
+    /// The weight in the order in which it is stored.
+    pub(super) fn weights(&self) -> Option<std::borrow::Cow<'a, [f32]>> {
+        self.tensor.floats()
+    }
+
+    /// The points (code less zero point) that `codes` stand for, in the order of storage.
+    #[expect(clippy::cast_possible_truncation, reason = "points of grids of up to 16 bits are exact in f32")]
+    pub(super) fn points(&self, codes: &Tensor) -> Vec<f32> {
+        let mut points: Vec<f32> =
+            encoding::unpack(codes).into_iter().map(|code| self.encoding.grid.decode(code) as f32).collect();
+        if !self.encoding.is_symmetric() {
+            for row in 0..self.rows {
+                for column in 0..self.columns {
+                    let zero = self.encoding.zero_point[self.scale_index(row, column / self.block())];
+                    points[self.index(row, column)] -= zero as f32;
+                }
+            }
+        }
+        points
+    }
+
+    /// The matrix H whose quadratic form is the squared error of the output of `group`; `None` where nothing was measured.
+    ///
+    /// Few rows overfit: off the diagonal H is shrunk by α = d / (n + d) for n effective rows (diagonal shrinkage keeps what
+    /// nearest rounding would minimize). Where a bias takes the mean error back, H is the covariance.
+    #[expect(clippy::cast_possible_truncation, reason = "a factor between 0 and 1")]
+    pub(super) fn quadratic(&self, group: usize) -> Option<Vec<f32>> {
+        let gram = self.gram.as_ref()?;
+        let d = self.columns;
+        let mut h = gram.group(group).to_vec();
+        let means = gram.group_means(group);
+        let keep = (gram.effective / (gram.effective + d as f64)) as f32;
+        for (i, row) in h.chunks_exact_mut(d).enumerate() {
+            for (j, value) in row.iter_mut().enumerate() {
+                if self.centered {
+                    *value -= means[i] * means[j];
+                }
+                *value = if i == j { value.max(0.0) } else { *value * keep };
+            }
+        }
+        Some(h)
+    }
+}

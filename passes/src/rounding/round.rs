@@ -1,0 +1,137 @@
+//! The pass that chooses codes.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::{Method, work};
+use crate::diag::{self, Diagnostic, Place, Severity};
+use crate::id::{Site, ValueId};
+use crate::model::{Edit, Model, Patch};
+use crate::parallel;
+use crate::pass::{Facts, OptionError, OptionInfo, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
+use crate::tensor::Tensor;
+
+crate::declare_pass! {
+    /// Chooses codes for every encoded constant that has none yet.
+    ///
+    /// The method decides about the weights of linear nodes whose input was measured; everything else, and every weight for
+    /// `nearest`, goes to the nearest point, ties to even, as `QuantizeLinear` would. Constants that share a value and an
+    /// encoding share their codes; a weight that several nodes read goes to nearest. `list roundings` names the methods.
+    INFO {
+        name: "round",
+        source: "ONNX operator specification, QuantizeLinear-21; the methods name theirs",
+        requires: Facts::ENCODED,
+        establishes: Facts::ROUNDED,
+        preserves: Facts::ALL,
+        fidelity: PlanOnly,
+        options: &[OptionInfo { name: "method", doc: "how codes are chosen: nearest (default), gptq" }],
+    }
+}
+
+pub(super) const ENTRY: PassEntry = PassEntry {
+    info: &INFO,
+    build: |options| {
+        let name = options.text("method", "nearest");
+        let method = super::find(name).ok_or_else(|| {
+            let names: Vec<&str> = super::ROUNDINGS.iter().map(|method| method.about().name).collect();
+            OptionError { option: "method".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
+        })?;
+        Ok(Box::new(Round { method }))
+    },
+};
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct Round {
+    method: &'static dyn Method,
+}
+
+impl Pass for Round {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
+        if self.method.needs_data() { work::wishes(model, cx) } else { BTreeSet::new() }
+    }
+
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
+        let mut patch = Patch::on(model);
+        let by_data = if self.method.needs_data() { self.by_data(model, cx, &mut patch)? } else { BTreeSet::new() };
+        to_nearest(model, &by_data, &mut patch)?;
+        Ok(patch)
+    }
+}
+
+impl Round {
+    /// Rounds what the method can; says which sites those are.
+    fn by_data(&self, model: &Model, cx: &PassContext<'_>, patch: &mut Patch) -> Result<BTreeSet<Site>, PassError> {
+        let layers = work::layers(model);
+        if layers.is_empty() && !model.plan().is_empty() {
+            let message =
+                format!("no second moments were measured: {} falls back to nearest", self.method.about().name);
+            let note = Diagnostic::new(diag::NO_MOMENTS, Severity::Warning, Place::Model, message);
+            patch.note(note.help("pass calibration samples with --data"));
+        }
+        let mut done = BTreeSet::new();
+        cx.progress.begin(self.method.about().name, layers.len() as u64);
+        for layer in layers.iter().filter(|layer| model.plan().codes(layer.site).is_none()) {
+            if cx.progress.cancelled() {
+                return Err(PassError::Interrupted);
+            }
+            let grid = layer.encoding.grid;
+            let rounded = work::over_tiles(
+                layer,
+                None,
+                |q| self.method.prepare(q),
+                |tile, q, prepared| match prepared {
+                    Some(prepared) => prepared.round(tile, grid, q),
+                    None => tile.nearest(grid),
+                },
+            );
+            if let Some(rounded) = rounded {
+                rounded.edits(model, layer).into_iter().for_each(|edit| patch.edit(edit));
+                patch.count("rounded by data", 1);
+                done.insert(layer.site);
+            }
+            cx.progress.step();
+        }
+        cx.progress.end();
+        Ok(done)
+    }
+}
+
+/// Rounds every constant that is encoded, has no codes and is not in `done`.
+fn to_nearest(model: &Model, done: &BTreeSet<Site>, patch: &mut Patch) -> Result<(), PassError> {
+    let open: Vec<(Site, ValueId)> = model
+        .plan()
+        .encodings()
+        .filter(|(site, _)| model.plan().codes(*site).is_none() && !done.contains(site))
+        .filter_map(|(site, _)| Some((site, constant_at(model, site)?)))
+        .collect();
+    let rounded = parallel::map(&open, |(site, value)| {
+        let (tensor, encoding) = model.graph().constant(*value).zip(model.plan().encoding(*site))?;
+        let name = &model.graph().value(*value).name;
+        let values = tensor.floats()?;
+        Some(encoding.encode(&values, tensor.shape()).map_err(|e| PassError::Model(format!("tensor `{name}`: {e}"))))
+    });
+    let mut shared: Vec<(ValueId, Site, Arc<Tensor>)> = Vec::new();
+    for ((site, value), codes) in open.into_iter().zip(rounded) {
+        let Some(codes) = codes.transpose()? else { continue };
+        let plan = model.plan();
+        let twin = shared.iter().find(|(v, s, _)| *v == value && plan.encoding(*s) == plan.encoding(site));
+        let codes = twin.map_or_else(|| Arc::new(codes), |(_, _, codes)| Arc::clone(codes));
+        shared.push((value, site, Arc::clone(&codes)));
+        patch.edit(Edit::Round { site, codes });
+        patch.count("rounded", 1);
+    }
+    Ok(())
+}
+
+fn constant_at(model: &Model, site: Site) -> Option<ValueId> {
+    let value = match site {
+        Site::Value(value) => value,
+        Site::Use { node, input } => model.graph().node(node)?.input(input.into())?,
+    };
+    model.graph().constant(value).map(|_| value)
+}

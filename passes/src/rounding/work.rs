@@ -1,0 +1,177 @@
+//! Tiles of a layer: cut out, worked on in parallel, put back.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::layer::Layer;
+use super::tile::{LANES, Quadratic, Tile};
+use crate::encoding::{Encoding, Granularity};
+use crate::grid::Grid;
+use crate::id::{NodeId, Site, ValueId};
+use crate::ir::walk::Users;
+use crate::model::{Edit, Model, Patch};
+use crate::ops;
+use crate::parallel;
+use crate::pass::{PassContext, PassError, Wish};
+use crate::tensor::Tensor;
+
+/// New points and scales of a layer, in the order of storage.
+pub(super) struct Rounded {
+    points: Vec<f32>,
+    scales: Vec<f32>,
+}
+
+/// What every method that rounds by data wishes for.
+pub(super) fn wishes(model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
+    let graph = model.graph();
+    graph
+        .nodes()
+        .filter(|(_, node)| cx.target.rule(&node.op).is_some() && !cx.keep_float.contains_key(&*node.name))
+        .filter_map(|(id, _)| super::layer::rows_of(graph, id, &ops::linear(graph, id)?))
+        .filter(|(value, _)| crate::simulate::is_float_activation(graph, *value))
+        .map(|(value, rows)| (value, Wish::Gram(rows)))
+        .collect()
+}
+
+/// The layers that can be rounded by data: measured, and with a weight of their own.
+pub(super) fn layers(model: &Model) -> Vec<Layer<'_>> {
+    let graph = model.graph();
+    let users = Users::of(graph);
+    let own = |layer: &Layer<'_>| {
+        let Site::Use { node, input } = layer.site else { return false };
+        let value = graph.node(node).and_then(|node| node.input(input.into()));
+        value.is_some_and(|value| users.of_value(value).len() == 1)
+    };
+    let nodes = graph.nodes().map(|(id, _)| id);
+    nodes.filter_map(|id: NodeId| Layer::of(model, id)).filter(|layer| layer.has_gram() && own(layer)).collect()
+}
+
+/// Runs `work` on every tile of `layer`, starting from `points` where there are some; `prepare` is called once per group.
+pub(super) fn over_tiles<P: Sync>(
+    layer: &Layer<'_>,
+    points: Option<&[f32]>,
+    prepare: impl Fn(&Quadratic) -> P + Sync,
+    work: impl Fn(&mut Tile, &Quadratic, &P) + Sync,
+) -> Option<Rounded> {
+    let weights = layer.weights()?;
+    let per_group = layer.rows / layer.groups;
+    let groups: Vec<usize> = (0..layer.groups).collect();
+    let tiles_of = |group: &usize| -> Option<Vec<(usize, Tile)>> {
+        let h = layer.quadratic(*group)?;
+        let q = Quadratic::new(&h, layer.columns);
+        let prepared = prepare(&q);
+        let starts: Vec<usize> = (group * per_group..(group + 1) * per_group).step_by(LANES).collect();
+        let end = (group + 1) * per_group;
+        Some(parallel::map(&starts, |&start| {
+            let mut tile = cut(layer, &weights, points, start..end.min(start + LANES));
+            work(&mut tile, &q, &prepared);
+            (start, tile)
+        }))
+    };
+    let tiles: Option<Vec<Vec<(usize, Tile)>>> = parallel::map(&groups, tiles_of).into_iter().collect();
+    let mut rounded = Rounded { points: vec![0.0; weights.len()], scales: layer.encoding.scale.to_vec() };
+    for (start, tile) in tiles?.into_iter().flatten() {
+        let end = (start / per_group + 1) * per_group;
+        put_back(layer, &tile, start..end.min(start + LANES), &mut rounded);
+    }
+    Some(rounded)
+}
+
+/// Runs `work` on every tile of every layer that was rounded and measured.
+pub(super) fn polish(
+    model: &Model,
+    cx: &PassContext<'_>,
+    name: &'static str,
+    work: impl Fn(&mut Tile, &dyn Grid, &Quadratic) + Sync,
+) -> Result<Patch, PassError> {
+    let mut patch = Patch::on(model);
+    let layers = layers(model);
+    cx.progress.begin(name, layers.len() as u64);
+    for layer in layers.iter().filter(|layer| layer.encoding.granularity != Granularity::Tensor || layer.rows == 1) {
+        if cx.progress.cancelled() {
+            return Err(PassError::Interrupted);
+        }
+        if let Some(codes) = model.plan().codes(layer.site) {
+            let points = layer.points(codes);
+            let grid = layer.encoding.grid;
+            let polished = over_tiles(layer, Some(&points), |_| (), |tile, q, ()| work(tile, grid, q));
+            if let Some(polished) = polished {
+                polished.edits(model, layer).into_iter().for_each(|edit| patch.edit(edit));
+                patch.count("polished", 1);
+            }
+        }
+        cx.progress.step();
+    }
+    cx.progress.end();
+    Ok(patch)
+}
+
+fn cut(layer: &Layer<'_>, weights: &[f32], points: Option<&[f32]>, rows: std::ops::Range<usize>) -> Tile {
+    let gather = |from: &[f32]| {
+        let column = |column: usize| {
+            let mut lanes = [0.0; LANES];
+            lanes.iter_mut().zip(rows.clone()).for_each(|(lane, row)| *lane = from[layer.index(row, column)]);
+            lanes
+        };
+        (0..layer.columns).map(column).collect::<Vec<_>>()
+    };
+    let per_block = |of: &dyn Fn(usize) -> f32, rest: f32| {
+        let block = |block: usize| {
+            let mut lanes = [rest; LANES];
+            lanes.iter_mut().zip(rows.clone()).for_each(|(lane, row)| *lane = of(layer.scale_index(row, block)));
+            lanes
+        };
+        (0..layer.blocks()).map(block).collect::<Vec<_>>()
+    };
+    Tile {
+        weights: gather(weights),
+        points: points.map_or_else(|| vec![[0.0; LANES]; layer.columns], gather),
+        scales: per_block(&|index| layer.encoding.scale[index], 1.0),
+        zeros: per_block(&|index| layer.encoding.zero_point[index] as f32, 0.0),
+        block: layer.block(),
+    }
+}
+
+fn put_back(layer: &Layer<'_>, tile: &Tile, rows: std::ops::Range<usize>, into: &mut Rounded) {
+    for (lane, row) in rows.enumerate() {
+        for (column, points) in tile.points.iter().enumerate() {
+            into.points[layer.index(row, column)] = points[lane];
+        }
+        for (block, scales) in tile.scales.iter().enumerate() {
+            into.scales[layer.scale_index(row, block)] = scales[lane];
+        }
+    }
+}
+
+impl Rounded {
+    /// The edits that write this into the plan. Where scales changed, the bias of the node, whose scale is that of the input
+    /// times that of the weight, is encoded and rounded anew.
+    pub(super) fn edits(self, model: &Model, layer: &Layer<'_>) -> Vec<Edit> {
+        let mut edits = Vec::new();
+        let encoding = Encoding { scale: self.scales.into(), ..layer.encoding.clone() };
+        let codes = Arc::new(encoding.pack_points(&self.points, layer.tensor.shape()));
+        if encoding != *layer.encoding {
+            edits.extend(bias_edits(model, layer, &encoding));
+            edits.push(Edit::Encode { site: layer.site, encoding });
+        }
+        edits.push(Edit::Round { site: layer.site, codes });
+        edits
+    }
+}
+
+fn bias_edits(model: &Model, layer: &Layer<'_>, weight: &Encoding) -> Vec<Edit> {
+    let bias = || {
+        let graph = model.graph();
+        let input = ops::linear(graph, layer.node)?.bias?;
+        let site = Site::Use { node: layer.node, input };
+        let old = model.plan().encoding(site)?;
+        // What is stored is input scale times weight scale: the factor carries over.
+        let ratio = |index: usize| weight.scale[index] / layer.encoding.scale[index];
+        let scale = old.scale.iter().enumerate().map(|(i, s)| s * ratio(i.min(weight.scale.len() - 1))).collect();
+        let encoding = Encoding { scale, ..old.clone() };
+        let tensor: &Tensor = graph.constant_input(graph.node(layer.node)?, input.into())?;
+        let codes = Arc::new(encoding.encode(&tensor.floats()?, tensor.shape()).ok()?);
+        Some(vec![Edit::Encode { site, encoding }, Edit::Round { site, codes }])
+    };
+    bias().unwrap_or_default()
+}
