@@ -1,0 +1,9 @@
+//! Equalization: other weights for the same function, easier to quantize.
+
+mod scaled;
+mod smooth;
+
+use crate::pass::PassEntry;
+
+/// Order is the order of the manual, not of the pipeline.
+pub static PASSES: &[PassEntry] = &[smooth::ENTRY];

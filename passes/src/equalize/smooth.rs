@@ -1,0 +1,272 @@
+//! `SmoothQuant`: outliers of activations moved into weights.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::scaled::{Folder, scaled_weight};
+use crate::id::{NodeId, ValueId};
+use crate::ir::walk::{User, Users};
+use crate::ir::{Attrs, Graph, Node, OpKey};
+use crate::model::{Model, Patch};
+use crate::observe::Peaks;
+use crate::ops;
+use crate::parallel;
+use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
+use crate::tensor::{DType, Tensor};
+
+crate::declare_pass! {
+    /// Divides channels of an activation by s and multiplies the weights that read them by s, so that outliers of the
+    /// activation no longer set the scale of all its channels.
+    ///
+    /// ```text
+    /// s[j] = peak(x[j])^a / peak(w[j])^(1-a),    x'[j] = x[j] / s[j],    w'[j] = s[j] · w[j]
+    /// ```
+    ///
+    /// All matrix products that read a tensor share one s. The exponent a is searched per tensor, with doing nothing among
+    /// the candidates, for the smallest expected error of the outputs at the scheme's bits, from the peaks and powers of
+    /// the channels. The division goes into whatever makes the tensor: a norm's scale and shift, a linear operator's weight
+    /// and bias, one operand of a product. Where a tensor has other readers, or nothing takes the division, an explicit
+    /// `Mul` stands before the products, if it pays at least threefold. Dead channels keep s = 1. Tensors of
+    /// fewer than 1024 rows are left alone: their peaks are chance. Does nothing where
+    /// activations stay in float.
+    INFO {
+        name: "smooth",
+        source: "Xiao et al. 2022, arXiv:2211.10438; expected error in closed form ours",
+        requires: Facts::CALIBRATED,
+        establishes: Facts::NONE,
+        preserves: Facts::SHAPES,
+        fidelity: UpToRounding,
+        options: &[],
+    }
+}
+
+pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::new(Smooth)) };
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct Smooth;
+
+/// The products that read one tensor.
+struct Group {
+    value: ValueId,
+    sinks: Vec<NodeId>,
+    /// Whether nobody else reads it.
+    alone: bool,
+}
+
+/// A division that was found to pay.
+struct Choice {
+    divisor: Vec<f64>,
+    /// Expected error over that of doing nothing.
+    gain: f64,
+}
+
+impl Pass for Smooth {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
+        let axis = |group: Group| Some((group.value, Wish::Peaks { axis: last_axis(model.graph(), group.value)? }));
+        groups(model.graph(), cx).into_iter().filter_map(axis).collect()
+    }
+
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
+        let mut patch = Patch::on(model);
+        let graph = model.graph();
+        let users = Users::of(graph);
+        let folder = Folder { graph, users: &users };
+        let groups = groups(graph, cx);
+        let choices = parallel::map(&groups, |group| choose(model, group, cx));
+        // From the outputs on: a product that takes a division into its weight waits with its own input for the next round.
+        for (group, choice) in groups.iter().zip(choices).rev() {
+            let Some(choice) = choice.filter(|_| !group.sinks.iter().any(|id| patch.touches(*id))) else { continue };
+            let mark = patch.mark();
+            let folded = if group.alone { folder.divided(group.value, &choice.divisor, &mut patch) } else { None };
+            let divided = if let Some(value) = folded {
+                patch.count("folded", 1);
+                Some(value)
+            } else {
+                patch.roll_back(&mark);
+                (choice.gain < 1.0 / 3.0).then(|| {
+                    patch.count("inserted", 1);
+                    multiply(graph, group, &choice.divisor, &mut patch)
+                })
+            };
+            if let Some(divided) = divided {
+                rewire(graph, group, divided, &choice.divisor, &mut patch);
+            }
+        }
+        Ok(patch)
+    }
+}
+
+fn last_axis(graph: &Graph, value: ValueId) -> Option<usize> {
+    graph.value(value).ty.rank()?.checked_sub(1)
+}
+
+/// Tensors that matrix products with a constant read, where the scheme rounds activations.
+fn groups(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
+    if cx.scheme.activation_bits.is_none() {
+        return Vec::new();
+    }
+    let mut sinks: BTreeMap<ValueId, Vec<NodeId>> = BTreeMap::new();
+    for (id, node) in graph.nodes() {
+        let product = node.op.is("MatMul") || node.op.is("Gemm");
+        let plain = node.int("transA", 0) == 0 && !cx.keep_float.contains_key(&*node.name);
+        let Some(roles) = ops::linear(graph, id).filter(|roles| product && plain && roles.weight == 1) else {
+            continue;
+        };
+        let matrix = graph.constant_input(node, 1).is_some_and(|w| w.shape().len() == 2 && w.dtype() == DType::F32);
+        if let Some(value) = node.input(roles.activation.into()).filter(|_| matrix) {
+            sinks.entry(value).or_default().push(id);
+        }
+    }
+    let users = Users::of(graph);
+    let alone = |value: ValueId, sinks: &[NodeId]| {
+        users.of_value(value).iter().all(|user| matches!(user, User::Input { node, input: 0 } if sinks.contains(node)))
+    };
+    let is_activation = |value: &ValueId| crate::simulate::is_float_activation(graph, *value);
+    let group = |(value, sinks): (ValueId, Vec<NodeId>)| Group { value, alone: alone(value, &sinks), sinks };
+    sinks.into_iter().filter(|(value, _)| is_activation(value)).map(group).collect()
+}
+
+/// Per sink: for every input channel the largest and the summed squared weight, and per output row the weights.
+struct Sink {
+    /// Rows of `inputs` weights, one per output.
+    rows: Vec<Vec<f32>>,
+    /// Σ over outputs of w².
+    energy: Vec<f64>,
+}
+
+fn sink(graph: &Graph, id: NodeId) -> Option<Sink> {
+    let roles = ops::linear(graph, id)?;
+    let weight = graph.constant_input(graph.node(id)?, 1)?;
+    let [first, second] = *weight.shape() else { return None };
+    let values = weight.floats()?;
+    let (outputs, inputs) = if roles.out_axis == 0 { (first, second) } else { (second, first) };
+    let at = |o: usize, j: usize| values[if roles.out_axis == 0 { o * second + j } else { j * second + o }];
+    let rows: Vec<Vec<f32>> = (0..outputs).map(|o| (0..inputs).map(|j| at(o, j)).collect()).collect();
+    let mut energy = vec![0.0; inputs];
+    for row in &rows {
+        energy.iter_mut().zip(row).for_each(|(e, w)| *e += f64::from(*w).powi(2));
+    }
+    Some(Sink { rows, energy })
+}
+
+/// Peaks of fewer rows say little about the next one: a channel that was quiet by chance would be blown up, and clip.
+const LEAST_ROWS: u64 = 1024;
+
+/// The best division for `group`, when it beats doing nothing by a tenth.
+fn choose(model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<Choice> {
+    let graph = model.graph();
+    let peaks = model.stats().peaks(group.value, last_axis(graph, group.value)?)?;
+    let sinks: Vec<Sink> = group.sinks.iter().map(|&id| sink(graph, id)).collect::<Option<_>>()?;
+    let channels = peaks.values().len();
+    if peaks.count() < LEAST_ROWS || channels == 0 || sinks.iter().any(|sink| sink.energy.len() != channels) {
+        return None;
+    }
+    let mut largest = vec![0.0_f64; channels];
+    for row in sinks.iter().flat_map(|sink| &sink.rows) {
+        largest.iter_mut().zip(row).for_each(|(m, w)| *m = m.max(f64::from(w.abs())));
+    }
+    let error = |divisor: &[f64]| expected_error(peaks, &sinks, divisor, cx);
+    let nothing = error(&vec![1.0; channels]);
+    let candidates = (0..=20).map(|step| divisors(peaks.values(), &largest, f64::from(step) / 20.0));
+    let (best, divisor) = candidates.map(|d| (error(&d), d)).min_by(|a, b| a.0.total_cmp(&b.0))?;
+    (best < 0.9 * nothing).then(|| Choice { divisor, gain: best / nothing })
+}
+
+/// s for exponent `alpha`, with geometric mean 1; 1 for dead channels.
+fn divisors(peaks: &[f32], weights: &[f64], alpha: f64) -> Vec<f64> {
+    let live = |x: f64, w: f64| x > 1e-9 && w > 1e-9;
+    let raw: Vec<f64> = peaks
+        .iter()
+        .zip(weights)
+        .map(|(&x, &w)| {
+            let x = f64::from(x);
+            if live(x, w) { x.powf(alpha) / w.powf(1.0 - alpha) } else { 1.0 }
+        })
+        .collect();
+    let is_live = |j: usize| live(f64::from(peaks[j]), weights[j]);
+    let n = (0..raw.len()).filter(|&j| is_live(j)).count().max(1) as f64;
+    let mean = ((0..raw.len()).filter(|&j| is_live(j)).map(|j| raw[j].ln()).sum::<f64>() / n).exp();
+    (0..raw.len()).map(|j| if is_live(j) { (raw[j] / mean).clamp(1e-3, 1e3) } else { 1.0 }).collect()
+}
+
+/// The expected squared error of all outputs: rounding noise of the activation through the weights, and of the weights under
+/// the activation's power, both uniform within a step.
+fn expected_error(peaks: &Peaks, sinks: &[Sink], divisor: &[f64], cx: &PassContext<'_>) -> f64 {
+    let top = peaks.values().iter().zip(divisor).map(|(&p, s)| f64::from(p) / s).fold(0.0, f64::max);
+    let levels = 2.0_f64.powi(i32::try_from(cx.scheme.activation_bits.unwrap_or(8)).unwrap_or(8)) - 1.0;
+    let weight_levels = 2.0_f64.powi(i32::try_from(cx.scheme.weight_bits).unwrap_or(8) - 1) - 1.0;
+    let noise = (2.0 * top / levels).powi(2) / 12.0;
+    let power: f64 = peaks.powers().iter().zip(divisor).map(|(p, s)| p / (s * s)).sum();
+    sinks
+        .iter()
+        .map(|sink| {
+            let through: f64 = sink.energy.iter().zip(divisor).map(|(e, s)| e * s * s).sum();
+            let step = |row: &Vec<f32>| {
+                let peak = row.iter().zip(divisor).map(|(w, s)| f64::from(w.abs()) * s).fold(0.0, f64::max);
+                (peak / weight_levels).powi(2)
+            };
+            noise * through + sink.rows.iter().map(step).sum::<f64>() / 12.0 * power
+        })
+        .sum()
+}
+
+/// `value` times 1 / s, as a node of its own.
+fn multiply(graph: &Graph, group: &Group, divisor: &[f64], patch: &mut Patch) -> ValueId {
+    let source = graph.value(group.value);
+    #[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
+    let inverse = divisor.iter().map(|s| (1.0 / s) as f32).collect();
+    let constant = patch.constant(&format!("{}.divisor", source.name), Tensor::of([divisor.len()], inverse));
+    let before = group.sinks.first().copied();
+    let opset = before.and_then(|id| graph.node(id)).map_or(21, |node| node.op.opset);
+    let node = Node {
+        name: format!("{}.smooth", source.name).into(),
+        op: OpKey { domain: "".into(), name: "Mul".into(), opset },
+        inputs: vec![Some(group.value), Some(constant)],
+        outputs: Vec::new(),
+        attrs: Attrs::new(),
+        bodies: Vec::new(),
+        notes: None,
+    };
+    patch.node(node, &format!("{}.smoothed", source.name), source.ty.clone(), before)
+}
+
+/// Lets the products read `divided`, with weights that make up for it.
+fn rewire(graph: &Graph, group: &Group, divided: ValueId, divisor: &[f64], patch: &mut Patch) {
+    for &id in &group.sinks {
+        let make = |patch: &mut Patch| {
+            let node = graph.node(id)?;
+            let roles = ops::linear(graph, id)?;
+            let weight = graph.constant_input(node, 1)?;
+            let name = Arc::clone(&graph.value(node.input(1)?).name);
+            let scaled = scaled_weight(weight, 1 - roles.out_axis, |j| divisor[j])?;
+            let mut copy = node.clone();
+            copy.inputs[0] = Some(divided);
+            copy.inputs[1] = Some(patch.constant(&format!("{name}.smoothed"), scaled));
+            Some(copy)
+        };
+        if let Some(copy) = make(patch) {
+            patch.replace(id, copy);
+            patch.count("weights", 1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divisors_flatten_the_activation_at_one_and_the_weight_at_zero() {
+        let (peaks, weights) = ([8.0_f32, 2.0, 0.0], [1.0, 4.0, 1.0]);
+        let flat = divisors(&peaks, &weights, 1.0);
+        assert!((8.0 / flat[0] - 2.0 / flat[1]).abs() < 1e-9, "{flat:?}");
+        let weight = divisors(&peaks, &weights, 0.0);
+        assert!((weights[0] * weight[0] - weights[1] * weight[1]).abs() < 1e-9, "{weight:?}");
+        assert!((flat[2] - 1.0).abs() < 1e-12 && (flat[0] * flat[1] - 1.0).abs() < 1e-9, "{flat:?}");
+    }
+}

@@ -1,0 +1,88 @@
+//! Equalization keeps the function.
+
+use onnx_quant::{exec, targets};
+use passes::exec::{DataError, Dataset};
+use passes::model::{Model, Plan};
+use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::simulate::Simulation;
+use passes::tensor::Tensor;
+
+/// Rows with a few channels much larger than the others.
+struct Rows {
+    channels: usize,
+    samples: usize,
+}
+
+impl Dataset for Rows {
+    fn len(&self) -> usize {
+        self.samples
+    }
+
+    fn name(&self, index: usize) -> String {
+        format!("rows {index}")
+    }
+
+    fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
+        let value = |i: usize| {
+            let noise = ((i * 7919 + index * 104_729) % 2003) as f32 / 1001.5 - 1.0;
+            if i % self.channels == 3 { 60.0 * noise } else { noise }
+        };
+        Ok(vec![Tensor::of([512, self.channels], (0..512 * self.channels).map(value).collect())])
+    }
+}
+
+/// A matrix as it stands in the text form.
+fn matrix(name: &str, rows: usize, columns: usize) -> String {
+    let value = |i: usize| format!("{:.3}", ((i * 31 + name.len() * 17) % 41) as f32 / 20.0 - 1.0);
+    let values: Vec<String> = (0..rows * columns).map(value).collect();
+    format!("  %{name} = const f32[{rows},{columns}] [{}]\n", values.join(", "))
+}
+
+fn smoothed(source: &str, data: &Rows) -> (Model, Model, String) {
+    let catalogue = passes::catalogue::passes();
+    let plain = passes::text::parse(source).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+    let mut cx =
+        PassContext { dataset: Some(data as &dyn Dataset), ..PassContext::new(targets::TARGETS[0], executor.as_ref()) };
+    let pipeline = Pipeline::parse("infer-shapes, calibrate, smooth, drop-dead", &catalogue).unwrap();
+    let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+    let counts = trace.steps.iter().find(|(name, _)| *name == "smooth").unwrap().1.counts.clone();
+    for index in 0..data.len() {
+        let feeds = data.sample(index).unwrap();
+        let [a, b] = [&plain, &after].map(|model| {
+            let graph = model.graph();
+            let run = Simulation::prepare(graph, &Plan::default(), executor.as_ref(), graph.outputs()).unwrap();
+            run.run(&feeds).unwrap().remove(0).floats().unwrap().into_owned()
+        });
+        let top = a.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+        assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() <= 1e-5 * top), "the function changed");
+    }
+    (plain, after, format!("{counts:?}"))
+}
+
+#[test]
+fn a_division_folds_through_a_product_into_the_linear_before_it() {
+    let source = format!(
+        "opset 21\ngraph (%x: f32[512,8]) -> (%y) {{\n{}{}{}  %g = MatMul(%x, %wg)\n  %s = Sigmoid(%g)\n  %u = MatMul(%x, %wu)\n  %t = Mul(%s, %u)\n  %y = MatMul(%t, %wd)\n}}\n",
+        matrix("wg", 8, 6),
+        matrix("wu", 8, 6),
+        matrix("wd", 6, 4)
+    );
+    let (_, after, counts) = smoothed(&source, &Rows { channels: 8, samples: 4 });
+    assert!(counts.contains("weights"), "{counts}");
+    // The input itself can only be divided by a node of its own.
+    assert!(after.graph().nodes().filter(|(_, node)| node.op.is("Mul")).count() <= 2);
+}
+
+#[test]
+fn an_input_with_outliers_gets_a_node_and_its_other_readers_do_not() {
+    let source = format!(
+        "opset 21\ngraph (%x: f32[512,8]) -> (%y) {{\n{}  %h = MatMul(%x, %w)\n  %y = Add(%h, %x)\n}}\n",
+        matrix("w", 8, 8)
+    );
+    let (_, after, counts) = smoothed(&source, &Rows { channels: 8, samples: 4 });
+    assert!(counts.contains("inserted"), "{counts}");
+    let graph = after.graph();
+    let add = graph.nodes().find(|(_, node)| node.op.is("Add")).unwrap().1;
+    assert_eq!(add.input(1), Some(graph.inputs()[0]), "the residual reads what it read");
+}
