@@ -194,7 +194,8 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     if let Some(path) = &request.stats {
         model = stats::attach(model, path)?;
     }
-    let (model, more) = manager.run(&rest, model, &mut cx)?;
+    let (mut model, more) = manager.run(&rest, model, &mut cx)?;
+    model.drop_moments();
     trace.steps.extend(more.steps);
     trace.notes.extend(more.notes);
     drop(manager);
@@ -280,19 +281,19 @@ fn finish(staged: Option<Staged>, verdict: Option<&Verdict>) -> Result<(), Error
 }
 
 fn check_request(request: &Request) -> Result<(), Error> {
-    if request.scheme != Scheme::W8A8 {
+    if let Some(what) = request.target.refuses(&request.scheme) {
         let name = request.target.info().about.name;
-        return Err(Error::Target(format!(
-            "target `{name}` takes scheme w8a8 so far; the nearest to what you asked is w8a8"
-        )));
+        return Err(Error::Target(format!("target `{name}` cannot take scheme {}: {what}", request.scheme)));
     }
     if let Some(output) = request.output.as_ref().filter(|output| output.is_dir()) {
         return Err(Error::Input(format!("the output `{}` is a folder; name a file", output.display())));
     }
-    if request.data.is_none() && request.stats.is_none() && request.pipeline.is_none() {
-        return Err(Error::Input(
-            "scheme w8a8 needs calibration samples: pass a folder or file with --data, or measured statistics with --stats".into(),
-        ));
+    let measures = request.scheme.activation_bits.is_some();
+    if measures && request.data.is_none() && request.stats.is_none() && request.pipeline.is_none() {
+        return Err(Error::Input(format!(
+            "scheme {} needs calibration samples: pass a folder or file with --data, or measured statistics with --stats",
+            request.scheme
+        )));
     }
     Ok(())
 }
@@ -323,7 +324,8 @@ fn output_name(request: &Request) -> String {
 }
 
 fn pipeline_text(request: &Request) -> String {
-    let text = request.pipeline.clone().unwrap_or_else(|| request.target.pipeline(request.goal).into_owned());
+    let text =
+        request.pipeline.clone().unwrap_or_else(|| request.target.pipeline(request.goal, &request.scheme).into_owned());
     match &request.observer {
         Some(observer) => with_observer(&text, observer),
         None => text,
@@ -383,6 +385,7 @@ fn context<'a>(
     PassContext {
         dataset: dataset.map(|d| d as &dyn passes::exec::Dataset),
         keep_float,
+        scheme: request.scheme,
         threads: request.threads,
         progress,
         ..PassContext::new(request.target, executor)

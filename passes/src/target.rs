@@ -17,7 +17,9 @@ pub trait Target: Debug + Send + Sync {
     /// What it runs on codes, by operator.
     fn rules(&self) -> &'static [Rule];
     /// The passes that prepare a model for it.
-    fn pipeline(&self, goal: Goal) -> Cow<'static, str>;
+    fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str>;
+    /// Why it cannot take `scheme`, with what it can; `None` when it can.
+    fn refuses(&self, scheme: &Scheme) -> Option<String>;
     /// Spells the plan.
     ///
     /// # Errors
@@ -104,18 +106,32 @@ pub struct LowerError {
     pub problem: String,
 }
 
-/// Weights and activations, in how many bits: `w8a8`.
+/// Weights and activations, in how many bits: `w8a8`, `w4a16g32`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scheme {
     /// Bits of weight codes.
     pub weight_bits: u32,
-    /// Bits of activation codes.
-    pub activation_bits: u32,
+    /// Bits of activation codes; `None` leaves activations in float.
+    pub activation_bits: Option<u32>,
+    /// So many inputs of a matrix product share a scale; `None`: all of an output channel.
+    pub block: Option<usize>,
+    /// Whether weights have zero points.
+    pub asymmetric: bool,
 }
 
 impl Scheme {
     /// Eight bits for both.
-    pub const W8A8: Self = Self { weight_bits: 8, activation_bits: 8 };
+    pub const W8A8: Self = Self { weight_bits: 8, activation_bits: Some(8), block: None, asymmetric: false };
+}
+
+impl std::fmt::Display for Scheme {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "w{}a{}", self.weight_bits, self.activation_bits.unwrap_or(16))?;
+        if let Some(block) = self.block {
+            write!(f, "g{block}")?;
+        }
+        f.write_str(if self.asymmetric { "asym" } else { "" })
+    }
 }
 
 /// What the user asked for beyond the recipe: nodes or tensors that stay in float, by name, with the pattern that says so.

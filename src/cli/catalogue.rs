@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use passes::about::About;
+use passes::target::{Goal, Scheme};
 use passes::{diag, grid, observe};
 
 use super::{Ended, print};
@@ -121,7 +122,14 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
         }
     }
     if let Some(target) = targets::find(about.name) {
-        let _ = writeln!(text, "Pipeline:\n{}", target.pipeline(passes::target::Goal::Balanced));
+        let goals = [("fast", Goal::Fast), ("balanced", Goal::Balanced), ("best", Goal::Best)];
+        for (name, goal) in goals {
+            let _ = writeln!(text, "Recipe {name} for w8a8:\n{}\n", target.pipeline(goal, &Scheme::W8A8));
+        }
+        let weights_only = Scheme { weight_bits: 4, activation_bits: None, block: Some(32), asymmetric: false };
+        for (name, goal) in goals {
+            let _ = writeln!(text, "Recipe {name} for w4a16g32:\n{}\n", target.pipeline(goal, &weights_only));
+        }
     }
     print(&text);
     Ok(Ended::Done)

@@ -91,13 +91,22 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     number.checked_mul(unit).ok_or_else(|| format!("`{text}` is too large"))
 }
 
-/// `w8a8` and its like.
+/// `w8a8`, `w4a16g32`, `w4a16g32asym` and their like.
 pub(crate) fn scheme(text: &str) -> Result<Scheme, String> {
     let parse = || {
-        let (weight, activation) = text.strip_prefix('w')?.split_once('a')?;
-        Some(Scheme { weight_bits: weight.parse().ok()?, activation_bits: activation.parse().ok()? })
+        let (weight, rest) = text.strip_prefix('w')?.split_once('a')?;
+        let (rest, asymmetric) = rest.strip_suffix("asym").map_or((rest, false), |rest| (rest, true));
+        let (activation, block) = rest.split_once('g').map_or((rest, None), |(a, g)| (a, Some(g)));
+        let activation_bits = match activation.parse().ok()? {
+            16 | 32 => None,
+            bits => Some(bits),
+        };
+        let block = block.map(|g| g.parse().ok().filter(|&g: &usize| g > 0)).map_or(Some(None), |g| g.map(Some))?;
+        Some(Scheme { weight_bits: weight.parse().ok()?, activation_bits, block, asymmetric })
     };
-    parse().ok_or_else(|| format!("`{text}` is no scheme that this version knows; it knows w8a8"))
+    parse().ok_or_else(|| {
+        format!("`{text}` is no scheme; write w8a8, w4a16g32 (blocks of 32 inputs) or w4a16g32asym (with zero points)")
+    })
 }
 
 #[cfg(test)]
@@ -110,6 +119,9 @@ mod tests {
         assert_eq!(size("2GiB"), Ok(2 << 30));
         assert!(size("2X").is_err() && size("").is_err() && size("99999999999G").is_err());
         assert_eq!(scheme("w8a8"), Ok(Scheme::W8A8));
-        assert!(scheme("int8").is_err());
+        for text in ["w4a16g32", "w3a16g64asym", "w4a8", "w2a16"] {
+            assert_eq!(scheme(text).unwrap().to_string(), text);
+        }
+        assert!(scheme("int8").is_err() && scheme("w4a16g0").is_err() && scheme("w4a16gx").is_err());
     }
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use passes::exec::Dataset as _;
 use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::target::Goal;
 
 use super::common::{DataArgs, target_named};
 use super::progress::Shown;
@@ -79,8 +80,9 @@ fn measure(args: &Args) -> Result<Ended, Error> {
     let dataset = dataset.ok_or_else(|| Error::Input("samples are needed: pass them with --data".into()))?;
     let executor = driver::executor(&request.executor, &model)?;
     let progress = Shown::new(args.data.progress);
-    // The target's own pipeline, up to and with what makes wishes: deciding is cheap, and nothing is written.
-    let text = target.pipeline(request.goal);
+    // The target's own pipeline, up to and with what makes wishes: deciding is cheap, and nothing is written. The fast one
+    // wishes for all that fits a file; matrices do not.
+    let text = target.pipeline(Goal::Fast, &request.scheme);
     let catalogue = passes::catalogue::passes();
     let pipeline = Pipeline::parse(&text, &catalogue).map_err(Error::input)?;
     let mut cx = PassContext {

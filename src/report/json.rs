@@ -42,7 +42,7 @@ pub fn summary(request: &Request, outcome: &Outcome) -> Value {
             "opset": outcome.sizes.output_opset,
         },
         "target": request.target.info().about.name,
-        "scheme": format!("w{}a{}", request.scheme.weight_bits, request.scheme.activation_bits),
+        "scheme": request.scheme.to_string(),
         "recipe": format!("{:?}", request.goal).to_lowercase(),
         "pipeline": outcome.pipeline,
         "executor": outcome.executor,

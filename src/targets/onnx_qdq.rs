@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use passes::about::About;
 use passes::model::Model;
-use passes::target::{Goal, LowerError, Lowered, Rule, Target, TargetInfo};
+use passes::target::{Goal, LowerError, Lowered, Rule, Scheme, Target, TargetInfo};
 
 use super::ort_cpu;
 
@@ -31,8 +31,12 @@ impl Target for OnnxQdq {
         ort_cpu::RULES
     }
 
-    fn pipeline(&self, goal: Goal) -> Cow<'static, str> {
-        ort_cpu::OrtCpu.pipeline(goal)
+    fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
+        ort_cpu::OrtCpu.pipeline(goal, scheme)
+    }
+
+    fn refuses(&self, scheme: &Scheme) -> Option<String> {
+        ort_cpu::OrtCpu.refuses(scheme)
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use passes::about::About;
 use passes::model::Model;
-use passes::target::{Goal, LowerError, Lowered, Outcome, Rule, Target, TargetInfo, When};
+use passes::target::{Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo, When};
 
 use super::NORMALIZE;
 
@@ -68,15 +68,40 @@ impl Target for OrtCpu {
         RULES
     }
 
-    fn pipeline(&self, goal: Goal) -> Cow<'static, str> {
-        let (observer, weights) = match goal {
-            Goal::Fast => ("min-max", "min-max"),
-            Goal::Balanced | Goal::Best => ("mse", "min-max"),
+    fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
+        let rest = match (scheme.activation_bits, goal) {
+            (Some(_), Goal::Fast) => "assign-encodings{observer=min-max, weights=min-max}, round, correct-bias",
+            (Some(8), Goal::Balanced) if scheme.weight_bits == 8 => {
+                "assign-encodings{observer=mse, weights=min-max}, round, correct-bias"
+            }
+            (Some(_), _) if scheme.weight_bits == 8 => {
+                "assign-encodings{observer=mse, weights=min-max}, round{method=gptq}, correct-bias"
+            }
+            (Some(_), _) => {
+                "assign-encodings{observer=mse, weights=mse}, round{method=gptq}, refit-scales, correct-bias"
+            }
+            (None, Goal::Fast) => "assign-encodings{weights=min-max}, round",
+            (None, Goal::Balanced) => "assign-encodings{weights=min-max}, round{method=gptq}",
+            (None, Goal::Best) => {
+                "assign-encodings{weights=min-max}, round{method=gptq}, descend, refit-scales{rounds=4}"
+            }
         };
-        format!(
-            "{NORMALIZE},\ncalibrate, assign-encodings{{observer={observer}, weights={weights}}}, round, correct-bias"
-        )
-        .into()
+        format!("{NORMALIZE},\ncalibrate, {rest}").into()
+    }
+
+    fn refuses(&self, scheme: &Scheme) -> Option<String> {
+        let weights = (2..=8).contains(&scheme.weight_bits);
+        let activations = scheme.activation_bits.is_none_or(|bits| matches!(bits, 4 | 8));
+        let blocks = match scheme.block {
+            Some(size) => scheme.activation_bits.is_none() && (16..=256).contains(&size) && size.is_power_of_two(),
+            None => true,
+        };
+        let zero_points = !scheme.asymmetric || scheme.activation_bits.is_none();
+        (!(weights && activations && blocks && zero_points)).then(|| {
+            "it takes weights of 2 to 8 bits, activations of 4 or 8 bits or in float (a16); with float activations also \
+             blocks of 16, 32, 64, 128 or 256 inputs (g32) and zero points (asym)"
+                .to_owned()
+        })
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {

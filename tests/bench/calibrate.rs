@@ -14,7 +14,7 @@ use passes::model::Plan;
 use passes::parallel;
 use passes::pass::{PassContext, PassManager, Pipeline};
 use passes::simulate::Simulation;
-use passes::target::Goal;
+use passes::target::{Goal, Scheme};
 
 const ROUNDS: usize = 5;
 
@@ -37,7 +37,7 @@ fn bench(path: &str, data: &str) {
     let mut cx =
         PassContext { dataset: Some(&data as &dyn Dataset), threads, ..PassContext::new(target, executor.as_ref()) };
     let catalogue = passes::catalogue::passes();
-    let text = target.pipeline(Goal::Balanced);
+    let text = target.pipeline(Goal::Balanced, &Scheme::W8A8);
     let (normalize, _) = text.split_once("calibrate").expect("every pipeline calibrates");
     let normalize = Pipeline::parse(normalize.trim_end().trim_end_matches(','), &catalogue).expect("it parses");
     let (model, _) = PassManager::default().run(&normalize, imported.model, &mut cx).expect("it runs");

@@ -64,7 +64,8 @@ fn bad_requests_are_refused_before_any_work() {
     let (model, data) = (text(&model), text(&data));
     refused(&["quantize", model], 2, &["--data"]);
     refused(&["quantize", model, "--data", data, "--target", "abacus"], 3, &["ort-cpu"]);
-    refused(&["quantize", model, "--data", data, "--scheme", "w4a4"], 3, &["w8a8"]);
+    refused(&["quantize", model, "--data", data, "--scheme", "w9a8"], 3, &["2 to 8 bits"]);
+    refused(&["quantize", model, "--data", data, "--scheme", "int8"], 3, &["w4a16g32"]);
     refused(&["quantize", model, "--data", data, "--keep-float", "nothing-like-it*"], 2, &["matches no node"]);
     refused(&["quantize", model, "--data", data, "--executor", "magic"], 2, &["tract"]);
     refused(&["quantize", model, "--data", data, "-o", model], 2, &["never touched"]);

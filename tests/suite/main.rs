@@ -6,11 +6,13 @@ mod cli;
 mod determinism;
 #[cfg(feature = "ort")]
 mod differential;
+mod equalize;
 mod files;
 mod hostile;
 mod import;
 mod layering;
 mod registry;
+mod schemes;
 mod verify;
 
 use std::path::{Path, PathBuf};

@@ -33,7 +33,8 @@ fn every_pipeline_of_every_target_parses_and_meets_its_requirements() {
     let catalogue = catalogue::passes();
     for target in targets::TARGETS {
         for goal in [Goal::Fast, Goal::Balanced, Goal::Best] {
-            let pipeline = Pipeline::parse(&target.pipeline(goal), &catalogue).expect("the pipeline parses");
+            let pipeline = Pipeline::parse(&target.pipeline(goal, &passes::target::Scheme::W8A8), &catalogue)
+                .expect("the pipeline parses");
             let facts = pipeline.check(passes::pass::Facts::NONE, &catalogue).expect("requirements are met");
             assert!(facts.contains(passes::pass::Facts::ROUNDED));
         }

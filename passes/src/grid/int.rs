@@ -30,8 +30,34 @@ pub(super) static UINT16: IntGrid =
     int("uint16", "Unsigned 16-bit integers, 0 to 65535.", 16, DType::U16, 0.0, 65535.0);
 pub(super) static INT4: IntGrid = int("int4", "Signed 4-bit integers, -8 to 7.", 4, DType::I4, -8.0, 7.0);
 pub(super) static UINT4: IntGrid = int("uint4", "Unsigned 4-bit integers, 0 to 15.", 4, DType::U4, 0.0, 15.0);
+pub(super) static INT7: IntGrid =
+    int("int7", "Signed 7-bit integers, -64 to 63, stored in 8 bits.", 7, DType::I8, -64.0, 63.0);
+pub(super) static UINT7: IntGrid =
+    int("uint7", "Unsigned 7-bit integers, 0 to 127, stored in 8 bits.", 7, DType::U8, 0.0, 127.0);
+pub(super) static INT6: IntGrid =
+    int("int6", "Signed 6-bit integers, -32 to 31, stored in 8 bits.", 6, DType::I8, -32.0, 31.0);
+pub(super) static UINT6: IntGrid =
+    int("uint6", "Unsigned 6-bit integers, 0 to 63, stored in 8 bits.", 6, DType::U8, 0.0, 63.0);
+pub(super) static INT5: IntGrid =
+    int("int5", "Signed 5-bit integers, -16 to 15, stored in 8 bits.", 5, DType::I8, -16.0, 15.0);
+pub(super) static UINT5: IntGrid =
+    int("uint5", "Unsigned 5-bit integers, 0 to 31, stored in 8 bits.", 5, DType::U8, 0.0, 31.0);
+pub(super) static INT3: IntGrid =
+    int("int3", "Signed 3-bit integers, -4 to 3, stored in 4 bits.", 3, DType::I4, -4.0, 3.0);
+pub(super) static UINT3: IntGrid =
+    int("uint3", "Unsigned 3-bit integers, 0 to 7, stored in 4 bits.", 3, DType::U4, 0.0, 7.0);
 pub(super) static INT2: IntGrid = int("int2", "Signed 2-bit integers, -2 to 1.", 2, DType::I2, -2.0, 1.0);
 pub(super) static UINT2: IntGrid = int("uint2", "Unsigned 2-bit integers, 0 to 3.", 2, DType::U2, 0.0, 3.0);
+pub(super) static INT2_IN_4: IntGrid = int(
+    "int2-in-4",
+    "Signed 2-bit integers, -2 to 1, stored in 4 bits: opset 21 has no 2-bit type.",
+    2,
+    DType::I4,
+    -2.0,
+    1.0,
+);
+pub(super) static UINT2_IN_4: IntGrid =
+    int("uint2-in-4", "Unsigned 2-bit integers, 0 to 3, stored in 4 bits.", 2, DType::U4, 0.0, 3.0);
 pub(super) static INT32: IntGrid =
     int("int32", "Signed 32-bit integers, for biases.", 32, DType::I32, -2_147_483_648.0, 2_147_483_647.0);
 
@@ -77,11 +103,12 @@ impl Grid for IntGrid {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "two's complement is what is wanted")]
     fn encode(&self, point: f64) -> u32 {
         let code = self.nearest(point) as i64 as u32;
-        if self.info.bits == 32 { code } else { code & ((1 << self.info.bits) - 1) }
+        let stored = self.info.storage.bits();
+        if stored == 32 { code } else { code & ((1 << stored) - 1) }
     }
 
     fn decode(&self, code: u32) -> f64 {
-        let unused = 32 - self.info.bits;
+        let unused = 32 - self.info.storage.bits();
         let shifted = code << unused;
         if self.low < 0.0 { f64::from(shifted.cast_signed() >> unused) } else { f64::from(shifted >> unused) }
     }

@@ -25,9 +25,9 @@ pub trait Grid: Debug + Send + Sync {
     /// Replaces every `x` by the point of the grid shifted by `-zero` that ONNX's `QuantizeLinear` picks: the value is
     /// rounded first and `zero`, a whole number for integer grids and 0 otherwise, is added after.
     fn snap(&self, xs: &mut [f32], zero: f32);
-    /// The code of a point of the grid, in the low [`GridInfo::bits`] bits.
+    /// The code of a point of the grid, in as many low bits as the storage type has.
     fn encode(&self, point: f64) -> u32;
-    /// The point of a code; bits above the grid's are ignored.
+    /// The point of a code; bits above the storage type's are ignored.
     fn decode(&self, code: u32) -> f64;
 }
 
@@ -36,7 +36,7 @@ pub trait Grid: Debug + Send + Sync {
 pub struct GridInfo {
     /// Name and documentation.
     pub about: About,
-    /// Bits of one code.
+    /// Bits that tell the codes apart.
     pub bits: u32,
     /// The ONNX element type that stores codes.
     pub storage: DType,
@@ -51,10 +51,20 @@ pub static GRIDS: &[&dyn Grid] = &[
     &int::INT8_NARROW,
     &int::INT16,
     &int::UINT16,
+    &int::INT7,
+    &int::UINT7,
+    &int::INT6,
+    &int::UINT6,
+    &int::INT5,
+    &int::UINT5,
     &int::INT4,
     &int::UINT4,
+    &int::INT3,
+    &int::UINT3,
     &int::INT2,
     &int::UINT2,
+    &int::INT2_IN_4,
+    &int::UINT2_IN_4,
     &int::INT32,
 ];
 
@@ -72,7 +82,7 @@ mod tests {
     fn codes_and_points_are_one_to_one() {
         for grid in GRIDS.iter().filter(|grid| grid.info().bits <= 16) {
             let (low, high) = grid.range();
-            let points: Vec<f64> = (0..1_u32 << grid.info().bits)
+            let points: Vec<f64> = (0..1_u32 << grid.info().storage.bits())
                 .map(|code| grid.decode(code))
                 .filter(|point| (low..=high).contains(point))
                 .collect();

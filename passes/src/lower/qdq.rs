@@ -15,7 +15,7 @@ use crate::tensor::{DType, Tensor};
 ///
 /// A tensor encoded at its value is read through its pair by everyone, graph outputs included: the pair's result then
 /// carries the output's name. A tensor encoded at some uses has one pair for those that share an encoding. Zero points are
-/// explicit, except for 32-bit biases.
+/// explicit, except for 32-bit biases and symmetric blocks.
 ///
 /// # Errors
 /// [`LowerError`] for an encoded constant without codes, a tensor with two different encodings, or a name clash.
@@ -230,7 +230,8 @@ impl Lowering<'_> {
         let scale = Arc::new(Tensor::of(scale_shape.clone(), encoding.scale.to_vec()));
         let scale_name = self.fresh(&format!("{name}.scale"));
         let scale = self.builder.constant(&scale_name, scale).map_err(bug)?;
-        if encoding.grid.info().storage == DType::I32 {
+        let blocked = matches!(encoding.granularity, Granularity::Block { .. });
+        if encoding.grid.info().storage == DType::I32 || (blocked && signed(encoding) && encoding.is_symmetric()) {
             return Ok((scale, None));
         }
         let ones = Encoding { scale: vec![1.0; encoding.scale.len()].into(), ..encoding.clone() };
@@ -275,6 +276,11 @@ impl Lowering<'_> {
         self.builder.node(node).map_err(bug)?;
         Ok(())
     }
+}
+
+/// Whether codes are signed: a missing zero point then means 0.
+fn signed(encoding: &Encoding) -> bool {
+    encoding.grid.range().0 < 0.0
 }
 
 /// How a flat list of groups is cut: each its own.

@@ -176,7 +176,10 @@ fn encoding_of(graph: &Graph, node: &Node, storage: DType, shape: &[usize]) -> O
         _ => return None,
     };
     let scale: Arc<[f32]> = scale.floats()?.into_owned().into();
-    (scale.len() == zero_point.len() && scale.iter().all(|s| s.is_finite() && *s > 0.0)).then(|| Encoding {
+    // The sign of a constant's scale says which end of its codes reaches further.
+    let constant = !shape.is_empty();
+    let sound = |s: &f32| s.is_finite() && (*s > 0.0 || (constant && *s < 0.0));
+    (scale.len() == zero_point.len() && scale.iter().all(sound)).then(|| Encoding {
         grid,
         granularity,
         scale,

@@ -1,35 +1,45 @@
 //! How the tensors of quantized nodes are written.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::select::Selection;
+use super::{Goals, weights};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::Encoding;
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, Site, ValueId};
+use crate::ir::Graph;
 use crate::model::{Edit, Model, Patch};
 use crate::observe::{Observer, Purpose, Sketch};
-use crate::tensor::Tensor;
 use crate::{ops, parallel};
-
-/// How the scale of a weight channel is chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum WeightScale {
-    /// The largest magnitude at the largest code.
-    MinMax,
-    /// The smallest squared error of rounding to nearest.
-    Mse,
-}
 
 /// A 32-bit bias is kept this far from saturation.
 const BIAS_LIMIT: f64 = (1_u64 << 30) as f64;
+
+/// How ranges are chosen.
+pub(super) struct Observers<'a> {
+    /// Of all tensors but these.
+    pub(super) usual: &'a dyn Observer,
+    /// Of tensors that a matrix product reads.
+    pub(super) products: &'a dyn Observer,
+}
+
+/// The tensors that quantized matrix products read.
+fn read_by_products(graph: &Graph, selection: &Selection) -> BTreeSet<ValueId> {
+    let read = |(node, input): &(NodeId, u16)| {
+        let node = graph.node(*node).filter(|node| node.op.is("MatMul") || node.op.is("Gemm"))?;
+        node.input((*input).into())
+    };
+    selection.reads.iter().filter_map(read).collect()
+}
 
 /// Records the encodings of everything that `selection` reads and writes.
 pub(super) fn encode(
     model: &Model,
     selection: &Selection,
-    observer: &dyn Observer,
-    weights: WeightScale,
+    observers: &Observers<'_>,
+    goals: &Goals,
     patch: &mut Patch,
 ) {
     let graph = model.graph();
@@ -39,7 +49,11 @@ pub(super) fn encode(
     wanted.extend(selection.reads.iter().filter_map(|(node, input)| graph.node(*node)?.input((*input).into())));
     wanted.sort_unstable();
     wanted.dedup();
-    let encodings = parallel::map(&wanted, |value| Some(activation(model.stats().distribution(*value)?, observer)));
+    let products = read_by_products(graph, selection);
+    let encodings = parallel::map(&wanted, |value| {
+        let observer = if products.contains(value) { observers.products } else { observers.usual };
+        Some(activation(model.stats().distribution(*value)?, observer, goals.activation_grid()))
+    });
     for (value, encoding) in wanted.iter().zip(encodings) {
         by_value[value.index()] = encoding;
     }
@@ -63,7 +77,7 @@ pub(super) fn encode(
     }
     let linear: Vec<NodeId> =
         selection.reads.iter().map(|(node, _)| *node).filter(|node| ops::linear(graph, *node).is_some()).collect();
-    let parameters = parallel::map(&linear, |node| parameters(model, *node, &by_value, weights));
+    let parameters = parallel::map(&linear, |node| parameters(model, *node, &by_value, goals));
     for edits in parameters.into_iter().flatten() {
         edits.edits.into_iter().for_each(|edit| patch.edit(edit));
         edits.note.into_iter().for_each(|note| patch.note(note));
@@ -81,9 +95,8 @@ fn note_dead(model: &Model, value: ValueId, patch: &mut Patch) {
     }
 }
 
-/// Asymmetric 8-bit codes over the observer's range.
-fn activation(sketch: &Sketch, observer: &dyn Observer) -> Encoding {
-    let grid = uint8();
+/// Asymmetric codes over the observer's range.
+fn activation(sketch: &Sketch, observer: &dyn Observer, grid: &'static dyn Grid) -> Encoding {
     let (low, high) = grid.range();
     let range = observer.range(sketch, Purpose { levels: high - low + 1.0, symmetric: false });
     let (scale, zero_point) = affine(range, low, high);
@@ -95,7 +108,7 @@ fn activation(sketch: &Sketch, observer: &dyn Observer) -> Encoding {
     clippy::cast_possible_truncation,
     reason = "a zero point between the ends of the grid; a scale rounded to f32"
 )]
-fn affine(range: (f64, f64), low: f64, high: f64) -> (f32, i32) {
+pub(super) fn affine(range: (f64, f64), low: f64, high: f64) -> (f32, i32) {
     let (from, to) = (range.0.min(0.0), range.1.max(0.0));
     let scale = (to - from) / (high - low);
     if scale < f64::from(f32::MIN_POSITIVE) || !scale.is_finite() {
@@ -105,16 +118,34 @@ fn affine(range: (f64, f64), low: f64, high: f64) -> (f32, i32) {
     (scale as f32, zero_point as i32)
 }
 
-fn uint8() -> &'static dyn Grid {
-    grid::find("uint8").unwrap_or_else(|| unreachable!("the grid table has uint8"))
-}
-
-fn int8() -> &'static dyn Grid {
-    grid::find("int8").unwrap_or_else(|| unreachable!("the grid table has int8"))
-}
-
 fn int32() -> &'static dyn Grid {
     grid::find("int32").unwrap_or_else(|| unreachable!("the grid table has int32"))
+}
+
+/// Encodes the weights of `nodes` and leaves activations and biases in float.
+pub(super) fn encode_weights(model: &Model, nodes: &[NodeId], goals: &Goals, patch: &mut Patch) {
+    let graph = model.graph();
+    for &id in nodes {
+        let encoding = || {
+            let roles = ops::linear(graph, id)?;
+            let weight = graph.constant_input(graph.node(id)?, roles.weight.into())?;
+            let site = Site::Use { node: id, input: roles.weight };
+            let encoding = match goals.scheme.block {
+                Some(size) => weights::blocked(weight, 1 - roles.out_axis, size, goals)?,
+                None if goals.scheme.asymmetric => {
+                    let columns = weight.shape()[1 - roles.out_axis];
+                    weights::blocked(weight, 1 - roles.out_axis, columns.max(1), goals)?
+                }
+                None => {
+                    let scales = weights::channel_scales(weight, roles.out_axis, goals)?;
+                    #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
+                    per_channel(goals.weight_grid, roles.out_axis, scales.into_iter().map(|s| s as f32).collect())
+                }
+            };
+            Some(Edit::Encode { site, encoding })
+        };
+        encoding().into_iter().for_each(|edit| patch.edit(edit));
+    }
 }
 
 struct Parameters {
@@ -124,13 +155,13 @@ struct Parameters {
 
 /// The encodings of weight and bias of the linear node `id`.
 #[expect(clippy::cast_possible_truncation, reason = "scales are rounded to f32 once")]
-fn parameters(model: &Model, id: NodeId, by_value: &[Option<Encoding>], how: WeightScale) -> Option<Parameters> {
+fn parameters(model: &Model, id: NodeId, by_value: &[Option<Encoding>], goals: &Goals) -> Option<Parameters> {
     let graph = model.graph();
     let node = graph.node(id)?;
     let roles = ops::linear(graph, id)?;
     let weight = graph.constant_input(node, roles.weight.into())?;
     let input_scale = f64::from(*by_value[node.input(roles.activation.into())?.index()].as_ref()?.scale.first()?);
-    let mut scales = channel_scales(weight, roles.out_axis, how)?;
+    let mut scales = weights::channel_scales(weight, roles.out_axis, goals)?;
     let bias = roles.bias.and_then(|bias| graph.constant_input(node, bias.into()));
     let raised = match bias {
         Some(bias) => raise_for_bias(&mut scales, &bias.floats()?, input_scale),
@@ -139,7 +170,7 @@ fn parameters(model: &Model, id: NodeId, by_value: &[Option<Encoding>], how: Wei
     let weight_scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
     let mut edits = vec![Edit::Encode {
         site: Site::Use { node: id, input: roles.weight },
-        encoding: per_channel(int8(), roles.out_axis, weight_scales.clone()),
+        encoding: per_channel(goals.weight_grid, roles.out_axis, weight_scales.clone()),
     }];
     if let (Some(input), Some(bias)) = (roles.bias, bias) {
         // Exactly the f32 product: runtimes check it, or ignore what is stored and use it.
@@ -161,50 +192,6 @@ fn per_channel(grid: &'static dyn Grid, axis: usize, scales: Vec<f32>) -> Encodi
         [one] => Encoding::per_tensor(grid, *one, 0),
         _ => Encoding::per_axis(grid, axis, scales),
     }
-}
-
-/// The scale of every output channel; a channel of zeros takes the median of the others.
-fn channel_scales(weight: &Tensor, axis: usize, how: WeightScale) -> Option<Vec<f64>> {
-    let channels = *weight.shape().get(axis)?;
-    let inner: usize = weight.shape()[axis + 1..].iter().product();
-    let values = weight.floats()?;
-    let mut by_channel: Vec<Vec<f32>> = vec![Vec::with_capacity(values.len() / channels.max(1)); channels];
-    for (index, run) in values.chunks(inner.max(1)).enumerate() {
-        by_channel[index % channels].extend_from_slice(run);
-    }
-    let mut scales: Vec<f64> = by_channel.iter().map(|channel| scale_of(channel, how)).collect();
-    let mut live: Vec<f64> = scales.iter().copied().filter(|&s| s > 0.0).collect();
-    live.sort_by(f64::total_cmp);
-    let median = live.get(live.len() / 2).copied().unwrap_or(1.0);
-    scales.iter_mut().filter(|s| **s <= 0.0).for_each(|s| *s = median);
-    Some(scales)
-}
-
-/// The scale for one channel: 0 when it is all zero, never below what f32 holds with full precision.
-fn scale_of(channel: &[f32], how: WeightScale) -> f64 {
-    let top = channel.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-    if top == 0.0 {
-        return 0.0;
-    }
-    let widest = f64::from(top) / 127.0;
-    let best = match how {
-        WeightScale::MinMax => widest,
-        WeightScale::Mse => least_squares_scale(channel, widest),
-    };
-    best.max(f64::from(f32::MIN_POSITIVE))
-}
-
-/// Of scales from the widest down to 0.7 of it, the one with the smallest squared rounding error.
-fn least_squares_scale(channel: &[f32], widest: f64) -> f64 {
-    #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
-    let error = |scale: f64| -> f64 {
-        let scale = scale as f32;
-        let mut points: Vec<f32> = channel.iter().map(|w| w / scale).collect();
-        int8().snap(&mut points, 0.0);
-        points.iter().zip(channel).map(|(p, w)| f64::from(p * scale - w).powi(2)).sum()
-    };
-    let candidates = (0..=30).map(|step| widest * (1.0 - 0.01 * f64::from(step)));
-    candidates.map(|scale| (error(scale), scale)).min_by(|a, b| a.0.total_cmp(&b.0)).map_or(widest, |(_, scale)| scale)
 }
 
 /// Raises scales until every bias fits, with room, at input scale times weight scale; returns how many were raised.
@@ -232,16 +219,6 @@ mod tests {
         assert!((scale - 2.0 / 255.0).abs() < 1e-9 && zero_point == 128, "{scale} {zero_point}");
         assert_eq!(affine((0.0, 0.0), 0.0, 255.0), (1.0, 0));
         assert_eq!(affine((0.0, 1e-44), 0.0, 255.0), (1.0, 0));
-    }
-
-    #[test]
-    fn a_dead_channel_takes_the_median_scale() {
-        let weight = Tensor::of([3, 2], vec![127.0_f32, -1.0, 0.0, 0.0, 12.7, 1.0]);
-        let scales = channel_scales(&weight, 0, WeightScale::MinMax).unwrap();
-        assert!((scales[0] - 1.0).abs() < 1e-6 && (scales[2] - 0.1).abs() < 1e-6);
-        assert!(scales[1] > 0.05, "{scales:?}");
-        let dead = channel_scales(&Tensor::of([2, 1], vec![0.0_f32; 2]), 0, WeightScale::Mse).unwrap();
-        assert_eq!(dead, [1.0, 1.0]);
     }
 
     #[test]

@@ -2,15 +2,18 @@
 
 mod encode;
 mod select;
+mod weights;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::diag::{self, Diagnostic, Place, Severity};
-use crate::id::ValueId;
+use crate::grid::{self, Grid};
+use crate::id::{NodeId, ValueId};
 use crate::model::{Decision, Edit, Model, Patch};
 use crate::observe;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
+use crate::target::Scheme;
 
 crate::declare_pass! {
     /// Decides which nodes run on codes and how each of their tensors is written.
@@ -30,6 +33,7 @@ crate::declare_pass! {
         fidelity: PlanOnly,
         options: &[
             OptionInfo { name: "observer", doc: "how activation ranges are chosen: min-max, percentile, mse (default), entropy" },
+            OptionInfo { name: "products", doc: "the same for what matrix products read, where outliers carry meaning; as observer by default" },
             OptionInfo { name: "keep", doc: "the share that percentile keeps, 0.9999 by default" },
             OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max or mse (default)" },
         ],
@@ -43,25 +47,46 @@ pub(super) const ENTRY: PassEntry =
 #[derive(Debug)]
 struct AssignEncodings {
     observer: Box<dyn observe::Observer>,
-    weights: encode::WeightScale,
+    /// For what matrix products read.
+    products: Box<dyn observe::Observer>,
+    weights: weights::WeightScale,
 }
 
 impl AssignEncodings {
     fn new(options: &Options) -> Result<Self, OptionError> {
+        let keep = options.number("keep")?;
+        let find = |option: &str, name: &str| {
+            observe::find(name, keep).ok_or_else(|| {
+                let names: Vec<&str> = observe::OBSERVERS.iter().map(|entry| entry.about.name).collect();
+                OptionError { option: option.into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
+            })
+        };
         let name = options.text("observer", "mse");
-        let observer = observe::find(name, options.number("keep")?).ok_or_else(|| {
-            let names: Vec<&str> = observe::OBSERVERS.iter().map(|entry| entry.about.name).collect();
-            OptionError { option: "observer".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
-        })?;
+        let observer = find("observer", name)?;
+        let products = find("products", options.text("products", name))?;
         let weights = match options.text("weights", "mse") {
-            "min-max" => encode::WeightScale::MinMax,
-            "mse" => encode::WeightScale::Mse,
+            "min-max" => weights::WeightScale::MinMax,
+            "mse" => weights::WeightScale::Mse,
             other => {
                 let problem = format!("`{other}` is neither min-max nor mse");
                 return Err(OptionError { option: "weights".into(), problem });
             }
         };
-        Ok(Self { observer, weights })
+        Ok(Self { observer, products, weights })
+    }
+}
+
+/// What is to be reached.
+struct Goals {
+    scheme: Scheme,
+    weights: weights::WeightScale,
+    weight_grid: &'static dyn Grid,
+}
+
+impl Goals {
+    fn activation_grid(&self) -> &'static dyn Grid {
+        let bits = self.scheme.activation_bits.unwrap_or(8);
+        grid::find(&format!("uint{bits}")).unwrap_or_else(|| unreachable!("schemes name grids that are in the table"))
     }
 }
 
@@ -71,6 +96,9 @@ impl Pass for AssignEncodings {
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
+        if cx.scheme.activation_bits.is_none() {
+            return BTreeSet::new();
+        }
         let values = select::wishes(model, cx.target, cx.keep_float);
         values.into_iter().map(|value| (value, Wish::Distribution)).collect()
     }
@@ -83,8 +111,22 @@ impl Pass for AssignEncodings {
                 "the model is quantized already ({n} tensors are): give the float model it was made from"
             )));
         }
-        let selection = select::select(model, cx.target, cx.keep_float);
-        encode::encode(model, &selection, self.observer.as_ref(), self.weights, &mut patch);
+        let weight_grid = weights::weight_grid(&cx.scheme).ok_or_else(|| {
+            PassError::Model(format!("scheme {}: there are no weights of {} bits", cx.scheme, cx.scheme.weight_bits))
+        })?;
+        let goals = Goals { scheme: cx.scheme, weights: self.weights, weight_grid };
+        let selection = if cx.scheme.activation_bits.is_some() {
+            let selection = select::select(model, cx.target, cx.keep_float);
+            let observers = encode::Observers { usual: self.observer.as_ref(), products: self.products.as_ref() };
+            encode::encode(model, &selection, &observers, &goals, &mut patch);
+            selection
+        } else {
+            let selection = select::weights_only(model, cx.target, cx.keep_float);
+            let chosen = selection.choices.iter().filter(|(_, choice)| choice.is_quantized());
+            let nodes: Vec<NodeId> = chosen.map(|(id, _)| *id).collect();
+            encode::encode_weights(model, &nodes, &goals, &mut patch);
+            selection
+        };
         for (node, choice) in &selection.choices {
             let quantized = choice.is_quantized();
             patch.count(if quantized { "quantized" } else { "kept float" }, 1);

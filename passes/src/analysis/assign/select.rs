@@ -63,6 +63,31 @@ pub(super) fn wishes(model: &Model, target: &dyn Target, keep_float: &KeepFloat)
     read.chain(written).filter(|value| is_float_activation(graph, *value)).collect()
 }
 
+/// Which nodes have their weights in codes while activations stay in float: matrix products with a constant matrix on the
+/// right. Others gain nothing: runtimes dequantize the weights of convolutions anew on every run.
+pub(super) fn weights_only(model: &Model, target: &dyn Target, keep_float: &KeepFloat) -> Selection {
+    let selector = Selector { model, target, users: Users::of(model.graph()), keep_float, ranges: Ranges::Hoped };
+    let mut selection = Selection::default();
+    for (id, node) in model.graph().nodes() {
+        let choice = match target.rule(&node.op).filter(|_| node.op.is("MatMul") || node.op.is("Gemm")) {
+            None => {
+                let reason = format!("the scheme leaves {} in float", node.op.display());
+                Choice::Float { reason, notable: false }
+            }
+            Some(rule) => {
+                let two_activations = activations(model.graph(), id, node).len() == 2;
+                match selector.obstacle(id, node, rule) {
+                    Some(reason) => Choice::Float { reason, notable: true },
+                    None if two_activations => Choice::Float { reason: "it has no weight".into(), notable: false },
+                    None => Choice::Quantized { reason: "its weight is in codes, its activation in float" },
+                }
+            }
+        };
+        selection.choices.insert(id, choice);
+    }
+    selection
+}
+
 /// The inputs of `node` that carry activations: all that are not constant, but for weights and biases.
 pub(super) fn activations(graph: &Graph, id: NodeId, node: &Node) -> Vec<u16> {
     if let Some(linear) = ops::linear(graph, id) {

@@ -1,0 +1,164 @@
+//! Scales of weights.
+
+use super::Goals;
+use crate::encoding::{Encoding, Granularity};
+use crate::grid::{self, Grid};
+use crate::parallel;
+use crate::target::Scheme;
+use crate::tensor::Tensor;
+
+/// How the scale of a weight channel or block is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WeightScale {
+    /// The largest magnitude at the largest code.
+    MinMax,
+    /// The smallest squared error of rounding to nearest.
+    Mse,
+}
+
+/// The grid for weights of so many bits: signed, or unsigned where they have zero points.
+pub(super) fn weight_grid(scheme: &Scheme) -> Option<&'static dyn Grid> {
+    let sign = if scheme.asymmetric { "uint" } else { "int" };
+    let suffix = if scheme.weight_bits == 2 { "-in-4" } else { "" };
+    grid::find(&format!("{sign}{}{suffix}", scheme.weight_bits))
+}
+
+/// Symmetric scales per output channel; a channel of zeros takes the median of the others.
+pub(super) fn channel_scales(weight: &Tensor, axis: usize, goals: &Goals) -> Option<Vec<f64>> {
+    let channels = *weight.shape().get(axis)?;
+    let inner: usize = weight.shape()[axis + 1..].iter().product();
+    let values = weight.floats()?;
+    let mut by_channel: Vec<Vec<f32>> = vec![Vec::with_capacity(values.len() / channels.max(1)); channels];
+    for (index, run) in values.chunks(inner.max(1)).enumerate() {
+        by_channel[index % channels].extend_from_slice(run);
+    }
+    let mut scales: Vec<f64> =
+        parallel::map(&by_channel, |channel| scale_of(channel, goals.weight_grid, goals.weights));
+    let mut live: Vec<f64> = scales.iter().copied().filter(|&s| s > 0.0).collect();
+    live.sort_by(f64::total_cmp);
+    let median = live.get(live.len() / 2).copied().unwrap_or(1.0);
+    scales.iter_mut().filter(|s| **s <= 0.0).for_each(|s| *s = median);
+    Some(scales)
+}
+
+/// The scale for one channel: 0 when it is all zero, never below what f32 holds with full precision.
+fn scale_of(channel: &[f32], grid: &dyn Grid, how: WeightScale) -> f64 {
+    let top = channel.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    if top == 0.0 {
+        return 0.0;
+    }
+    let widest = f64::from(top) / grid.range().1;
+    let best = match how {
+        WeightScale::MinMax => widest,
+        WeightScale::Mse => least_squares_scale(channel, grid, widest),
+    };
+    best.max(f64::from(f32::MIN_POSITIVE))
+}
+
+/// Of scales from the widest down to a share of it that falls with the bits, the one with the smallest squared rounding error.
+fn least_squares_scale(channel: &[f32], grid: &dyn Grid, widest: f64) -> f64 {
+    let steps = if grid.info().bits >= 8 { 30 } else { 60 };
+    let candidates = (0..=steps).map(|step| widest * (1.0 - 0.01 * f64::from(step)));
+    let error = |scale: f64| squared_error(channel, grid, scale, 0.0);
+    candidates.map(|scale| (error(scale), scale)).min_by(|a, b| a.0.total_cmp(&b.0)).map_or(widest, |(_, scale)| scale)
+}
+
+/// Σ (ŵ − w)².
+#[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
+fn squared_error(values: &[f32], grid: &dyn Grid, scale: f64, zero: f32) -> f64 {
+    let scale = scale as f32;
+    let mut points: Vec<f32> = values.iter().map(|w| w / scale).collect();
+    grid.snap(&mut points, zero);
+    points.iter().zip(values).map(|(p, w)| f64::from(p * scale - w).powi(2)).sum()
+}
+
+/// Scales, and zero points where the scheme has them, for blocks of `size` along `axis` of a matrix.
+pub(super) fn blocked(weight: &Tensor, axis: usize, size: usize, goals: &Goals) -> Option<Encoding> {
+    let [rows, columns] = *weight.shape() else { return None };
+    let values = weight.floats()?;
+    let (blocks, lines) = if axis == 0 { (rows.div_ceil(size), columns) } else { (columns.div_ceil(size), rows) };
+    // Row-major over the shape with `axis` cut.
+    let places: Vec<(usize, usize)> = if axis == 0 {
+        (0..blocks).flat_map(|block| (0..lines).map(move |line| (block, line))).collect()
+    } else {
+        (0..lines).flat_map(|line| (0..blocks).map(move |block| (block, line))).collect()
+    };
+    let chosen = parallel::map(&places, |&(block, line)| {
+        let run = block * size..((block + 1) * size).min(if axis == 0 { rows } else { columns });
+        let at = |i: usize| values[if axis == 0 { i * columns + line } else { line * columns + i }];
+        let block: Vec<f32> = run.map(at).collect();
+        if goals.scheme.asymmetric { affine_block(&block, goals.weight_grid) } else { signed_block(&block, goals) }
+    });
+    let (scale, zero_point): (Vec<f32>, Vec<i32>) = chosen.into_iter().unzip();
+    let granularity = Granularity::Block { axis, size };
+    Some(Encoding { grid: goals.weight_grid, granularity, scale: scale.into(), zero_point: zero_point.into() })
+}
+
+/// A symmetric scale whose sign gives the longer tail the extra code that two's complement has on the negative side.
+#[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
+fn signed_block(block: &[f32], goals: &Goals) -> (f32, i32) {
+    let longest = block.iter().copied().fold(0.0_f32, |m, v| if v.abs() > m.abs() { v } else { m });
+    if longest == 0.0 {
+        return (1.0, 0);
+    }
+    let grid = goals.weight_grid;
+    let widest = f64::from(longest) / grid.range().0;
+    let scale = match goals.weights {
+        WeightScale::MinMax => widest,
+        WeightScale::Mse => {
+            let candidates = (0..=25).map(|step| widest * (1.05 - 0.02 * f64::from(step)));
+            let error = |scale: &f64| squared_error(block, grid, *scale, 0.0);
+            candidates.min_by(|a, b| error(a).total_cmp(&error(b))).unwrap_or(widest)
+        }
+    };
+    (if (scale as f32).is_normal() { scale as f32 } else { 1.0 }, 0)
+}
+
+/// Scale and zero point that map the range of `block`, with 0 in it, onto all codes.
+fn affine_block(block: &[f32], grid: &dyn Grid) -> (f32, i32) {
+    let (low, high) = block.iter().fold((0.0_f32, 0.0_f32), |(low, high), &v| (low.min(v), high.max(v)));
+    super::encode::affine((f64::from(low), f64::from(high)), grid.range().0, grid.range().1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn goals(bits: u32, weights: WeightScale) -> Goals {
+        let scheme = Scheme { weight_bits: bits, activation_bits: None, block: Some(4), asymmetric: false };
+        Goals { scheme, weights, weight_grid: weight_grid(&scheme).unwrap() }
+    }
+
+    #[test]
+    fn a_dead_channel_takes_the_median_scale() {
+        let weight = Tensor::of([3, 2], vec![127.0_f32, -1.0, 0.0, 0.0, 12.7, 1.0]);
+        let scales = channel_scales(&weight, 0, &goals(8, WeightScale::MinMax)).unwrap();
+        assert!((scales[0] - 1.0).abs() < 1e-6 && (scales[2] - 0.1).abs() < 1e-6);
+        assert!(scales[1] > 0.05, "{scales:?}");
+        let dead = Tensor::of([2, 1], vec![0.0_f32; 2]);
+        assert_eq!(channel_scales(&dead, 0, &goals(8, WeightScale::Mse)).unwrap(), [1.0, 1.0]);
+    }
+
+    #[test]
+    fn the_longer_tail_gets_the_extra_code() {
+        let goals = goals(4, WeightScale::MinMax);
+        // 0.8 at code -8 with scale -0.1; the ragged tail has a scale of its own.
+        let weight = Tensor::of([5, 1], vec![0.8_f32, -0.3, 0.1, 0.0, -0.4]);
+        let encoding = blocked(&weight, 0, 4, &goals).unwrap();
+        assert!((encoding.scale[0] + 0.1).abs() < 1e-6 && (encoding.scale[1] - 0.05).abs() < 1e-6, "{encoding:?}");
+        let mut values = vec![0.8_f32, -0.3, 0.1, 0.0, -0.4];
+        encoding.simulate(&mut values, &[5, 1]).unwrap();
+        assert!((values[0] - 0.8).abs() < 1e-6 && (values[4] + 0.4).abs() < 1e-6, "{values:?}");
+    }
+
+    #[test]
+    fn blocks_lie_along_either_axis() {
+        let values: Vec<f32> = (1..=12).map(|i| i as f32).collect();
+        let goals = goals(4, WeightScale::MinMax);
+        let tall = blocked(&Tensor::of([4, 3], values.clone()), 0, 2, &goals).unwrap();
+        let wide = blocked(&Tensor::of([4, 3], values), 1, 2, &goals).unwrap();
+        assert_eq!((tall.scale.len(), wide.scale.len()), (6, 8));
+        assert_eq!(tall.scale_shape(&[4, 3]), [2, 3]);
+        assert_eq!(wide.scale_shape(&[4, 3]), [4, 2]);
+    }
+}
