@@ -75,16 +75,16 @@ impl Target for OrtCpu {
                 "assign-encodings{observer=mse, weights=min-max}, round, correct-bias"
             }
             (Some(_), _) if scheme.weight_bits == 8 => {
-                "assign-encodings{observer=mse, weights=min-max}, round{method=gptq}, correct-bias"
+                "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=min-max}, \
+                 round{method=gptq}, correct-bias"
             }
             (Some(_), _) => {
-                "assign-encodings{observer=mse, weights=mse}, round{method=gptq}, refit-scales, correct-bias"
+                "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=mse}, \
+                 round{method=gptq}, refit-scales, correct-bias"
             }
             (None, Goal::Fast) => "assign-encodings{weights=min-max}, round",
-            (None, Goal::Balanced) => "assign-encodings{weights=min-max}, round{method=gptq}",
-            (None, Goal::Best) => {
-                "assign-encodings{weights=min-max}, round{method=gptq}, descend, refit-scales{rounds=4}"
-            }
+            (None, Goal::Balanced) => "assign-encodings{weights=mse}, round{method=gptq}",
+            (None, Goal::Best) => "assign-encodings{weights=mse}, round{method=gptq}, descend, refit-scales{rounds=3}",
         };
         format!("{NORMALIZE},\ncalibrate, {rest}").into()
     }

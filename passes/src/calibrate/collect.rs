@@ -19,7 +19,9 @@ crate::declare_pass! {
     ///
     /// Per tensor a histogram over sign, exponent and six mantissa bits, with exact ends: fixed memory whatever the
     /// number of samples, and counts that do not depend on order, batching or threads. Where the tensors tapped at once
-    /// would not fit the tap budget, they are tapped in groups, one pass over the data each.
+    /// would not fit the tap budget, they are tapped in groups, one pass over the data each. Second moments take a pass of
+    /// their own, as they are summed in units of the peaks that the first one found. Positions that an input called
+    /// `attention_mask` marks as padding are left out: nobody reads what is computed there.
     INFO {
         name: "calibrate",
         source: "analysis after DDSketch, arXiv:1908.10693; bucketing by bit pattern ours",
@@ -197,7 +199,11 @@ impl Run<'_> {
             if self.cx.progress.cancelled() {
                 return Err(PassError::Interrupted);
             }
-            simulation.run_with(&self.dataset.sample(index)?, &mut |at, tensor| see(state, at, tensor))?;
+            let feeds = self.dataset.sample(index)?;
+            let mask = Mask::of(self.graph, &feeds);
+            simulation.run_with(&feeds, &mut |at, tensor| {
+                see(state, at, mask.as_ref().and_then(|mask| mask.kept(&tensor)).unwrap_or(tensor));
+            })?;
             after(state);
             self.cx.progress.step();
             Ok(())
@@ -287,6 +293,36 @@ impl Run<'_> {
     }
 }
 
+/// Which positions of a batch of texts are words and not padding.
+struct Mask {
+    extents: [usize; 2],
+    words: Vec<bool>,
+}
+
+impl Mask {
+    /// What the input `attention_mask` says, where there is one of shape \[batch, positions\] that leaves something out.
+    fn of(graph: &Graph, feeds: &[Tensor]) -> Option<Self> {
+        let at = graph.inputs().iter().position(|input| &*graph.value(*input).name == "attention_mask")?;
+        let extents: [usize; 2] = feeds.get(at)?.shape().try_into().ok()?;
+        let words: Vec<bool> = feeds[at].integers()?.iter().map(|&v| v != 0).collect();
+        words.contains(&false).then_some(Self { extents, words })
+    }
+
+    /// The words of a tensor that has a row, or several, per position; `None` for others.
+    fn kept(&self, tensor: &Tensor) -> Option<Tensor> {
+        let [batch, positions, inner @ ..] = tensor.shape() else { return None };
+        if [*batch, *positions] != self.extents || inner.is_empty() {
+            return None;
+        }
+        let width: usize = inner.iter().product();
+        let values = tensor.values::<f32>()?;
+        let rows = values.chunks_exact(width.max(1)).zip(&self.words);
+        let kept: Vec<f32> = rows.filter(|(_, word)| **word).flat_map(|(row, _)| row.iter().copied()).collect();
+        let n = self.words.iter().filter(|word| **word).count();
+        Some(Tensor::of([&[1, n], inner].concat(), kept))
+    }
+}
+
 /// Gram matrices are worth more memory than taps: every further group runs the whole model once more.
 const GRAM_SHARE: u64 = 4;
 
@@ -312,6 +348,19 @@ pub fn tap_groups(wanted: &[ValueId], sizes: &BTreeMap<ValueId, u64>, budget: u6
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn padding_is_left_out() {
+        let mask = Mask { extents: [2, 2], words: vec![true, false, true, true] };
+        let tensor = Tensor::of([2, 2, 2], vec![1.0_f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
+        let kept = mask.kept(&tensor).unwrap();
+        assert_eq!(
+            (kept.shape(), &*kept.values::<f32>().unwrap()),
+            (&[1, 3, 2][..], &[1.0, 2.0, 5.0, 6.0, 7.0, 8.0][..])
+        );
+        assert!(mask.kept(&Tensor::of([2, 2], vec![0.0_f32; 4])).is_none());
+        assert!(mask.kept(&Tensor::of([2, 3, 1], vec![0.0_f32; 6])).is_none());
+    }
 
     #[test]
     fn groups_stay_within_the_budget_and_lose_nothing() {
