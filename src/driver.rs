@@ -43,6 +43,8 @@ pub struct Request {
     pub pipeline: Option<String>,
     /// Overrides the observer of the target's pipeline.
     pub observer: Option<String>,
+    /// Overrides the rounding method of the target's pipeline.
+    pub rounding: Option<String>,
     /// Patterns of node and tensor names that stay in float.
     pub keep_float: Vec<String>,
     /// The executor's name.
@@ -326,18 +328,29 @@ fn output_name(request: &Request) -> String {
 fn pipeline_text(request: &Request) -> String {
     let text =
         request.pipeline.clone().unwrap_or_else(|| request.target.pipeline(request.goal, &request.scheme).into_owned());
-    match &request.observer {
-        Some(observer) => with_observer(&text, observer),
-        None => text,
-    }
+    let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
+    request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method))
 }
 
 /// `text` with another observer in `assign-encodings`.
 fn with_observer(text: &str, observer: &str) -> String {
-    let Some(start) = text.find("observer=") else { return text.to_owned() };
-    let value = start + "observer=".len();
+    with_value(&with_value(text, "observer=", observer), "products=", observer)
+}
+
+/// `text` with another method in `round`.
+fn with_rounding(text: &str, method: &str) -> String {
+    if text.contains("method=") {
+        return with_value(text, "method=", method);
+    }
+    text.replacen(" round", &format!(" round{{method={method}}}"), 1)
+}
+
+/// `text` with what follows `key` replaced by `new`.
+fn with_value(text: &str, key: &str, new: &str) -> String {
+    let Some(start) = text.find(key) else { return text.to_owned() };
+    let value = start + key.len();
     let end = text[value..].find([',', '}', ' ', '\n']).map_or(text.len(), |n| value + n);
-    format!("{}{observer}{}", &text[..value], &text[end..])
+    format!("{}{new}{}", &text[..value], &text[end..])
 }
 
 /// Names that stay in float, with the pattern that says so.
@@ -473,5 +486,20 @@ impl passes::pass::Instrument for StageTimes<'_> {
 impl Drop for StageTimes<'_> {
     fn drop(&mut self) {
         self.clock.lap(self.current);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_find_their_place_in_a_pipeline() {
+        let text = "calibrate, assign-encodings{observer=mse, products=min-max}, round, correct-bias";
+        let want = "calibrate, assign-encodings{observer=entropy, products=entropy}, round, correct-bias";
+        assert_eq!(with_observer(text, "entropy"), want);
+        let gptq = with_rounding(text, "gptq");
+        assert!(gptq.contains(", round{method=gptq}, correct-bias"), "{gptq}");
+        assert!(with_rounding(&gptq, "nearest").contains(", round{method=nearest}, correct-bias"));
     }
 }

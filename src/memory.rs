@@ -69,7 +69,8 @@ impl Needs {
 
     fn total(&self, threads: usize, taps: u64) -> u64 {
         let threads = threads as u64;
-        let packed = if self.weights <= PREPACK_LIMIT { 2 * self.weights } else { 0 };
+        // A large model is simulated in parts, which are small enough to be packed.
+        let packed = 2 * self.weights;
         BASE + COPIES * self.weights + packed + threads * self.live + taps.min(threads * self.all)
     }
 

@@ -58,6 +58,7 @@ impl DataArgs {
             goal: Goal::Balanced,
             pipeline: None,
             observer: None,
+            rounding: None,
             keep_float: Vec::new(),
             executor: self.executor.clone(),
             threads: self.n_threads(),

@@ -36,6 +36,9 @@ pub(crate) struct Args {
     /// How activation ranges are chosen: min-max, percentile, mse, entropy.
     #[arg(long)]
     observer: Option<String>,
+    /// How weights are rounded: nearest, gptq.
+    #[arg(long)]
+    rounding: Option<String>,
     /// The exact passes, overriding the recipe.
     #[arg(long, value_name = "TEXT")]
     pipeline: Option<String>,
@@ -64,6 +67,7 @@ struct Recipe {
     target: Option<String>,
     scheme: Option<String>,
     observer: Option<String>,
+    rounding: Option<String>,
     pipeline: Option<String>,
     #[serde(default)]
     keep_float: Vec<String>,
@@ -105,6 +109,7 @@ fn request(args: &Args) -> Result<Request, Error> {
         goal,
         pipeline: args.pipeline.clone().or(recipe.pipeline),
         observer: args.observer.clone().or(recipe.observer),
+        rounding: args.rounding.clone().or(recipe.rounding),
         keep_float: args.keep_float.iter().chain(&recipe.keep_float).cloned().collect(),
         ..args.data.request(&args.model, &target)?
     })

@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""What each step adds, model by model: a table for CHANGELOG.md.
+
+    ablation.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME] [--scheme w8a8 ...]
+
+Runs the zoo's models through pipelines that grow by one step and prints the zoo's own score of each, and the time of the run.
+"""
+import argparse, json, re, subprocess, sys, tempfile, time
+from pathlib import Path
+
+FILES = {'digits-resnet': 'digits-resnet', 'digits-mobilenet': 'digits-mobilenet', 'efficientnet-lite0': 'efficientnet-lite0',
+         'magika': 'magika', 'ppocr-rec': 'ppocr-rec', 'minilm': 'minilm-l6'}
+ENCODE = 'assign-encodings{observer=mse, products=min-max, weights=WEIGHTS}'
+STEPS = {
+    'w8a8': [('min-max', 'calibrate, assign-encodings{observer=min-max, weights=min-max}, round'),
+             ('+ least squares', f'calibrate, {ENCODE}, round'),
+             ('+ bias correction', f'calibrate, {ENCODE}, round, correct-bias'),
+             ('+ gptq', f'calibrate, {ENCODE}, round{{method=gptq}}, correct-bias'),
+             ('+ smooth', f'calibrate, smooth, drop-dead, calibrate, {ENCODE}, round{{method=gptq}}, correct-bias'),
+             ('+ descend', f'calibrate, smooth, drop-dead, calibrate, {ENCODE}, round{{method=gptq}}, descend, correct-bias')],
+    'w4a8': [('nearest', f'calibrate, {ENCODE}, round'),
+             ('+ bias correction', f'calibrate, {ENCODE}, round, correct-bias'),
+             ('+ gptq', f'calibrate, {ENCODE}, round{{method=gptq}}, correct-bias'),
+             ('+ descend', f'calibrate, {ENCODE}, round{{method=gptq}}, descend, correct-bias'),
+             ('+ refit-scales', f'calibrate, {ENCODE}, round{{method=gptq}}, descend, refit-scales, correct-bias')],
+    'w4a16g32': [('nearest', f'calibrate, {ENCODE}, round'),
+                 ('+ gptq', f'calibrate, {ENCODE}, round{{method=gptq}}'),
+                 ('+ descend', f'calibrate, {ENCODE}, round{{method=gptq}}, descend'),
+                 ('+ refit-scales', f'calibrate, {ENCODE}, round{{method=gptq}}, descend, refit-scales')],
+}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--tool', required=True); p.add_argument('--zoo', required=True)
+    p.add_argument('--only'); p.add_argument('--scheme', nargs='*', default=list(STEPS))
+    o = p.parse_args(); zoo = Path(o.zoo).resolve(); script = zoo / 'zoo.py'
+    plain = re.search(r'^(infer-shapes.*?),\ncalibrate', subprocess.run([o.tool, 'explain', 'ort-cpu'], check=True, capture_output=True, text=True).stdout, re.S | re.M).group(1)
+    print('| model | scheme | step | score | seconds |\n|---|---|---|---|---|')
+    with tempfile.TemporaryDirectory() as tmp:
+        for name, file in FILES.items():
+            if o.only and name != o.only: continue
+            feeds, out = Path(tmp) / f'{name}.feeds', Path(tmp) / f'{name}.onnx'
+            subprocess.run([sys.executable, script, 'feeds', name, '--out', feeds], check=True, stdout=subprocess.DEVNULL)
+            for scheme in o.scheme:
+                if 'a16' in scheme and name != 'minilm': continue  # convolutions stay in float there
+                for step, passes in STEPS[scheme]:
+                    passes = passes.replace('WEIGHTS', 'min-max' if scheme == 'w8a8' else 'mse'); start = time.perf_counter()
+                    subprocess.run([o.tool, 'quantize', zoo / 'models' / f'{file}.onnx', '--data', feeds, '-o', out, '--scheme', scheme, '--pipeline', f'{plain}, {passes}', '--progress', 'none'], check=True, stdout=subprocess.DEVNULL)
+                    seconds = time.perf_counter() - start
+                    score = json.loads(subprocess.run([sys.executable, script, 'score', name, out, '--json'], check=True, capture_output=True, text=True).stdout)
+                    keep = {k: v for k, v in score.items() if k not in ('seconds', 'bytes')}
+                    print(f"| {name} | {scheme} | {step} | " + ', '.join(f'{k} {v:.4g}' for k, v in keep.items()) + f' | {seconds:.1f} |', flush=True)
+
+
+if __name__ == '__main__':
+    main()
