@@ -342,7 +342,15 @@ fn with_rounding(text: &str, method: &str) -> String {
     if text.contains("method=") {
         return with_value(text, "method=", method);
     }
-    text.replacen(" round", &format!(" round{{method={method}}}"), 1)
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "-{".contains(c);
+    let whole = |at: &usize| {
+        let (before, after) = (text[..*at].chars().next_back(), text[at + "round".len()..].chars().next());
+        !before.is_some_and(is_name) && !after.is_some_and(is_name)
+    };
+    match text.match_indices("round").map(|(at, _)| at).find(whole) {
+        Some(at) => format!("{}round{{method={method}}}{}", &text[..at], &text[at + "round".len()..]),
+        None => text.to_owned(),
+    }
 }
 
 /// `text` with what follows `key` replaced by `new`.
@@ -500,6 +508,7 @@ mod tests {
         assert_eq!(with_observer(text, "entropy"), want);
         let gptq = with_rounding(text, "gptq");
         assert!(gptq.contains(", round{method=gptq}, correct-bias"), "{gptq}");
+        assert_eq!(with_rounding("a,round", "gptq"), "a,round{method=gptq}");
         assert!(with_rounding(&gptq, "nearest").contains(", round{method=nearest}, correct-bias"));
     }
 }

@@ -70,8 +70,9 @@ impl Needs {
     fn total(&self, threads: usize, taps: u64) -> u64 {
         let threads = threads as u64;
         // A large model is simulated in parts, which are small enough to be packed.
-        let packed = 2 * self.weights;
-        BASE + COPIES * self.weights + packed + threads * self.live + taps.min(threads * self.all)
+        let weights = self.weights.saturating_mul(COPIES + 2);
+        let taps = taps.min(threads.saturating_mul(self.all));
+        BASE.saturating_add(weights).saturating_add(threads.saturating_mul(self.live)).saturating_add(taps)
     }
 
     /// Threads and tap bytes for a run in `limit` bytes, or in what the machine has free where no limit is given.
@@ -86,7 +87,7 @@ impl Needs {
         for threads in (1..=threads.max(1)).rev() {
             let left = most.saturating_sub(self.total(threads, 0));
             let taps = left.min(DEFAULT_TAP_BYTES);
-            if taps >= LEAST_TAP_BYTES.min(threads as u64 * self.all) {
+            if taps >= LEAST_TAP_BYTES.min((threads as u64).saturating_mul(self.all)) {
                 return Ok(Budget { threads, taps, estimate: self.total(threads, taps) });
             }
         }
@@ -125,7 +126,11 @@ fn available() -> Option<u64> {
 
 fn control_group_room(folder: &Path) -> Option<u64> {
     let number = |name: &str| std::fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
-    Some(number("memory.max")?.saturating_sub(number("memory.current")?))
+    // Pages of files that were read count as used, and are given back when they are needed.
+    let stat = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+    let cached = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.trim().parse::<u64>().ok());
+    let used = number("memory.current")?.saturating_sub(cached.unwrap_or(0));
+    Some(number("memory.max")?.saturating_sub(used))
 }
 
 #[cfg(test)]

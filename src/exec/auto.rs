@@ -61,48 +61,28 @@ impl Executor for Auto {
 
     fn prepare(&self, graph: &Graph) -> Result<Box<dyn Session>, ExecError> {
         let sessions = [const { OnceLock::new() }; 2];
-        let weights: u64 = graph.value_ids().filter_map(|id| graph.constant(id)).map(|t| t.bytes().len() as u64).sum();
-        let spare = Mutex::new(Some(graph.clone()));
-        let large = weights > crate::memory::PREPACK_LIMIT;
-        Ok(Box::new(AutoSession { shared: Arc::clone(&self.shared), spare, large, sessions }))
+        Ok(Box::new(AutoSession { shared: Arc::clone(&self.shared), graph: graph.clone(), sessions }))
     }
 }
 
 /// A graph with a session per executor, each made when it is first needed.
 struct AutoSession {
     shared: Arc<Shared>,
-    /// For the executor that comes next.
-    spare: Mutex<Option<Graph>>,
-    /// Whether the spare graph's weights are worth letting go once the first executor has shown that it can run it.
-    large: bool,
+    graph: Graph,
     sessions: [OnceLock<Result<Box<dyn Session>, ExecError>>; 2],
 }
 
 impl AutoSession {
     fn run_on(&self, index: usize, feeds: &[Tensor]) -> Result<Vec<Tensor>, ExecError> {
-        let session = self.sessions[index].get_or_init(|| {
-            let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-            let gone =
-                || ExecError { executor: NAME, message: "the graph was let go after a run that succeeded".into() };
-            self.shared.executors[index].prepare(spare.as_ref().ok_or_else(gone)?)
-        });
+        let session = self.sessions[index].get_or_init(|| self.shared.executors[index].prepare(&self.graph));
         session.as_ref().map_err(Clone::clone)?.run(feeds)
-    }
-
-    fn let_go_of_spare(&self) {
-        if self.large {
-            *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        }
     }
 }
 
 impl Session for AutoSession {
     fn run(&self, feeds: &[Tensor]) -> Result<Vec<Tensor>, ExecError> {
         let first = match self.run_on(0, feeds) {
-            Ok(results) => {
-                self.let_go_of_spare();
-                return Ok(results);
-            }
+            Ok(results) => return Ok(results),
             Err(error) => error,
         };
         let results = self.run_on(1, feeds).map_err(|second| ExecError {

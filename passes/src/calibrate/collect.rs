@@ -247,18 +247,22 @@ impl Run<'_> {
         let mut sizes = BTreeMap::new();
         for (value, rows, peaks) in wanted {
             // Sums are shared by the workers, taps are not.
-            let tap = self.sizes.get(value).copied().unwrap_or(0) * self.cx.threads as u64;
-            *sizes.entry(*value).or_insert(tap) += GramSums::bytes(*rows, peaks.len()).unwrap_or(0);
+            let tap = self.sizes.get(value).copied().unwrap_or(0).saturating_mul(self.cx.threads as u64);
+            let size = sizes.entry(*value).or_insert(tap);
+            *size = size.saturating_add(GramSums::bytes(*rows, peaks.len()).unwrap_or(0));
         }
         let mut values: Vec<ValueId> = wanted.iter().map(|(value, ..)| *value).collect();
         values.dedup();
-        let groups = tap_groups(&values, &sizes, GRAM_SHARE * self.cx.tap_budget);
+        let groups = tap_groups(&values, &sizes, self.cx.tap_budget.saturating_mul(GRAM_SHARE));
         self.cx.progress.begin("second moments", (groups.len() * self.dataset.len()) as u64);
         let mut finished = Vec::new();
         for group in groups {
             let of_value = |value: &ValueId| -> Vec<(Rows, Mutex<GramSums>)> {
                 let mine = wanted.iter().filter(|(v, ..)| v == value);
-                mine.filter_map(|(_, rows, peaks)| Some((*rows, Mutex::new(GramSums::new(*rows, peaks)?)))).collect()
+                mine.filter_map(|(_, rows, peaks)| {
+                    Some((*rows, Mutex::new(GramSums::new(*rows, peaks, self.dataset.len())?)))
+                })
+                .collect()
             };
             let sums: Vec<Vec<(Rows, Mutex<GramSums>)>> = group.iter().map(of_value).collect();
             let add = |sum: &mut GramSums, tensor: &Tensor| {
@@ -310,16 +314,16 @@ impl Mask {
 
     /// The words of a tensor that has a row, or several, per position; `None` for others.
     fn kept(&self, tensor: &Tensor) -> Option<Tensor> {
-        let [batch, positions, inner @ ..] = tensor.shape() else { return None };
-        if [*batch, *positions] != self.extents || inner.is_empty() {
+        // Rank 3 only: of four axes the second one runs over heads.
+        let [batch, positions, width] = *tensor.shape() else { return None };
+        if [batch, positions] != self.extents {
             return None;
         }
-        let width: usize = inner.iter().product();
         let values = tensor.values::<f32>()?;
         let rows = values.chunks_exact(width.max(1)).zip(&self.words);
         let kept: Vec<f32> = rows.filter(|(_, word)| **word).flat_map(|(row, _)| row.iter().copied()).collect();
         let n = self.words.iter().filter(|word| **word).count();
-        Some(Tensor::of([&[1, n], inner].concat(), kept))
+        Some(Tensor::of([1, n, width], kept))
     }
 }
 

@@ -29,6 +29,10 @@ impl Folder<'_> {
     fn fold(&self, value: ValueId, divisor: &[f64], depth: usize, patch: &mut Patch) -> Option<ValueId> {
         let depth = depth.checked_sub(1)?;
         let (id, node) = self.graph.producer(value)?;
+        let last = self.graph.value(value).ty.tensor()?.shape.as_ref()?.last()?.known();
+        if patch.touches(id) || last != Some(divisor.len()) {
+            return None;
+        }
         if !node.op.domain.is_empty() || node.outputs.iter().flatten().count() != 1 {
             return None;
         }
@@ -123,7 +127,12 @@ impl Folder<'_> {
             _ => return None,
         };
         let scaled = spread.iter().zip(divisor).map(|(v, d)| (f64::from(*v) / d) as f32).collect();
-        row.then(|| Tensor::of([divisor.len()], scaled))
+        // The rank stays: leading extents of 1 may be what gives the result its own.
+        let mut shape = vec![1; shape.len().max(1)];
+        if let Some(last) = shape.last_mut() {
+            *last = divisor.len();
+        }
+        row.then(|| Tensor::of(shape, scaled))
     }
 }
 

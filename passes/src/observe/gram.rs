@@ -19,7 +19,8 @@ use crate::simd::vectorized;
 /// Whole multiples of a column's unit reach up to 2¹⁵.
 const MANTISSA: i32 = 15;
 
-/// So many rows are summed exactly; what comes after is left out.
+/// So many rows are summed exactly. Every sample has the same share of them, so that what is left out of a large set does not
+/// depend on who comes first.
 const MAX_ROWS: u64 = 1 << 23;
 
 /// Gram matrices in the making: one per group of columns.
@@ -36,6 +37,8 @@ pub struct GramSums {
     sums: Vec<f64>,
     count: u64,
     quarters: u64,
+    /// The most rows of one sample.
+    share: u64,
 }
 
 /// Second moments of what a linear node reads.
@@ -54,8 +57,8 @@ pub struct Gram {
 }
 
 impl GramSums {
-    /// No rows yet, for a tensor whose channels reach `peaks`; `None` when `rows` cannot be cut from so many channels.
-    pub fn new(rows: Rows, peaks: &[f32]) -> Option<Self> {
+    /// No rows yet, for a tensor whose channels reach `peaks` over so many `samples`; `None` when `rows` cannot be cut from so many channels.
+    pub fn new(rows: Rows, peaks: &[f32], samples: usize) -> Option<Self> {
         let columns = rows.columns(peaks.len())?;
         let groups = rows.groups();
         let units: Vec<f64> = peaks.iter().map(|&peak| unit(peak)).collect();
@@ -68,6 +71,7 @@ impl GramSums {
             sums: vec![0.0; groups * columns],
             count: 0,
             quarters: 0,
+            share: MAX_ROWS / (samples.max(1) as u64),
         })
     }
 
@@ -77,9 +81,9 @@ impl GramSums {
         Some(8 * columns * columns * rows.groups() as u64)
     }
 
-    /// Adds the rows of a tensor; one of another shape is left out.
+    /// Adds the rows of one sample's tensor; one of another shape is left out, and so is one with more rows than its share.
     pub fn see(&mut self, values: &[f32], shape: &[usize]) {
-        if self.count >= MAX_ROWS || self.rows.channels(shape) != Some(self.units.len()) {
+        if self.rows.channels(shape) != Some(self.units.len()) || self.rows.count(shape).0 > self.share {
             return;
         }
         let d = self.columns;
@@ -209,7 +213,7 @@ mod tests {
     fn moments_are_those_of_the_rows() {
         let x = values(12);
         let peaks: Vec<f32> = (0..3).map(|c| (0..4).map(|r| x[r * 3 + c].abs()).fold(0.0, f32::max)).collect();
-        let mut sums = GramSums::new(Rows::Last, &peaks).unwrap();
+        let mut sums = GramSums::new(Rows::Last, &peaks, 1).unwrap();
         sums.see(&x, &[2, 2, 3]);
         let gram = sums.finish().unwrap();
         for i in 0..3 {
@@ -228,9 +232,9 @@ mod tests {
         let rows =
             Rows::Windows(Window { kernel: [3, 1], strides: [1, 1], dilations: [1, 1], pads: [1, 0, 1, 0], groups: 2 });
         let peaks = [3.0_f32; 4];
-        let mut whole = GramSums::new(rows, &peaks).unwrap();
+        let mut whole = GramSums::new(rows, &peaks, 10).unwrap();
         whole.see(&x, &[10, 4, 5, 3]);
-        let mut parts = GramSums::new(rows, &peaks).unwrap();
+        let mut parts = GramSums::new(rows, &peaks, 10).unwrap();
         for index in (0..10).rev() {
             parts.see(&x[index * 60..(index + 1) * 60], &[1, 4, 5, 3]);
         }

@@ -75,12 +75,13 @@ pub fn alive_at_once(graph: &Graph, bytes: &BTreeMap<ValueId, u64>) -> u64 {
     for (value, at) in last_reader {
         ending.entry(at).or_default().push(value);
     }
-    let mut alive: u64 = graph.inputs().iter().map(|input| size(*input)).sum();
+    let sum = |values: &mut dyn Iterator<Item = ValueId>| values.fold(0_u64, |all, v| all.saturating_add(size(v)));
+    let mut alive = sum(&mut graph.inputs().iter().copied());
     let mut most = alive;
     for (at, (_, node)) in graph.nodes().enumerate() {
-        alive += node.outputs.iter().flatten().map(|value| size(*value)).sum::<u64>();
+        alive = alive.saturating_add(sum(&mut node.outputs.iter().flatten().copied()));
         most = most.max(alive);
-        alive = alive.saturating_sub(ending.get(&at).into_iter().flatten().map(|value| size(*value)).sum());
+        alive = alive.saturating_sub(sum(&mut ending.get(&at).into_iter().flatten().copied()));
     }
     most
 }

@@ -13,6 +13,12 @@ use crate::tensor::Tensor;
 /// Beyond this many columns a Gram matrix costs more memory than its weight is worth.
 const MAX_COLUMNS: usize = 8192;
 
+/// The same for all groups of a weight together: many groups of large kernels.
+const MAX_ENTRIES: usize = 1 << 27;
+
+/// Strides, paddings and dilations from here on are no geometry that a model was trained with.
+const MAX_GEOMETRY: usize = 1 << 16;
+
 /// An encoded weight: `rows` output channels of `columns` each, cut into `groups` of rows that read different channels.
 pub(super) struct Layer<'a> {
     pub(super) node: NodeId,
@@ -43,7 +49,8 @@ pub(super) fn rows_of(graph: &Graph, id: NodeId, roles: &Linear) -> Option<(Valu
         Rows::Last => weight.shape()[1 - roles.out_axis],
         Rows::Windows(_) => weight.shape()[1..].iter().product(),
     };
-    (columns <= MAX_COLUMNS).then_some((value, rows))
+    let entries = columns.checked_mul(columns)?.checked_mul(rows.groups())?;
+    (columns <= MAX_COLUMNS && entries <= MAX_ENTRIES).then_some((value, rows))
 }
 
 fn window(node: &Node, weight: &[usize]) -> Option<Window> {
@@ -52,7 +59,8 @@ fn window(node: &Node, weight: &[usize]) -> Option<Window> {
         return None;
     }
     let list = |name: &str, at: usize, default: usize| {
-        node.ints(name).map_or(Some(default), |l| usize::try_from(*l.get(at)?).ok())
+        let given = node.ints(name).map_or(Some(default), |l| usize::try_from(*l.get(at)?).ok());
+        given.filter(|&n| n < MAX_GEOMETRY)
     };
     let pair = |name: &str, default: usize| -> Option<[usize; 2]> {
         Some([list(name, 0, default)?, if spatial == 2 { list(name, 1, default)? } else { default }])
@@ -177,6 +185,7 @@ impl<'a> Layer<'a> {
                 *value = if i == j { value.max(0.0) } else { *value * keep };
             }
         }
-        Some(h)
+        // A channel beyond what f32 holds squared would make nonsense of every row.
+        h.iter().all(|v| v.is_finite()).then_some(h)
     }
 }

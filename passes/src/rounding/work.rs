@@ -15,6 +15,9 @@ use crate::parallel;
 use crate::pass::{PassContext, PassError, Wish};
 use crate::tensor::Tensor;
 
+/// A 32-bit bias is kept this far from saturation.
+const BIAS_LIMIT: f64 = (1_u64 << 31) as f64 * 0.999;
+
 /// New points and scales of a layer, in the order of storage.
 pub(super) struct Rounded {
     points: Vec<f32>,
@@ -24,9 +27,12 @@ pub(super) struct Rounded {
 /// What every method that rounds by data wishes for.
 pub(super) fn wishes(model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
     let graph = model.graph();
+    // Where activations stay in float, so do convolutions.
+    let only_products = cx.scheme.activation_bits.is_none();
     graph
         .nodes()
         .filter(|(_, node)| cx.target.rule(&node.op).is_some() && !cx.keep_float.contains_key(&*node.name))
+        .filter(|(_, node)| !(only_products && node.op.is("Conv")))
         .filter_map(|(id, _)| super::layer::rows_of(graph, id, &ops::linear(graph, id)?))
         .filter(|(value, _)| crate::simulate::is_float_activation(graph, *value))
         .map(|(value, rows)| (value, Wish::Gram(rows)))
@@ -151,7 +157,10 @@ impl Rounded {
         let encoding = Encoding { scale: self.scales.into(), ..layer.encoding.clone() };
         let codes = Arc::new(encoding.pack_points(&self.points, layer.tensor.shape()));
         if encoding != *layer.encoding {
-            edits.extend(bias_edits(model, layer, &encoding));
+            let Some(bias) = bias_edits(model, layer, &encoding) else {
+                return Vec::new(); // the bias would saturate: what was chosen before stays
+            };
+            edits.extend(bias);
             edits.push(Edit::Encode { site: layer.site, encoding });
         }
         edits.push(Edit::Round { site: layer.site, codes });
@@ -159,19 +168,28 @@ impl Rounded {
     }
 }
 
-fn bias_edits(model: &Model, layer: &Layer<'_>, weight: &Encoding) -> Vec<Edit> {
-    let bias = || {
-        let graph = model.graph();
-        let input = ops::linear(graph, layer.node)?.bias?;
-        let site = Site::Use { node: layer.node, input };
-        let old = model.plan().encoding(site)?;
-        // What is stored is input scale times weight scale: the factor carries over.
-        let ratio = |index: usize| weight.scale[index] / layer.encoding.scale[index];
-        let scale = old.scale.iter().enumerate().map(|(i, s)| s * ratio(i.min(weight.scale.len() - 1))).collect();
-        let encoding = Encoding { scale, ..old.clone() };
-        let tensor: &Tensor = graph.constant_input(graph.node(layer.node)?, input.into())?;
-        let codes = Arc::new(encoding.encode(&tensor.floats()?, tensor.shape()).ok()?);
-        Some(vec![Edit::Encode { site, encoding }, Edit::Round { site, codes }])
+/// The bias of `layer` encoded and rounded anew for the scales of `weight`, where it is encoded; `None` when it would not fit
+/// 32 bits.
+fn bias_edits(model: &Model, layer: &Layer<'_>, weight: &Encoding) -> Option<Vec<Edit>> {
+    let graph = model.graph();
+    let bias = ops::linear(graph, layer.node).and_then(|roles| roles.bias);
+    let site = bias.map(|input| Site::Use { node: layer.node, input });
+    let Some((site, old)) = site.and_then(|site| Some((site, model.plan().encoding(site)?))) else {
+        return Some(Vec::new());
     };
-    bias().unwrap_or_default()
+    // Exactly the f32 product: runtimes check it, or ignore what is stored and use it.
+    let roles = ops::linear(graph, layer.node)?;
+    let input_scale = *model.plan().encoding_of_use(graph, layer.node, roles.activation)?.scale.first()?;
+    let last = weight.scale.len() - 1;
+    let scale = (0..old.scale.len()).map(|i| input_scale * weight.scale[i.min(last)]).collect();
+    let encoding = Encoding { scale, ..old.clone() };
+    let tensor: &Tensor = graph.constant_input(graph.node(layer.node)?, bias?.into())?;
+    let values = tensor.floats()?;
+    let scale_of = |index: usize| encoding.scale[index.min(encoding.scale.len() - 1)];
+    let fits = |(index, value): (usize, &f32)| f64::from(*value).abs() < f64::from(scale_of(index)) * BIAS_LIMIT;
+    if !values.iter().enumerate().all(fits) {
+        return None;
+    }
+    let codes = Arc::new(encoding.encode(&values, tensor.shape()).ok()?);
+    Some(vec![Edit::Encode { site, encoding }, Edit::Round { site, codes }])
 }
