@@ -14,9 +14,22 @@ use passes::target::{Goal, KeepFloat, Scheme, Target};
 
 use crate::dataset::{Files, ImageOptions, Slot};
 use crate::emit::{self, Emit, Staged};
+use crate::load::Source;
 use crate::memory::Needs;
 use crate::verify::{self, Fidelity, Verdict};
 use crate::{exec, import, stats};
+
+/// How samples are chosen out of more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Select {
+    /// The first ones.
+    #[default]
+    First,
+    /// Any, by a fixed draw.
+    Random,
+    /// Those whose second moments come nearest to those of all.
+    Herding,
+}
 
 /// What a user asks for.
 #[derive(Debug)]
@@ -31,6 +44,8 @@ pub struct Request {
     pub image: Option<ImageOptions>,
     /// At most so many samples.
     pub samples: Option<usize>,
+    /// How those are chosen.
+    pub select: Select,
     /// Statistics measured before, instead of samples.
     pub stats: Option<PathBuf>,
     /// Where it will run.
@@ -184,14 +199,18 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let pipeline = Pipeline::parse(&text, &catalogue).map_err(Error::input)?;
     pipeline.check(imported.model.facts(), &catalogue).map_err(Error::input)?;
     clock.lap("import");
-    let dataset = open_data(request, slots)?;
+    let mut dataset = open_data(request, slots)?;
     let executor = executor(&request.executor, &imported.model)?;
     clock.lap("data");
-    let mut cx = context(request, executor.as_ref(), dataset.as_ref(), &keep_float, progress);
+    let mut cx = context(request, executor.as_ref(), None, &keep_float, progress);
     let mut manager = PassManager::new(vec![Box::new(StageTimes::new(&mut clock))], false);
     // Statistics go by the names that tensors have once the graph is plain.
     let (plain, rest) = pipeline.split_at_calibration();
     let (mut model, mut trace) = manager.run(&plain, imported.model, &mut cx)?;
+    if let Some(files) = &mut dataset {
+        choose(request, &model, files, &cx)?;
+    }
+    let mut cx = context(request, executor.as_ref(), dataset.as_ref(), &keep_float, progress);
     let estimated_bytes = fit_memory(request, &model, &mut cx)?;
     if let Some(path) = &request.stats {
         model = stats::attach(model, path)?;
@@ -216,7 +235,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     };
     let mut staged = None;
     if let Some(output) = &request.output {
-        let written = Staged::write(artifact, output)?;
+        let written = Staged::write(artifact, output, &external)?;
         sizes.output_bytes = written.bytes()?;
         staged = Some(written);
     }
@@ -304,12 +323,12 @@ fn check_request(request: &Request) -> Result<(), Error> {
 ///
 /// # Errors
 /// [`Error::Input`] names the file.
-pub(crate) fn guard_inputs(output: &Path, input: &Path, external: &[PathBuf]) -> Result<(), Error> {
+pub(crate) fn guard_inputs(output: &Path, input: &Path, external: &[Source]) -> Result<(), Error> {
     let mut data = output.as_os_str().to_owned();
     data.push(".data");
     for written in [output, Path::new(&data)] {
         let Ok(written) = written.canonicalize() else { continue };
-        let read = std::iter::once(input).chain(external.iter().map(PathBuf::as_path));
+        let read = std::iter::once(input).chain(external.iter().map(|source| source.path.as_path()));
         if read.filter_map(|path| path.canonicalize().ok()).any(|path| path == written) {
             let name = written.display();
             return Err(Error::Input(format!(
@@ -383,8 +402,50 @@ fn keep_float(patterns: &[String], graph: &Graph) -> Result<KeepFloat, Error> {
 
 /// The samples of a request, when it names any.
 pub(crate) fn open_data(request: &Request, slots: Vec<Slot>) -> Result<Option<Files>, Error> {
-    let open = |path: &Path| Files::open(path, slots, request.image.clone(), request.samples).map_err(Error::input);
-    request.data.as_deref().map(open).transpose()
+    let limit = request.samples.filter(|_| request.select == Select::First);
+    let open = |path: &Path| Files::open(path, slots, request.image.clone(), limit).map_err(Error::input);
+    let mut files = request.data.as_deref().map(open).transpose()?;
+    if let (Some(files), Select::Random, Some(n)) = (&mut files, request.select, request.samples) {
+        files.keep(&drawn(files.n_samples(), n));
+    }
+    Ok(files)
+}
+
+/// Refuses what only `quantize` can do with samples.
+///
+/// # Errors
+/// [`Error::Input`].
+pub(crate) fn refuse_herding(request: &Request) -> Result<(), Error> {
+    if request.select == Select::Herding {
+        return Err(Error::Input("--select herding runs the model to choose: only `quantize` does that".into()));
+    }
+    Ok(())
+}
+
+/// Leaves as many samples in `files` as were asked for, where they are to be chosen by herding.
+///
+/// # Errors
+/// [`Error`] when a sample cannot be read or run.
+pub(crate) fn choose(request: &Request, model: &Model, files: &mut Files, cx: &PassContext<'_>) -> Result<(), Error> {
+    if let (Select::Herding, Some(n)) = (request.select, request.samples) {
+        let chosen = passes::herding::select(model.graph(), &*files, cx, n);
+        files.keep(&chosen.map_err(|error| RunError::Pass { pass: "select", error })?);
+    }
+    Ok(())
+}
+
+/// `n` of the numbers below `all`, ascending, by a draw that is always the same.
+fn drawn(all: usize, n: usize) -> Vec<usize> {
+    let key = |i: usize| {
+        let z = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z ^ (z >> 27)
+    };
+    let mut numbers: Vec<usize> = (0..all).collect();
+    numbers.sort_by_key(|&i| key(i));
+    numbers.truncate(n);
+    numbers.sort_unstable();
+    numbers
 }
 
 /// The executor called `name`.
@@ -422,14 +483,14 @@ pub(crate) fn fit_memory(request: &Request, model: &Model, cx: &mut PassContext<
     let needs = Needs::of(model, &dataset.sample(0).map_err(Error::input)?, request.target, cx.executor);
     let budget = needs.budget(request.max_memory, request.threads)?;
     tracing::info!(estimate = budget.estimate, threads = budget.threads, taps = budget.taps, "memory");
-    (cx.threads, cx.tap_budget, cx.sizes) = (budget.threads, budget.taps, needs.sizes);
+    (cx.threads, cx.tap_budget, cx.pair_budget, cx.sizes) = (budget.threads, budget.taps, budget.pairs, needs.sizes);
     Ok(Some(budget.estimate))
 }
 
 /// The bytes of the model at `path` and of its external files.
-fn input_bytes(path: &Path, external: &[PathBuf]) -> u64 {
+fn input_bytes(path: &Path, external: &[Source]) -> u64 {
     let size = |path: &Path| std::fs::metadata(path).map_or(0, |data| data.len());
-    size(path) + external.iter().map(|path| size(path)).sum::<u64>()
+    size(path) + external.iter().map(|source| size(&source.path)).sum::<u64>()
 }
 
 fn outcome_notes(sizes: &Sizes, fidelity: Option<&Fidelity>) -> Vec<Diagnostic> {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -61,23 +61,52 @@ fn map_file(file: &File) -> io::Result<Bytes> {
     Ok(Bytes::from_owner(map))
 }
 
+/// A file that weights were read from, open for as long as they may be wanted.
+#[derive(Debug)]
+pub struct Source {
+    /// Where it lies.
+    pub path: PathBuf,
+    file: File,
+    bytes: Bytes,
+}
+
+impl Source {
+    /// Where in this file `payload` lies, when it is a slice of its map.
+    fn offset_of(&self, payload: &Bytes) -> Option<u64> {
+        let offset = (payload.as_ptr() as usize).checked_sub(self.bytes.as_ptr() as usize)?;
+        (offset.checked_add(payload.len())? <= self.bytes.len()).then_some(offset as u64)
+    }
+
+    /// Appends `payload` to `out` without bringing it into this process, when it is a slice of this file; says whether it is.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn copy(&self, payload: &Bytes, out: &mut File) -> io::Result<bool> {
+        let Some(offset) = self.offset_of(payload) else { return Ok(false) };
+        let mut file = &self.file;
+        file.seek(io::SeekFrom::Start(offset))?;
+        let copied = io::copy(&mut file.take(payload.len() as u64), out)?;
+        if copied == payload.len() as u64 { Ok(true) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+}
+
 /// The external files of one model, each opened and mapped once.
 #[derive(Debug)]
 pub struct ExternalFiles {
     folder: PathBuf,
-    maps: BTreeMap<String, Bytes>,
+    sources: BTreeMap<String, Source>,
 }
 
 impl ExternalFiles {
     /// The files beside the model at `path`.
     pub fn beside(path: &Path) -> Self {
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        Self { folder: folder.to_owned(), maps: BTreeMap::new() }
+        Self { folder: folder.to_owned(), sources: BTreeMap::new() }
     }
 
-    /// The files that were opened.
-    pub fn paths(&self) -> Vec<PathBuf> {
-        self.maps.keys().map(|location| self.folder.join(location)).collect()
+    /// Hands over the files that were opened.
+    pub fn take_sources(&mut self) -> Vec<Source> {
+        std::mem::take(&mut self.sources).into_values().collect()
     }
 
     /// The bytes of `reference`, which must have `wanted` bytes, as a slice of the mapped file.
@@ -91,11 +120,12 @@ impl ExternalFiles {
             location: reference.location.clone(),
             problem,
         };
-        let file = if let Some(bytes) = self.maps.get(&reference.location) {
-            bytes.clone()
+        let file = if let Some(source) = self.sources.get(&reference.location) {
+            source.bytes.clone()
         } else {
-            let bytes = self.open(&reference.location).map_err(fail)?;
-            self.maps.insert(reference.location.clone(), bytes.clone());
+            let source = self.open(&reference.location).map_err(fail)?;
+            let bytes = source.bytes.clone();
+            self.sources.insert(reference.location.clone(), source);
             bytes
         };
         if let Some(length) = reference.length.filter(|&length| length != wanted as u64) {
@@ -109,7 +139,7 @@ impl ExternalFiles {
         Ok(file.slice(range))
     }
 
-    fn open(&self, location: &str) -> Result<Bytes, String> {
+    fn open(&self, location: &str) -> Result<Source, String> {
         let folder = self.folder.canonicalize().map_err(|e| format!("the model's folder cannot be resolved: {e}"))?;
         let path = folder.join(location).canonicalize().map_err(|e| format!("cannot be opened: {e}"))?;
         if !path.starts_with(&folder) {
@@ -120,6 +150,7 @@ impl ExternalFiles {
             return Err("is not a regular file".into());
         }
         let file = File::open(&path).map_err(|e| format!("cannot be opened: {e}"))?;
-        map_file(&file).map_err(|e| format!("cannot be mapped: {e}"))
+        let bytes = map_file(&file).map_err(|e| format!("cannot be mapped: {e}"))?;
+        Ok(Source { path: self.folder.join(location), file, bytes })
     }
 }

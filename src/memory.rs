@@ -21,12 +21,19 @@ const BASE: u64 = 40 << 20;
 /// Without a limit, tensors held at once for measuring take at most this.
 pub(crate) const DEFAULT_TAP_BYTES: u64 = 256 << 20;
 
+/// Without a limit, tensors that wait between the stages of a walk take at most this.
+const DEFAULT_PAIR_BYTES: u64 = 2 << 30;
+
 /// Fewer bytes than this for measured tensors would mean a pass over the data for every single one.
 const LEAST_TAP_BYTES: u64 = 16 << 20;
 
 /// How many copies of the weights a run holds at its worst, while the simulation is compared with the float model: the mapped
 /// file, the float executor's, the rounded ones, the quantized executor's, and the part of them being handed over.
 const COPIES: u64 = 5;
+
+/// The same for a model with large weights, which is compared in slices: the mapped file, the float executor's copy while ranges are
+/// measured, the message it is handed over in, and the codes.
+const COPIES_OF_LARGE: u64 = 4;
 
 /// Executors prepare weights below this for their kernels, which holds them once more.
 pub(crate) const PREPACK_LIMIT: u64 = 256 << 20;
@@ -50,6 +57,8 @@ pub(crate) struct Budget {
     pub(crate) threads: usize,
     /// Bytes of tensors held at once for measuring.
     pub(crate) taps: u64,
+    /// Bytes of tensors that may wait between the stages of a walk: what is left, as samples that do not fit run again.
+    pub(crate) pairs: u64,
     /// What the run will take in all.
     pub(crate) estimate: u64,
 }
@@ -69,8 +78,9 @@ impl Needs {
 
     fn total(&self, threads: usize, taps: u64) -> u64 {
         let threads = threads as u64;
-        // A large model is simulated in parts, which are small enough to be packed.
-        let weights = self.weights.saturating_mul(COPIES + 2);
+        // A model that is not large is packed by the executors, in two versions.
+        let copies = if self.weights > PREPACK_LIMIT { COPIES_OF_LARGE } else { COPIES + 2 };
+        let weights = self.weights.saturating_mul(copies);
         let taps = taps.min(threads.saturating_mul(self.all));
         BASE.saturating_add(weights).saturating_add(threads.saturating_mul(self.live)).saturating_add(taps)
     }
@@ -82,13 +92,15 @@ impl Needs {
     pub(crate) fn budget(&self, limit: Option<u64>, threads: usize) -> Result<Budget, Error> {
         let Some(most) = limit.or_else(available) else {
             let taps = DEFAULT_TAP_BYTES;
-            return Ok(Budget { threads, taps, estimate: self.total(threads, taps) });
+            return Ok(Budget { threads, taps, pairs: DEFAULT_PAIR_BYTES, estimate: self.total(threads, taps) });
         };
         for threads in (1..=threads.max(1)).rev() {
             let left = most.saturating_sub(self.total(threads, 0));
             let taps = left.min(DEFAULT_TAP_BYTES);
             if taps >= LEAST_TAP_BYTES.min((threads as u64).saturating_mul(self.all)) {
-                return Ok(Budget { threads, taps, estimate: self.total(threads, taps) });
+                let estimate = self.total(threads, taps);
+                let pairs = most.saturating_sub(estimate).min(DEFAULT_PAIR_BYTES);
+                return Ok(Budget { threads, taps, pairs, estimate });
             }
         }
         let needed = self.total(1, LEAST_TAP_BYTES);

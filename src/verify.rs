@@ -10,6 +10,7 @@ use passes::ir::{Graph, Node};
 use passes::model::{Model, Plan};
 use passes::pass::{PassManager, Pipeline};
 use passes::simulate::{SimulateError, Simulation};
+use passes::slices;
 use passes::tensor::{DType, Tensor};
 
 use crate::import;
@@ -116,24 +117,24 @@ pub fn fidelity(model: &Model, executor: &dyn Executor, dataset: &dyn Dataset) -
     taps.dedup();
     let feeds: Vec<Vec<Tensor>> =
         chosen(dataset).into_iter().map(|sample| dataset.sample(sample)).collect::<Result<_, _>>()?;
-    let weights: u64 = graph.value_ids().filter_map(|id| graph.constant(id)).map(|t| t.bytes().len() as u64).sum();
-    let large = weights > PREPACK_LIMIT;
+    let large = is_large(graph);
     let feeds = if large { &feeds[..feeds.len().min(SAMPLES_OF_LARGE)] } else { &feeds };
-    let prepare = |plan: &Plan| Simulation::prepare(graph, plan, executor, &taps);
     let mut noise = vec![Noise::default(); taps.len()];
-    let float = prepare(&Plan::default())?;
     if large {
-        // Two models with such weights would take more memory than the tensors of a few samples.
-        let references = feeds.iter().map(|feed| float.run(feed)).collect::<Result<Vec<_>, _>>()?;
-        drop(float);
-        let quantized = prepare(model.plan())?;
-        for (feed, reference) in feeds.iter().zip(references) {
-            against(&quantized, feed, reference, &mut noise)?;
-        }
+        // In slices: the weights of two such models would take more memory than the tensors of a few samples.
+        let mut references = vec![vec![None; taps.len()]; feeds.len()];
+        slices::run(graph, &Plan::default(), executor, &taps, feeds, &mut |sample, at, tensor| {
+            references[sample][at] = Some(tensor);
+        })?;
+        slices::run(graph, model.plan(), executor, &taps, feeds, &mut |sample, at, tensor| {
+            compare(&mut noise[at], references[sample][at].take(), &tensor);
+        })?;
     } else {
-        let quantized = prepare(model.plan())?;
+        let prepare = |plan: &Plan| Simulation::prepare(graph, plan, executor, &taps);
+        let (float, quantized) = (prepare(&Plan::default())?, prepare(model.plan())?);
         for feed in feeds {
-            against(&quantized, feed, float.run(feed)?, &mut noise)?;
+            let mut reference: Vec<Option<Tensor>> = float.run(feed)?.into_iter().map(Some).collect();
+            quantized.run_with(feed, &mut |at, tensor| compare(&mut noise[at], reference[at].take(), &tensor))?;
         }
     }
     let of = |value: &ValueId| taps.binary_search(value).map(|at| noise[at]).unwrap_or_default();
@@ -151,19 +152,19 @@ pub fn fidelity(model: &Model, executor: &dyn Executor, dataset: &dyn Dataset) -
     })
 }
 
-/// Adds what `quantized` makes of `feed`, compared with `reference`, to `noise`; a tensor is let go once it is compared.
-fn against(
-    quantized: &Simulation,
-    feed: &[Tensor],
-    mut reference: Vec<Tensor>,
-    noise: &mut [Noise],
-) -> Result<(), SimulateError> {
-    quantized.run_with(feed, &mut |at, tensor| {
-        if let (Some(a), Some(b)) = (reference[at].values::<f32>(), tensor.values::<f32>()) {
-            noise[at].add(&a, &b);
-        }
-        reference[at] = Tensor::of([0], Vec::<f32>::new());
-    })
+/// Adds what became of `reference`, which is let go.
+fn compare(noise: &mut Noise, reference: Option<Tensor>, tensor: &Tensor) {
+    if let Some(reference) = reference
+        && let (Some(a), Some(b)) = (reference.values::<f32>(), tensor.values::<f32>())
+    {
+        noise.add(&a, &b);
+    }
+}
+
+/// Whether the weights of `graph` are too large to be held in several copies.
+fn is_large(graph: &Graph) -> bool {
+    let weights: u64 = graph.value_ids().filter_map(|id| graph.constant(id)).map(|t| t.bytes().len() as u64).sum();
+    weights > PREPACK_LIMIT
 }
 
 fn is_f32(graph: &Graph, value: ValueId) -> bool {
@@ -192,6 +193,7 @@ pub fn artifact(path: &Path, model: &Model, cx: &mut passes::pass::PassContext<'
     let (read_back, _) = PassManager::default().run(&pipeline, imported.model, cx)?;
     verdict.findings.extend(compare_interface(model, &read_back));
     verdict.findings.extend(compare_plans(model, &read_back));
+    verdict.findings.extend(compare_constants(model, &read_back));
     if let (Some(dataset), true) = (cx.dataset, verdict.findings.is_empty()) {
         compare_runs(model, &read_back, cx.executor, dataset, &mut verdict)?;
     }
@@ -257,6 +259,7 @@ fn compare_plans(model: &Model, read_back: &Model) -> Vec<Diagnostic> {
     for (key, (encoding, codes)) in uses_by_name(model) {
         let place = Place::Node(key.0.as_str().into());
         match theirs.get(&key) {
+            None if codes.is_some() && !encoding.grid.info().integer => {} // a float constant: compared below
             None => findings.push(structure(place, format!("input {} is not quantized in the file", key.1))),
             Some((other, _)) if !other.reads_like(&encoding) => {
                 findings.push(structure(place, format!("input {} has another encoding in the file", key.1)));
@@ -265,6 +268,34 @@ fn compare_plans(model: &Model, read_back: &Model) -> Vec<Diagnostic> {
                 findings.push(structure(place, format!("input {} has other codes in the file", key.1)));
             }
             Some(_) => {}
+        }
+    }
+    findings
+}
+
+/// Every float constant that stands for another, or for codes that no operator reads, must stand in the file.
+fn compare_constants(model: &Model, read_back: &Model) -> Vec<Diagnostic> {
+    let plan = model.plan();
+    let substitutes = plan.substitutes().map(|(site, tensor)| (site, tensor.floats().unwrap_or_default().into_owned()));
+    let rounded = plan.encodings().filter(|(_, encoding)| !encoding.grid.info().integer);
+    let rounded = rounded.filter_map(|(site, encoding)| Some((site, encoding.decode(plan.codes(site)?).ok()?)));
+    let in_codes = uses_by_name(read_back);
+    let theirs: BTreeMap<&str, &Node> = read_back.graph().nodes().map(|(_, node)| (&*node.name, node)).collect();
+    let mut findings = Vec::new();
+    for (site, want) in substitutes.chain(rounded) {
+        let Site::Use { node, input } = site else { continue };
+        let Some(name) = model.graph().node(node).map(|node| node.name.clone()) else { continue };
+        if in_codes.contains_key(&(name.to_string(), input)) {
+            continue; // compared code by code
+        }
+        let found = theirs.get(&*name).and_then(|node| read_back.graph().constant_input(node, input.into()));
+        let found = found.and_then(|tensor| tensor.floats());
+        let same = found.is_some_and(|found| {
+            found.len() == want.len() && found.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits())
+        });
+        if !same {
+            let message = format!("input {input} is not the constant that was planned");
+            findings.push(structure(Place::Node(name), message));
         }
     }
     findings
@@ -310,19 +341,32 @@ fn compare_runs(
     let mine: Vec<ValueId> = pairs.iter().map(|pair| pair.0).collect();
     let others: Vec<ValueId> = pairs.iter().map(|pair| pair.1).collect();
     let feeds = dataset.sample(0)?;
-    // One after the other, so that the weights of only one are held.
-    let mut expected = Simulation::prepare(graph, model.plan(), executor, &mine)?.run(&feeds)?;
-    let simulation = Simulation::prepare(theirs, read_back.plan(), executor, &others)?;
-    simulation.run_with(&feeds, &mut |at, tensor| {
-        let difference = max_difference(&expected[at], &tensor, steps[&mine[at]]);
-        expected[at] = Tensor::of([0], Vec::<f32>::new());
+    let mut judge = |at: usize, expected: &Option<Tensor>, tensor: &Tensor| {
+        let difference = match expected {
+            Some(expected) => max_difference(expected, tensor, steps[&mine[at]]),
+            None => f64::INFINITY,
+        };
         verdict.max_steps = Some(verdict.max_steps.unwrap_or(0.0).max(difference));
         if difference > 1.0 {
             let place = Place::Value(graph.value(mine[at]).name.clone());
             let message = format!("on {} it is {difference:.1} steps from the simulation", dataset.name(0));
             verdict.findings.push(Diagnostic::new(diag::VERIFY_NUMBERS, Severity::Error, place, message));
         }
-    })?;
+    };
+    let mut expected: Vec<Option<Tensor>> = vec![None; mine.len()];
+    if is_large(graph) {
+        let feeds = [feeds];
+        slices::run(graph, model.plan(), executor, &mine, &feeds, &mut |_, at, tensor| expected[at] = Some(tensor))?;
+        slices::run(theirs, read_back.plan(), executor, &others, &feeds, &mut |_, at, tensor| {
+            judge(at, &expected[at].take(), &tensor);
+        })?;
+    } else {
+        let simulation = Simulation::prepare(graph, model.plan(), executor, &mine)?;
+        simulation.run_with(&feeds, &mut |at, tensor| expected[at] = Some(tensor))?;
+        drop(simulation);
+        let simulation = Simulation::prepare(theirs, read_back.plan(), executor, &others)?;
+        simulation.run_with(&feeds, &mut |at, tensor| judge(at, &expected[at].take(), &tensor))?;
+    }
     Ok(())
 }
 

@@ -267,7 +267,7 @@ mod tests {
     fn encode_then_decode_is_simulate() {
         let values: Vec<f32> = (0..24).map(|i| (i as f32 - 11.3) * 0.37).collect();
         let shape = [2, 3, 4];
-        for grid in grid::GRIDS.iter().copied().filter(|g| g.info().bits <= 16) {
+        for grid in grid::all().filter(|g| g.info().bits <= 16) {
             for (granularity, groups) in [
                 (Granularity::Tensor, 1),
                 (Granularity::Axis(1), 3),

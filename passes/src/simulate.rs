@@ -34,13 +34,12 @@ pub enum SimulateError {
 }
 
 /// A tensor as someone reads it: as computed, or through the encoding at a site.
-type Version = (ValueId, Option<Site>);
+pub(crate) type Version = (ValueId, Option<Site>);
 
 /// A plan, ready to run from several threads.
 pub struct Simulation {
     parts: Vec<Part>,
-    encodings: BTreeMap<Site, crate::encoding::Encoding>,
-    names: BTreeMap<ValueId, String>,
+    crossing: Crossing,
     inputs: Vec<ValueId>,
     constants: BTreeMap<ValueId, Arc<Tensor>>,
     wanted: Vec<Version>,
@@ -48,10 +47,61 @@ pub struct Simulation {
     places: BTreeMap<ValueId, Vec<usize>>,
 }
 
-struct Part {
+/// Some nodes of the graph, ready to run.
+pub(crate) struct Part {
     session: Box<dyn Session>,
     feeds: Vec<Version>,
     outputs: Vec<ValueId>,
+}
+
+impl Part {
+    /// Runs on what is `known`, and adds what it computes.
+    pub(crate) fn run(&self, known: &mut Known, crossing: &Crossing) -> Result<&[ValueId], SimulateError> {
+        if self.outputs.is_empty() {
+            return Ok(&[]); // nobody reads anything of it
+        }
+        let feeds = self.feeds.iter().map(|v| crossing.version(known, *v)).collect::<Result<Vec<_>, _>>()?;
+        let outputs = self.session.run(&feeds)?;
+        known.extend(self.outputs.iter().zip(outputs).map(|(&value, tensor)| ((value, None), tensor)));
+        Ok(&self.outputs)
+    }
+}
+
+/// The tensors of one sample that are there, as computed and as read.
+pub(crate) type Known = BTreeMap<Version, Tensor>;
+
+/// How tensors are rounded where they cross from one part to another.
+pub(crate) struct Crossing {
+    encodings: BTreeMap<Site, crate::encoding::Encoding>,
+    names: BTreeMap<ValueId, String>,
+}
+
+impl Crossing {
+    /// For the encodings that `plan` has now.
+    pub(crate) fn of(graph: &Graph, plan: &Plan) -> Self {
+        Self {
+            encodings: plan.encodings().map(|(site, encoding)| (site, encoding.clone())).collect(),
+            names: graph.value_ids().map(|id| (id, graph.value(id).name.to_string())).collect(),
+        }
+    }
+
+    /// The tensor `at`, rounded where it is read in codes.
+    pub(crate) fn version(&self, known: &mut Known, at: Version) -> Result<Tensor, SimulateError> {
+        let (value, site) = at;
+        let problem = |problem: String| SimulateError::Encoding { tensor: self.names[&value].clone(), problem };
+        if let Some(tensor) = known.get(&at) {
+            return Ok(tensor.clone());
+        }
+        let raw = known.get(&(value, None)).ok_or_else(|| problem("was not computed before it is read".into()))?;
+        let Some(encoding) = site.and_then(|site| self.encodings.get(&site)) else {
+            return Ok(raw.clone());
+        };
+        let mut values = raw.values::<f32>().ok_or_else(|| problem(format!("is {}", raw.dtype().name())))?.into_owned();
+        encoding.simulate(&mut values, raw.shape()).map_err(|e| problem(e.to_string()))?;
+        let rounded = Tensor::of(raw.shape(), values);
+        known.insert(at, rounded.clone());
+        Ok(rounded)
+    }
 }
 
 impl std::fmt::Debug for Simulation {
@@ -61,35 +111,35 @@ impl std::fmt::Debug for Simulation {
 }
 
 /// Tells which version of a value each reader sees.
-struct Cutter<'a> {
-    graph: &'a Graph,
-    plan: &'a Plan,
+pub(crate) struct Cutter<'a> {
+    pub(crate) graph: &'a Graph,
+    pub(crate) plan: &'a Plan,
 }
 
 impl Cutter<'_> {
-    fn of_use(&self, node: NodeId, input: usize, value: ValueId) -> Version {
+    pub(crate) fn of_use(&self, node: NodeId, input: usize, value: ValueId) -> Version {
         let by_use = u16::try_from(input).ok().map(|input| Site::Use { node, input });
-        let by_use = by_use.filter(|site| self.plan.encoding(*site).is_some());
+        let by_use = by_use.filter(|site| self.plan.encoding(*site).is_some() || self.plan.substitute(*site).is_some());
         (value, by_use.or_else(|| self.of_value(value).1))
     }
 
-    fn of_value(&self, value: ValueId) -> Version {
+    pub(crate) fn of_value(&self, value: ValueId) -> Version {
         let site = Site::Value(value);
         (value, self.plan.encoding(site).is_some().then_some(site))
     }
 
     /// Everything `node` reads, captures included.
-    fn reads(&self, id: NodeId, node: &Node) -> Vec<Version> {
+    pub(crate) fn reads(&self, id: NodeId, node: &Node) -> Vec<Version> {
         let inputs = node.inputs.iter().enumerate().filter_map(|(i, v)| Some(self.of_use(id, i, (*v)?)));
         inputs.chain(crate::ir::walk::captures(node).into_iter().map(|v| self.of_value(v))).collect()
     }
 
-    fn is_constant(&self, value: ValueId) -> bool {
+    pub(crate) fn is_constant(&self, value: ValueId) -> bool {
         self.graph.constant(value).is_some()
     }
 
     /// For every node, how many cuts lie on the longest way to it.
-    fn depths(&self) -> BTreeMap<NodeId, usize> {
+    pub(crate) fn depths(&self) -> BTreeMap<NodeId, usize> {
         let mut depths = BTreeMap::new();
         for (id, node) in self.graph.nodes() {
             let depth = self.reads(id, node).into_iter().filter(|(value, _)| !self.is_constant(*value));
@@ -125,21 +175,14 @@ impl Simulation {
             by_depth.entry(depths[&id]).or_default().push(id);
         }
         // What a part must hand on: everything read elsewhere.
-        let mut exported: BTreeSet<ValueId> = wanted.iter().map(|w| w.0).collect();
-        for (id, node) in graph.nodes().filter(|(id, _)| needed.contains(id)) {
-            for (value, site) in cutter.reads(id, node) {
-                let producer = graph.producer(value).map(|(producer, _)| depths[&producer]);
-                if producer.is_some_and(|depth| site.is_some() || depth != depths[&id]) {
-                    exported.insert(value);
-                }
-            }
-        }
+        let in_order: Vec<NodeId> = by_depth.values().flatten().copied().collect();
+        let mut exported = exported(&cutter, &in_order, |id| depths[&id]);
+        exported.extend(wanted.iter().map(|w| w.0));
         let parts =
             by_depth.values().map(|nodes| cut(&cutter, nodes, &exported, executor)).collect::<Result<_, _>>()?;
         Ok(Self {
             parts,
-            encodings: plan.encodings().map(|(site, encoding)| (site, encoding.clone())).collect(),
-            names: graph.value_ids().map(|id| (id, graph.value(id).name.to_string())).collect(),
+            crossing: Crossing::of(graph, plan),
             inputs: graph.inputs().to_vec(),
             constants: wanted
                 .iter()
@@ -166,7 +209,7 @@ impl Simulation {
     /// # Errors
     /// [`SimulateError`].
     pub fn run_with(&self, feeds: &[Tensor], see: &mut dyn FnMut(usize, Tensor)) -> Result<(), SimulateError> {
-        let mut known: BTreeMap<Version, Tensor> =
+        let mut known: Known =
             self.inputs.iter().zip(feeds).map(|(&value, tensor)| ((value, None), tensor.clone())).collect();
         known.extend(self.constants.iter().map(|(&value, tensor)| ((value, None), tensor.as_ref().clone())));
         let mut last_reader: BTreeMap<ValueId, usize> = BTreeMap::new();
@@ -177,10 +220,8 @@ impl Simulation {
         let constants: Vec<ValueId> = self.constants.keys().copied().collect();
         self.hand_over(&mut known, &constants, see)?;
         for (index, part) in self.parts.iter().enumerate() {
-            let feeds = part.feeds.iter().map(|v| self.version(&mut known, *v)).collect::<Result<Vec<_>, _>>()?;
-            let outputs = part.session.run(&feeds)?;
-            known.extend(part.outputs.iter().zip(outputs).map(|(&value, tensor)| ((value, None), tensor)));
-            self.hand_over(&mut known, &part.outputs, see)?;
+            let computed = part.run(&mut known, &self.crossing)?;
+            self.hand_over(&mut known, computed, see)?;
             known.retain(|(value, _), _| last_reader.get(value).is_some_and(|&last| last > index));
         }
         Ok(())
@@ -189,34 +230,35 @@ impl Simulation {
     /// Shows those of `values` that are wanted.
     fn hand_over(
         &self,
-        known: &mut BTreeMap<Version, Tensor>,
+        known: &mut Known,
         values: &[ValueId],
         see: &mut dyn FnMut(usize, Tensor),
     ) -> Result<(), SimulateError> {
         for value in values {
             for at in self.places.get(value).into_iter().flatten() {
-                see(*at, self.version(known, self.wanted[*at])?);
+                see(*at, self.crossing.version(known, self.wanted[*at])?);
             }
         }
         Ok(())
     }
+}
 
-    fn version(&self, known: &mut BTreeMap<Version, Tensor>, at: Version) -> Result<Tensor, SimulateError> {
-        let (value, site) = at;
-        let problem = |problem: String| SimulateError::Encoding { tensor: self.names[&value].clone(), problem };
-        if let Some(tensor) = known.get(&at) {
-            return Ok(tensor.clone());
+/// What parts must hand on, when nodes of the same `place` make up a part: everything read in another one, or rounded on the way.
+pub(crate) fn exported<P: PartialEq>(
+    cutter: &Cutter<'_>,
+    nodes: &[NodeId],
+    place: impl Fn(NodeId) -> P,
+) -> BTreeSet<ValueId> {
+    let mut exported = BTreeSet::new();
+    for &id in nodes {
+        for (value, site) in cutter.graph.node(id).into_iter().flat_map(|node| cutter.reads(id, node)) {
+            let producer = cutter.graph.producer(value).map(|(producer, _)| producer);
+            if producer.is_some_and(|producer| site.is_some() || place(producer) != place(id)) {
+                exported.insert(value);
+            }
         }
-        let raw = known.get(&(value, None)).ok_or_else(|| problem("was not computed before it is read".into()))?;
-        let Some(encoding) = site.and_then(|site| self.encodings.get(&site)) else {
-            return Ok(raw.clone());
-        };
-        let mut values = raw.values::<f32>().ok_or_else(|| problem(format!("is {}", raw.dtype().name())))?.into_owned();
-        encoding.simulate(&mut values, raw.shape()).map_err(|e| problem(e.to_string()))?;
-        let rounded = Tensor::of(raw.shape(), values);
-        known.insert(at, rounded.clone());
-        Ok(rounded)
     }
+    exported
 }
 
 fn places(wanted: &[Version]) -> BTreeMap<ValueId, Vec<usize>> {
@@ -228,7 +270,7 @@ fn places(wanted: &[Version]) -> BTreeMap<ValueId, Vec<usize>> {
 }
 
 /// The part of the graph made of `nodes`, all of one depth.
-fn cut(
+pub(crate) fn cut(
     cutter: &Cutter<'_>,
     nodes: &[NodeId],
     exported: &BTreeSet<ValueId>,
@@ -326,10 +368,12 @@ impl PartBuilder<'_> {
     }
 }
 
-/// The constant at `site` as its codes say, or rounded to nearest where none were chosen.
+/// The constant at `site` as its codes say, rounded to nearest where none were chosen, or the float one that stands for it.
 fn rounded_constant(plan: &Plan, site: Site, tensor: &Arc<Tensor>, name: &str) -> Result<Arc<Tensor>, SimulateError> {
     let problem = |problem: String| SimulateError::Encoding { tensor: name.to_owned(), problem };
-    let Some(encoding) = plan.encoding(site) else { return Ok(Arc::clone(tensor)) };
+    let Some(encoding) = plan.encoding(site) else {
+        return Ok(Arc::clone(plan.substitute(site).unwrap_or(tensor)));
+    };
     let values = if let Some(codes) = plan.codes(site) {
         encoding.decode(codes).map_err(|e| problem(e.to_string()))?
     } else {

@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use crate::about::About;
 use crate::diag::Diagnostic;
+use crate::grid;
+use crate::grid::block::{self, BlockFormat};
 use crate::ir::{Graph, OpKey};
 use crate::model::{Metadata, Model};
 
@@ -106,13 +108,17 @@ pub struct LowerError {
     pub problem: String,
 }
 
-/// Weights and activations, in how many bits: `w8a8`, `w4a16g32`.
+/// Weights and activations, in how many bits or in which format: `w8a8`, `w4a16g32`, `wfp8afp8`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scheme {
     /// Bits of weight codes.
     pub weight_bits: u32,
+    /// The grid or block format of weights, where it is not the integers of so many bits.
+    pub weight_format: Option<&'static str>,
     /// Bits of activation codes; `None` leaves activations in float.
     pub activation_bits: Option<u32>,
+    /// The grid of activations, where it is not the integers of so many bits.
+    pub activation_format: Option<&'static str>,
     /// So many inputs of a matrix product share a scale; `None`: all of an output channel.
     pub block: Option<usize>,
     /// Whether weights have zero points.
@@ -121,12 +127,65 @@ pub struct Scheme {
 
 impl Scheme {
     /// Eight bits for both.
-    pub const W8A8: Self = Self { weight_bits: 8, activation_bits: Some(8), block: None, asymmetric: false };
+    pub const W8A8: Self = Self::integers(8, Some(8));
+
+    /// Integers of so many bits, one scale per output channel, no zero points for weights.
+    pub const fn integers(weight_bits: u32, activation_bits: Option<u32>) -> Self {
+        let (weight_format, activation_format) = (None, None);
+        Self { weight_bits, weight_format, activation_bits, activation_format, block: None, asymmetric: false }
+    }
+
+    /// The block format of weights, where they have one.
+    pub fn block_format(&self) -> Option<&'static BlockFormat> {
+        block::find(self.weight_format?)
+    }
+
+    /// The scheme that `text` names, as [`std::fmt::Display`] writes it; `None` for what is none.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (weight, rest) = text.strip_prefix('w')?.split_once('a')?;
+        let (rest, asymmetric) = rest.strip_suffix("asym").map_or((rest, false), |rest| (rest, true));
+        let (activation, block) = rest.split_once('g').map_or((rest, None), |(a, g)| (a, Some(g)));
+        let block = block.map(|g| g.parse().ok().filter(|&g: &usize| g > 0)).map_or(Some(None), |g| g.map(Some))?;
+        let (weight_bits, weight_format) = number(weight)?;
+        let (activation_bits, activation_format) = match number(activation)? {
+            (16 | 32, None) => (None, None),
+            (bits, format) => (Some(bits), format),
+        };
+        let of_blocks = activation_format.is_some_and(|name| block::find(name).is_some());
+        let scheme = Self { weight_bits, weight_format, activation_bits, activation_format, block, asymmetric };
+        (!of_blocks && (weight_format.is_none() || !asymmetric)).then_some(scheme)
+    }
+}
+
+/// Short names of formats in schemes.
+const ALIASES: &[(&str, &str)] =
+    &[("fp8", "float8e4m3fn"), ("fp8e5m2", "float8e5m2"), ("fp8fnuz", "float8e4m3fnuz"), ("fp4", "float4e2m1")];
+
+/// Bits, and the name of the format where `text` is no number.
+fn number(text: &str) -> Option<(u32, Option<&'static str>)> {
+    if let Ok(bits) = text.parse() {
+        return Some((bits, None));
+    }
+    let name = ALIASES.iter().find(|(short, _)| *short == text).map_or(text, |(_, name)| name);
+    if let Some(format) = block::find(name) {
+        return Some((format.element.info().bits, Some(format.about.name)));
+    }
+    let info = grid::find(name).filter(|grid| !grid.info().integer)?.info();
+    Some((info.bits, Some(info.about.name)))
 }
 
 impl std::fmt::Display for Scheme {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "w{}a{}", self.weight_bits, self.activation_bits.unwrap_or(16))?;
+        let short =
+            |name: &'static str| ALIASES.iter().find(|(_, long)| *long == name).map_or(name, |(short, _)| short);
+        match self.weight_format {
+            Some(name) => write!(f, "w{}", short(name))?,
+            None => write!(f, "w{}", self.weight_bits)?,
+        }
+        match self.activation_format {
+            Some(name) => write!(f, "a{}", short(name))?,
+            None => write!(f, "a{}", self.activation_bits.unwrap_or(16))?,
+        }
         if let Some(block) = self.block {
             write!(f, "g{block}")?;
         }

@@ -63,7 +63,10 @@ fn abouts(kind: Kind) -> Vec<&'static About> {
         Kind::Passes => passes::catalogue::passes().into_iter().map(|entry| &entry.info.about).collect(),
         Kind::Roundings => rounding::ROUNDINGS.iter().map(|method| method.about()).collect(),
         Kind::Observers => observe::OBSERVERS.iter().map(|entry| entry.about).collect(),
-        Kind::Formats => grid::GRIDS.iter().map(|grid| &grid.info().about).collect(),
+        Kind::Formats => grid::all()
+            .map(|grid| &grid.info().about)
+            .chain(grid::block::BLOCKS.iter().map(|block| &block.about))
+            .collect(),
         Kind::Targets => targets::TARGETS.iter().map(|target| &target.info().about).collect(),
         Kind::Recipes => RECIPES.iter().collect(),
         Kind::Executors => exec::EXECUTORS.iter().map(|entry| entry.about).collect(),
@@ -123,7 +126,7 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
         for (name, goal) in goals {
             let _ = writeln!(text, "Recipe {name} for w8a8:\n{}\n", target.pipeline(goal, &Scheme::W8A8));
         }
-        let weights_only = Scheme { weight_bits: 4, activation_bits: None, block: Some(32), asymmetric: false };
+        let weights_only = Scheme { block: Some(32), ..Scheme::integers(4, None) };
         for (name, goal) in goals {
             let _ = writeln!(text, "Recipe {name} for w4a16g32:\n{}\n", target.pipeline(goal, &weights_only));
         }

@@ -6,7 +6,7 @@ use passes::target::{Goal, Scheme, Target};
 
 use super::progress::Mode;
 use crate::dataset::ImageOptions;
-use crate::driver::{Error, Request};
+use crate::driver::{Error, Request, Select};
 use crate::targets;
 
 /// Options about samples and how they are run.
@@ -21,6 +21,9 @@ pub(crate) struct DataArgs {
     /// Use at most so many samples.
     #[arg(long, value_name = "N")]
     pub(crate) samples: Option<usize>,
+    /// How those are chosen out of more: herding takes those whose second moments come nearest to all of them.
+    #[arg(long, value_enum, default_value = "first")]
+    pub(crate) select: Select,
     /// What runs the float model: auto, tract, rten, or ort when built with that feature.
     #[arg(long, default_value = "auto")]
     pub(crate) executor: String,
@@ -52,6 +55,7 @@ impl DataArgs {
             data: self.data.clone(),
             image: self.image.clone(),
             samples: self.samples,
+            select: self.select,
             stats: None,
             target: target_named(target)?,
             scheme: Scheme::W8A8,
@@ -94,19 +98,11 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
 
 /// `w8a8`, `w4a16g32`, `w4a16g32asym` and their like.
 pub(crate) fn scheme(text: &str) -> Result<Scheme, String> {
-    let parse = || {
-        let (weight, rest) = text.strip_prefix('w')?.split_once('a')?;
-        let (rest, asymmetric) = rest.strip_suffix("asym").map_or((rest, false), |rest| (rest, true));
-        let (activation, block) = rest.split_once('g').map_or((rest, None), |(a, g)| (a, Some(g)));
-        let activation_bits = match activation.parse().ok()? {
-            16 | 32 => None,
-            bits => Some(bits),
-        };
-        let block = block.map(|g| g.parse().ok().filter(|&g: &usize| g > 0)).map_or(Some(None), |g| g.map(Some))?;
-        Some(Scheme { weight_bits: weight.parse().ok()?, activation_bits, block, asymmetric })
-    };
-    parse().ok_or_else(|| {
-        format!("`{text}` is no scheme; write w8a8, w4a16g32 (blocks of 32 inputs) or w4a16g32asym (with zero points)")
+    Scheme::parse(text).ok_or_else(|| {
+        format!(
+            "`{text}` is no scheme; write w8a8, w4a16g32 (blocks of 32 inputs), w4a16g32asym (with zero points), wfp8afp8 or \
+             wmxfp4a16 (any of `list formats`)"
+        )
     })
 }
 
@@ -120,9 +116,10 @@ mod tests {
         assert_eq!(size("2GiB"), Ok(2 << 30));
         assert!(size("2X").is_err() && size("").is_err() && size("99999999999G").is_err());
         assert_eq!(scheme("w8a8"), Ok(Scheme::W8A8));
-        for text in ["w4a16g32", "w3a16g64asym", "w4a8", "w2a16"] {
+        for text in ["w4a16g32", "w3a16g64asym", "w4a8", "w2a16", "wfp8afp8", "wmxfp4a16", "we2m3a8", "wnf4a16g64"] {
             assert_eq!(scheme(text).unwrap().to_string(), text);
         }
+        assert!(scheme("wfoo3a8").is_err() && scheme("w8amxfp4").is_err() && scheme("wfp8a16asym").is_err());
         assert!(scheme("int8").is_err() && scheme("w4a16g0").is_err() && scheme("w4a16gx").is_err());
     }
 }

@@ -48,6 +48,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let request = args.data.request(&args.float, "ort-cpu")?;
     let float = import::file(&args.float).map_err(Error::input)?.model;
     let quantized = import::file(&args.quantized).map_err(Error::input)?.model;
+    driver::refuse_herding(&request)?;
     let dataset = driver::open_data(&request, Slot::of(float.graph()))?;
     let dataset = dataset.ok_or_else(|| Error::Input("samples are needed: pass them with --data".into()))?;
     let executor = driver::executor(&request.executor, &float)?;

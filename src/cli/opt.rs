@@ -14,6 +14,7 @@ use crate::dataset::Slot;
 use crate::driver::{self, Error};
 use crate::emit::{self, Emit, Staged};
 use crate::import;
+use crate::load::Source;
 
 /// Arguments of `opt`.
 #[derive(Debug, clap::Args)]
@@ -59,7 +60,7 @@ pub(crate) struct CatArgs {
 }
 
 /// A model and the files beside it that it keeps weights in.
-fn load(path: &Path) -> Result<(Model, Vec<PathBuf>), Error> {
+fn load(path: &Path) -> Result<(Model, Vec<Source>), Error> {
     if path.extension().is_some_and(|e| e == "oq") {
         let fail = |e: &dyn std::fmt::Display| Error::Input(format!("`{}`: {e}", path.display()));
         let source = std::fs::read_to_string(path).map_err(|e| fail(&e))?;
@@ -72,7 +73,7 @@ fn load(path: &Path) -> Result<(Model, Vec<PathBuf>), Error> {
     Ok((imported.model, imported.external))
 }
 
-fn save(model: &Model, input: &Path, external: &[PathBuf], output: Option<&Path>) -> Result<(), Error> {
+fn save(model: &Model, input: &Path, external: &[Source], output: Option<&Path>) -> Result<(), Error> {
     let Some(path) = output else {
         print(&text_of(model));
         return Ok(());
@@ -86,12 +87,12 @@ fn save(model: &Model, input: &Path, external: &[PathBuf], output: Option<&Path>
     let graph = if model.plan().is_empty() {
         model.graph()
     } else {
-        lowered = passes::lower::qdq(model).map_err(|e| Error::Target(e.to_string()))?;
+        lowered = passes::lower::qdq(model, passes::lower::Weights::Codes).map_err(|e| Error::Target(e.to_string()))?;
         &lowered.graph
     };
     let file = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
     let options = Emit { external: (!external.is_empty()).then(|| format!("{file}.data")) };
-    let staged = Staged::write(emit::model(graph, &model.meta, &options, &file), path)?;
+    let staged = Staged::write(emit::model(graph, &model.meta, &options, &file), path, external)?;
     if progress::is_cancelled() {
         return Err(Error::Interrupted);
     }
@@ -111,6 +112,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let pipeline = Pipeline::parse(&args.pipeline, &catalogue).map_err(Error::input)?;
     pipeline.check(model.facts(), &catalogue).map_err(Error::input)?;
     let request = args.data.request(&args.model, &args.target)?;
+    driver::refuse_herding(&request)?;
     let dataset = driver::open_data(&request, Slot::of(model.graph()))?;
     let executor = driver::executor(&request.executor, &model)?;
     let progress = Shown::new(args.data.progress);

@@ -36,7 +36,7 @@ pub(crate) struct Args {
     /// How activation ranges are chosen: min-max, percentile, mse, entropy.
     #[arg(long)]
     observer: Option<String>,
-    /// How weights are rounded: nearest, gptq.
+    /// How weights are rounded: any of `list roundings`.
     #[arg(long)]
     rounding: Option<String>,
     /// The exact passes, overriding the recipe.

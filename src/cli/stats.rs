@@ -76,6 +76,7 @@ fn measure(args: &Args) -> Result<Ended, Error> {
     let target = target_named(&args.target)?;
     let request = args.data.request(input, &args.target)?;
     let model = import::file(input).map_err(Error::input)?.model;
+    driver::refuse_herding(&request)?;
     let dataset = driver::open_data(&request, Slot::of(model.graph()))?;
     let dataset = dataset.ok_or_else(|| Error::Input("samples are needed: pass them with --data".into()))?;
     let executor = driver::executor(&request.executor, &model)?;

@@ -114,9 +114,19 @@ impl Files {
         self.split
     }
 
+    /// How many samples.
+    pub fn n_samples(&self) -> usize {
+        self.samples.len()
+    }
+
     /// How many files.
     pub fn n_files(&self) -> usize {
         self.sources.len()
+    }
+
+    /// Keeps only the samples with the numbers `chosen`, in their order.
+    pub fn keep(&mut self, chosen: &[usize]) {
+        self.samples = chosen.iter().filter_map(|&at| self.samples.get(at).copied()).collect();
     }
 
     fn feed(&self, index: usize) -> Result<Arc<Vec<Tensor>>, DataError> {

@@ -1,12 +1,14 @@
 //! Files that appear whole or not at all.
 
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek as _, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use bytes::Bytes;
 use tempfile::{NamedTempFile, TempDir};
 
 use super::Artifact;
+use crate::load::Source;
 
 /// Why nothing was written. What stood at the path before still stands there.
 #[derive(Debug, thiserror::Error)]
@@ -87,11 +89,11 @@ pub struct Staged {
 }
 
 impl Staged {
-    /// Writes `artifact`, which is to lie at `target`.
+    /// Writes `artifact`, which is to lie at `target`. Payloads that are slices of `sources` are copied from file to file.
     ///
     /// # Errors
     /// [`WriteError`].
-    pub fn write(artifact: Artifact, target: &Path) -> Result<Self, WriteError> {
+    pub fn write(artifact: Artifact, target: &Path, sources: &[Source]) -> Result<Self, WriteError> {
         let fail = failed(target);
         let name = target.file_name().map(PathBuf::from);
         let name = name.ok_or_else(|| fail(io::Error::new(io::ErrorKind::InvalidInput, "it names no file")))?;
@@ -101,17 +103,7 @@ impl Staged {
         let mut names = Vec::new();
         if !external.is_empty() {
             let data = PathBuf::from(external_name);
-            fill(&folder.path().join(&data), |out| {
-                let mut end = 0_u64;
-                for (offset, payload) in &external {
-                    let gap = usize::try_from(offset - end).unwrap_or(0);
-                    out.write_all(&vec![0; gap])?;
-                    out.write_all(payload)?;
-                    end = offset + payload.len() as u64;
-                }
-                Ok(())
-            })
-            .map_err(&fail)?;
+            payloads(&folder.path().join(&data), &external, sources).map_err(&fail)?;
             names.push(data);
         }
         fill(&folder.path().join(&name), |out| proto::encode_to(model, out)).map_err(&fail)?;
@@ -144,6 +136,23 @@ impl Staged {
         }
         Ok(())
     }
+}
+
+/// Writes `external`, each payload at its offset, with zeros between.
+fn payloads(path: &Path, external: &[(u64, Bytes)], sources: &[Source]) -> io::Result<()> {
+    let mut out = std::fs::File::create_new(path)?;
+    for (offset, payload) in external {
+        // Seeking past the end leaves a hole, which reads as zeros.
+        out.seek(io::SeekFrom::Start(*offset))?;
+        let mut copied = false;
+        for source in sources {
+            copied = copied || source.copy(payload, &mut out)?;
+        }
+        if !copied {
+            out.write_all(payload)?;
+        }
+    }
+    Ok(())
 }
 
 fn fill(path: &Path, write: impl FnOnce(&mut BufWriter<std::fs::File>) -> io::Result<()>) -> io::Result<()> {

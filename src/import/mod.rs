@@ -11,7 +11,7 @@ mod tensor;
 mod types;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use passes::diag::{self, Diagnostic, Place, Severity};
@@ -21,7 +21,7 @@ use passes::model::{Metadata, Model};
 use proto::DecodeError;
 use proto::onnx::{ModelProto, OperatorSetIdProto};
 
-use crate::load::{self, ExternalFiles, LoadError};
+use crate::load::{self, ExternalFiles, LoadError, Source};
 
 pub use tensor::tensor;
 
@@ -73,7 +73,7 @@ pub struct Imported {
     /// The ai.onnx version of the file.
     pub opset: u32,
     /// The files that weights were read from, besides the model itself.
-    pub external: Vec<PathBuf>,
+    pub external: Vec<Source>,
 }
 
 /// Reads the model at `path`; weights stay mapped.
@@ -113,7 +113,7 @@ pub fn model(mut wire: ModelProto, files: &mut ExternalFiles) -> Result<Imported
     }
     opsets.insert("".into(), target);
     let model = Model::new(graph, metadata(wire, opsets))?;
-    Ok(Imported { model, notes, opset, external: files.paths() })
+    Ok(Imported { model, notes, opset, external: files.take_sources() })
 }
 
 fn check_version(opset: u32, wire: &ModelProto) -> Result<(), ImportError> {

@@ -40,6 +40,6 @@ impl Target for OnnxQdq {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq(model)
+        passes::lower::qdq(model, passes::lower::Weights::Codes)
     }
 }

@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 
 use passes::about::About;
+use passes::id::Site;
+use passes::lower::Weights;
 use passes::model::Model;
 use passes::target::{Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo, When};
 
@@ -74,37 +76,55 @@ impl Target for OrtCpu {
             (Some(8), Goal::Balanced) if scheme.weight_bits == 8 => {
                 "assign-encodings{observer=mse, weights=min-max}, round, correct-bias"
             }
-            (Some(_), _) if scheme.weight_bits == 8 => {
-                "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=min-max}, \
-                 round{method=gptq}, correct-bias"
-            }
-            (Some(_), _) => {
+            (Some(_), Goal::Balanced) => {
                 "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=mse}, \
                  round{method=gptq}, refit-scales, correct-bias"
             }
+            (Some(_), Goal::Best) if scheme.weight_bits == 8 => {
+                "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=min-max, \
+                 least-db=31}, round-in-order{method=enumerate}"
+            }
+            (Some(_), Goal::Best) => {
+                "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=mse, \
+                 least-db=31}, round-in-order{method=enumerate, refit=3}"
+            }
             (None, Goal::Fast) => "assign-encodings{weights=min-max}, round",
             (None, Goal::Balanced) => "assign-encodings{weights=mse}, round{method=gptq}",
-            (None, Goal::Best) => "assign-encodings{weights=mse}, round{method=gptq}, descend, refit-scales{rounds=3}",
+            (None, Goal::Best) => "assign-encodings{weights=mse}, round-in-order{refit=3}",
         };
         format!("{NORMALIZE},\ncalibrate, {rest}").into()
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
-        let weights = (2..=8).contains(&scheme.weight_bits);
-        let activations = scheme.activation_bits.is_none_or(|bits| matches!(bits, 4 | 8));
+        let weights = scheme.weight_format.is_some() || (2..=8).contains(&scheme.weight_bits);
+        let native = |name: &str| passes::grid::find(name).is_some_and(passes::lower::is_native);
+        let activations = match scheme.activation_format {
+            Some(name) => native(name),
+            None => scheme.activation_bits.is_none_or(|bits| matches!(bits, 4 | 8)),
+        };
+        let in_blocks = scheme.block_format().is_none() || (scheme.activation_bits.is_none() && scheme.block.is_none());
         let blocks = match scheme.block {
             Some(size) => scheme.activation_bits.is_none() && (16..=256).contains(&size) && size.is_power_of_two(),
             None => true,
         };
         let zero_points = !scheme.asymmetric || scheme.activation_bits.is_none();
-        (!(weights && activations && blocks && zero_points)).then(|| {
-            "it takes weights of 2 to 8 bits, activations of 4 or 8 bits or in float (a16); with float activations also \
-             blocks of 16, 32, 64, 128 or 256 inputs (g32) and zero points (asym)"
+        (!(weights && activations && in_blocks && blocks && zero_points)).then(|| {
+            "it takes weights of 2 to 8 bits or any of `list formats`, activations of 4 or 8 bits, in 8-bit floats (afp8, \
+             afp8e5m2) or in float (a16); with float activations also blocks of 16, 32, 64, 128 or 256 inputs (g32), zero \
+             points (asym) and block formats (wmxfp4a16)"
                 .to_owned()
         })
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq(model)
+        // With float8 on both sides its optimizer makes a QLinearConv, and then refuses the model for the types it takes.
+        let is_activation = |site: Site| match site {
+            Site::Value(value) => model.graph().constant(value).is_none(),
+            Site::Use { node, input } => {
+                model.graph().node(node).is_some_and(|node| model.graph().constant_input(node, input.into()).is_none())
+            }
+        };
+        let float8 = model.plan().encodings().any(|(site, e)| !e.grid.info().integer && is_activation(site));
+        passes::lower::qdq(model, if float8 { Weights::Float8AsNumbers } else { Weights::Codes })
     }
 }

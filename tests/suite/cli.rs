@@ -319,10 +319,27 @@ fn external_weights_of_the_input_are_never_replaced() {
     let imported = onnx_quant::import::file(&fixture("models/digits-resnet.onnx")).unwrap();
     let options = onnx_quant::emit::Emit { external: Some("foo.onnx.data".into()) };
     let artifact = onnx_quant::emit::model(imported.model.graph(), &imported.model.meta, &options, "foo.onnx");
-    onnx_quant::emit::Staged::write(artifact, at("float.onnx").as_ref()).unwrap().publish().unwrap();
+    onnx_quant::emit::Staged::write(artifact, at("float.onnx").as_ref(), &[]).unwrap().publish().unwrap();
     let before = std::fs::read(at("foo.onnx.data")).unwrap();
     let data = fixture("data/digits");
     refused(&["quantize", &at("float.onnx"), "--data", text(&data), "-o", &at("foo.onnx")], 2, &["never touched"]);
     refused(&["opt", &at("float.onnx"), "--pipeline", "", "-o", &at("float.onnx")], 2, &["never touched"]);
     assert_eq!(std::fs::read(at("foo.onnx.data")).unwrap(), before);
+}
+
+/// Sixteen herded samples out of 128 do; other commands say that they cannot choose.
+#[test]
+fn samples_are_chosen_by_herding() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("q.onnx");
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let args = ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--samples", "16"];
+    let json: serde_json::Value =
+        serde_json::from_str(&tool_ok(&[&args[..], &["--select", "herding", "--json"]].concat())).unwrap();
+    assert_eq!(json["samples"], 16, "{json:#}");
+    let stats = folder.path().join("s.json");
+    let args = ["stats", text(&model), "--data", text(&data), "-o", text(&stats), "--select", "herding"];
+    let output = tool(&args);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("only `quantize` does that"));
 }

@@ -47,7 +47,7 @@ fn external_data_round_trips() {
     let artifact = emit::model(imported.model.graph(), &imported.model.meta, &options, "m.onnx");
     assert!(artifact.external.iter().all(|(offset, payload)| offset % 4096 == 0 && payload.len() >= 1024));
     let path = folder.path().join("m.onnx");
-    emit::Staged::write(artifact, &path).unwrap().publish().unwrap();
+    emit::Staged::write(artifact, &path, &[]).unwrap().publish().unwrap();
     let back = import::file(&path).unwrap();
     assert_eq!(back.external.len(), 1);
     let of = |model: &passes::model::Model| passes::text::graph(model);

@@ -8,10 +8,12 @@ mod determinism;
 mod differential;
 mod equalize;
 mod files;
+mod formats;
 mod hostile;
 mod import;
 mod layering;
 mod registry;
+mod rounding;
 mod schemes;
 mod verify;
 

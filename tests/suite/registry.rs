@@ -11,7 +11,7 @@ use passes::{catalogue, grid, observe};
 fn everything() -> Vec<&'static About> {
     let passes = catalogue::passes().into_iter().map(|entry| &entry.info.about);
     let observers = observe::OBSERVERS.iter().map(|entry| entry.about);
-    let grids = grid::GRIDS.iter().map(|grid| &grid.info().about);
+    let grids = grid::all().map(|grid| &grid.info().about);
     let places = targets::TARGETS.iter().map(|target| &target.info().about);
     passes.chain(observers).chain(grids).chain(places).chain(exec::EXECUTORS.iter().map(|e| e.about)).collect()
 }

@@ -13,7 +13,10 @@ fn run(scheme: &str, recipe: &str) -> serde_json::Value {
 
 #[test]
 fn every_scheme_verifies() {
-    for scheme in ["w8a8", "w5a8", "w4a8", "w2a8", "w4a4", "w8a16", "w4a16", "w4a16g32", "w3a16g16asym", "w2a16g32"] {
+    let integers = ["w8a8", "w5a8", "w4a8", "w2a8", "w4a4", "w8a16", "w4a16", "w4a16g32", "w3a16g16asym", "w2a16g32"];
+    let floats = ["wfp8afp8", "wfp8e5m2afp8e5m2", "wfp8a16", "wfp4a8", "we2m3a8", "we3m0a16g32", "wnf4a16g32"];
+    let blocks = ["wmxfp8a16", "wmxfp4a16", "wmxint8a16", "wnvfp4a16"];
+    for scheme in integers.into_iter().chain(floats).chain(blocks) {
         let json = run(scheme, "best");
         assert_eq!(json["verify"]["passed"], true, "{scheme}: {json:#}");
         assert_eq!(json["scheme"], scheme);

@@ -1,5 +1,8 @@
 //! Number formats: finite sets of real points, before scaling.
 
+pub mod block;
+mod codebook;
+mod float;
 mod int;
 
 use std::fmt::Debug;
@@ -7,6 +10,8 @@ use std::fmt::Debug;
 use crate::about::About;
 use crate::tensor::DType;
 
+pub use codebook::CodebookGrid;
+pub use float::FloatGrid;
 pub use int::IntGrid;
 
 /// A finite set of real points, before scaling. Every method takes and returns unscaled numbers; ties round to even and
@@ -66,11 +71,25 @@ pub static GRIDS: &[&dyn Grid] = &[
     &int::INT2_IN_4,
     &int::UINT2_IN_4,
     &int::INT32,
+    &float::FLOAT8_E4M3FN,
+    &float::FLOAT8_E4M3FNUZ,
+    &float::FLOAT8_E5M2,
+    &float::FLOAT8_E5M2FNUZ,
+    &float::FLOAT8_E4M3B11FNUZ,
+    &float::FLOAT8_E4M3,
+    &float::FLOAT8_E3M4,
+    &float::FLOAT4_E2M1,
+    &codebook::NF4,
 ];
+
+/// Every grid, the minifloats of all widths included.
+pub fn all() -> impl Iterator<Item = &'static dyn Grid> {
+    GRIDS.iter().chain(float::MINIFLOATS).copied()
+}
 
 /// The grid called `name`.
 pub fn find(name: &str) -> Option<&'static dyn Grid> {
-    GRIDS.iter().copied().find(|grid| grid.info().about.name == name)
+    all().find(|grid| grid.info().about.name == name)
 }
 
 #[cfg(test)]
@@ -80,9 +99,11 @@ mod tests {
     /// Exhaustive up to 16 bits: codes and points map onto each other, `nearest` is idempotent and truly nearest.
     #[test]
     fn codes_and_points_are_one_to_one() {
-        for grid in GRIDS.iter().filter(|grid| grid.info().bits <= 16) {
+        for grid in all().filter(|grid| grid.info().bits <= 16) {
             let (low, high) = grid.range();
-            let points: Vec<f64> = (0..1_u32 << grid.info().storage.bits())
+            // Integers of few bits fill their storage with the sign; floats leave the upper codes unused.
+            let codes = if grid.info().integer { grid.info().storage.bits() } else { grid.info().bits };
+            let points: Vec<f64> = (0..1_u32 << codes)
                 .map(|code| grid.decode(code))
                 .filter(|point| (low..=high).contains(point))
                 .collect();
@@ -92,7 +113,7 @@ mod tests {
             }
             for &x in &[low - 1.0, low, -0.6, 0.0, 0.5, 1.5, 2.2, high, high + 3.0, 1e30] {
                 let best = points.iter().map(|p| (p - x).abs()).fold(f64::INFINITY, f64::min);
-                assert!(((grid.nearest(x) - x).abs() - best).abs() < 1e-9, "{grid:?} {x}");
+                assert!(((grid.nearest(x) - x).abs() - best).abs() < 1e-9 * (1.0 + best), "{grid:?} {x}");
                 assert!(grid.below(x) <= x || grid.below(x) <= low, "{grid:?} {x}");
                 assert!(grid.above(x) >= x || grid.above(x) >= high, "{grid:?} {x}");
             }
@@ -109,7 +130,7 @@ mod tests {
 
     #[test]
     fn snap_agrees_with_nearest() {
-        for grid in GRIDS {
+        for grid in all() {
             let mut xs: Vec<f32> = (-4000..4000).map(|i| i as f32 * 0.037).collect();
             let want: Vec<f64> = xs.iter().map(|&x| grid.nearest(f64::from(x))).collect();
             grid.snap(&mut xs, 0.0);

@@ -3,12 +3,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::{Encoding, Granularity};
+use crate::grid::Grid;
 use crate::id::{Name, NodeId, Site, ValueId};
 use crate::ir::{Attr, Attrs, BuildError, Builder, Def, Graph, Node, OpKey, TensorType, Type, walk};
 use crate::model::{Model, Plan};
 use crate::target::{LowerError, Lowered};
 use crate::tensor::{DType, Tensor};
+
+/// How encoded weights are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// As codes behind a dequantize node, where there is one for their format.
+    Codes,
+    /// Those in 8-bit floats as the float numbers that their codes stand for; others as codes.
+    Float8AsNumbers,
+}
 
 /// The float graph of `model` with a quantize-dequantize pair for every encoded activation and a dequantized constant for
 /// every encoded constant.
@@ -19,17 +30,20 @@ use crate::tensor::{DType, Tensor};
 ///
 /// # Errors
 /// [`LowerError`] for an encoded constant without codes, a tensor with two different encodings, or a name clash.
-pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
+pub fn lower(model: &Model, weights: Weights) -> Result<Lowered, LowerError> {
     let graph = model.graph();
     let mut lowering = Lowering {
         graph,
         plan: model.plan(),
         opset: model.meta.opset(),
+        weights,
         builder: Builder::new(graph.name(), graph.doc()),
         taken: graph.value_ids().map(|id| Arc::clone(&graph.value(id).name)).collect(),
         raw: BTreeMap::new(),
         pairs: BTreeMap::new(),
         constants: BTreeMap::new(),
+        unwritable: BTreeSet::new(),
+        notes: Vec::new(),
     };
     for &input in graph.inputs() {
         let value = graph.value(input);
@@ -43,7 +57,7 @@ pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
     for &output in graph.outputs() {
         lowering.output(output)?;
     }
-    let notes = Vec::new();
+    let notes = lowering.notes;
     Ok(Lowered { graph: lowering.builder.finish().map_err(bug)?, meta: Arc::clone(&model.meta), notes })
 }
 
@@ -59,6 +73,7 @@ struct Lowering<'a> {
     graph: &'a Graph,
     plan: &'a Plan,
     opset: u32,
+    weights: Weights,
     builder: Builder,
     /// The names of the float graph.
     taken: BTreeSet<Name>,
@@ -68,6 +83,16 @@ struct Lowering<'a> {
     pairs: BTreeMap<ValueId, Vec<(Encoding, ValueId)>>,
     /// Constants behind their dequantize nodes, by codes and encoding.
     constants: BTreeMap<CodesKey, Vec<(Encoding, ValueId)>>,
+    /// Formats that were written as float numbers.
+    unwritable: BTreeSet<&'static str>,
+    notes: Vec<Diagnostic>,
+}
+
+/// Whether ONNX operators of opset 21 read codes of `grid`.
+pub fn is_native(grid: &dyn Grid) -> bool {
+    let info = grid.info();
+    let float8 = [DType::F8E4M3Fn, DType::F8E4M3FnUz, DType::F8E5M2, DType::F8E5M2FnUz];
+    info.integer || float8.contains(&info.storage)
 }
 
 impl Lowering<'_> {
@@ -142,6 +167,11 @@ impl Lowering<'_> {
                 problem: "it has two different encodings: it would be rounded twice".into(),
             });
         }
+        if let (None, Some(site)) = (by_use.or(by_value), site)
+            && let Some(tensor) = self.plan.substitute(site)
+        {
+            return self.substitute(value, tensor);
+        }
         match (by_use.or(by_value), self.graph.constant(value)) {
             (Some((site, encoding)), Some(_)) => self.encoded_constant(value, site, &encoding.clone()),
             (Some((_, encoding)), None) => self.pair(value, &encoding.clone()),
@@ -160,6 +190,12 @@ impl Lowering<'_> {
         Ok(id)
     }
 
+    /// A float constant in place of that of the graph.
+    fn substitute(&mut self, value: ValueId, tensor: &Arc<Tensor>) -> Result<ValueId, LowerError> {
+        let name = self.fresh(&format!("{}.corrected", self.graph.value(value).name));
+        self.builder.constant(&name, Arc::clone(tensor)).map_err(bug)
+    }
+
     fn encoded_constant(&mut self, value: ValueId, site: Site, encoding: &Encoding) -> Result<ValueId, LowerError> {
         let name = Arc::clone(&self.graph.value(value).name);
         let codes = self.plan.codes(site).ok_or_else(|| LowerError {
@@ -170,12 +206,35 @@ impl Lowering<'_> {
         if let Some((_, id)) = self.constants.get(&key).and_then(|all| all.iter().find(|(e, _)| e == encoding)) {
             return Ok(*id);
         }
+        let numbers = self.weights == Weights::Float8AsNumbers && !encoding.grid.info().integer;
+        if numbers || !is_native(encoding.grid) {
+            let result = self.rounded(&name, encoding, codes)?;
+            self.constants.entry(key).or_default().push((encoding.clone(), result));
+            return Ok(result);
+        }
         let stem = self.fresh(&format!("{name}.codes"));
         let codes_id = self.builder.constant(&stem, Arc::clone(codes)).map_err(bug)?;
         let shape = codes.shape().to_vec();
         let result = self.dequantize(&name, codes_id, encoding, &shape)?;
         self.constants.entry(key).or_default().push((encoding.clone(), result));
         Ok(result)
+    }
+
+    /// The numbers that codes of a format without an ONNX type stand for, as a float constant.
+    fn rounded(&mut self, name: &Name, encoding: &Encoding, codes: &Arc<Tensor>) -> Result<ValueId, LowerError> {
+        let fail = |problem: String| LowerError { place: format!("tensor `{name}`"), problem };
+        let values = encoding.decode(codes).map_err(|e| fail(e.to_string()))?;
+        let stem = self.fresh(&format!("{name}.rounded"));
+        let tensor = Arc::new(Tensor::of(codes.shape(), values));
+        if !is_native(encoding.grid) && self.unwritable.insert(encoding.grid.info().about.name) {
+            let message = format!(
+                "`{}` has no operator in opset {}: its weights are written as the float numbers that their codes stand for",
+                encoding.grid.info().about.name,
+                self.opset
+            );
+            self.notes.push(Diagnostic::new(diag::NOT_WRITABLE, Severity::Warning, Place::Model, message));
+        }
+        self.builder.constant(&stem, tensor).map_err(bug)
     }
 
     /// The result of the quantize-dequantize pair for an activation, made when it is first asked for.

@@ -67,6 +67,13 @@ pub enum Edit {
         /// The codes, in the storage type of the encoding's grid.
         codes: Arc<Tensor>,
     },
+    /// Plan: the float constant that is read at `site` instead of that of the graph.
+    Substitute {
+        /// Where.
+        site: Site,
+        /// What is read, of the same type and shape.
+        tensor: Arc<Tensor>,
+    },
     /// Plan: whether `node` runs quantized, and why.
     Decide {
         /// Which node.
@@ -86,7 +93,14 @@ pub enum Edit {
 impl Edit {
     /// Whether the graph itself changes.
     pub fn touches_graph(&self) -> bool {
-        !matches!(self, Self::Encode { .. } | Self::Round { .. } | Self::Decide { .. } | Self::Record { .. })
+        !matches!(
+            self,
+            Self::Encode { .. }
+                | Self::Round { .. }
+                | Self::Substitute { .. }
+                | Self::Decide { .. }
+                | Self::Record { .. }
+        )
     }
 }
 
@@ -284,6 +298,7 @@ impl Model {
                     self.plan.encodings.insert(site, encoding);
                 }
                 Edit::Round { site, codes } => drop(self.plan.codes.insert(site, codes)),
+                Edit::Substitute { site, tensor } => drop(self.plan.substitutes.insert(site, tensor)),
                 Edit::Decide { node, decision } => drop(self.plan.decisions.insert(node, decision)),
                 Edit::Record { value, statistic } => self.stats.record(value, statistic),
                 _ => {}
@@ -309,6 +324,7 @@ impl Model {
                 if kept.is_none_or(|node| node.inputs.get(index) != Some(value)) {
                     self.plan.encodings.remove(&Site::Use { node: id, input });
                     self.plan.codes.remove(&Site::Use { node: id, input });
+                    self.plan.substitutes.remove(&Site::Use { node: id, input });
                 }
             }
         }

@@ -17,7 +17,8 @@ pub struct Decision {
     pub reason: String,
 }
 
-/// Encodings and rounded codes, by site, and the decision for every node that was considered.
+/// Encodings and rounded codes, by site, the decision for every node that was considered, and float constants that take back
+/// part of what rounding loses.
 ///
 /// An encoding at [`Site::Value`] holds for everyone who reads the tensor; one at [`Site::Use`] for that read alone. A
 /// tensor never has both with different encodings: one tensor is one decision.
@@ -26,6 +27,7 @@ pub struct Plan {
     pub(crate) encodings: BTreeMap<Site, Encoding>,
     pub(crate) codes: BTreeMap<Site, Arc<Tensor>>,
     pub(crate) decisions: BTreeMap<NodeId, Decision>,
+    pub(crate) substitutes: BTreeMap<Site, Arc<Tensor>>,
 }
 
 impl Plan {
@@ -58,6 +60,17 @@ impl Plan {
     /// What was decided about `node`.
     pub fn decision(&self, node: NodeId) -> Option<&Decision> {
         self.decisions.get(&node)
+    }
+
+    /// The float constants that are read instead of those of the graph, in the order of their sites: corrected biases of nodes
+    /// that add them in float. Of the type and shape of what they stand for.
+    pub fn substitutes(&self) -> impl Iterator<Item = (Site, &Arc<Tensor>)> {
+        self.substitutes.iter().map(|(&site, tensor)| (site, tensor))
+    }
+
+    /// The float constant that is read at `site` instead of that of the graph.
+    pub fn substitute(&self, site: Site) -> Option<&Arc<Tensor>> {
+        self.substitutes.get(&site)
     }
 
     /// Whether nothing is encoded.

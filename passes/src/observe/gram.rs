@@ -71,7 +71,7 @@ impl GramSums {
             sums: vec![0.0; groups * columns],
             count: 0,
             quarters: 0,
-            share: MAX_ROWS / (samples.max(1) as u64),
+            share: share_of(samples),
         })
     }
 
@@ -102,6 +102,14 @@ impl GramSums {
         self.quarters += quarters;
     }
 
+    /// Adds what `other`, made alike, saw.
+    pub fn merge(&mut self, other: &Self) {
+        self.products.iter_mut().zip(&other.products).for_each(|(mine, theirs)| *mine += theirs);
+        self.sums.iter_mut().zip(&other.sums).for_each(|(mine, theirs)| *mine += theirs);
+        self.count += other.count;
+        self.quarters += other.quarters;
+    }
+
     /// The moments; `None` when nothing was seen.
     #[expect(clippy::cast_possible_truncation, reason = "moments are used as f32")]
     pub fn finish(&self) -> Option<Gram> {
@@ -128,8 +136,13 @@ impl GramSums {
     }
 }
 
+/// The most rows of one of `samples` samples.
+pub(super) fn share_of(samples: usize) -> u64 {
+    MAX_ROWS / (samples.max(1) as u64)
+}
+
 /// The smallest power of two that carries `peak` to at most 2¹⁵; 1 for a channel of zeros.
-fn unit(peak: f32) -> f64 {
+pub(super) fn unit(peak: f32) -> f64 {
     if peak <= 0.0 {
         return 1.0;
     }
@@ -139,7 +152,7 @@ fn unit(peak: f32) -> f64 {
 }
 
 /// Up to this many columns, calling a matrix product costs more than the product.
-const FEW_COLUMNS: usize = 32;
+pub(super) const FEW_COLUMNS: usize = 32;
 
 /// Adds `XᵀX` to the lower triangle of `products`.
 fn add_many(products: &mut [f64], strip: &Strip<'_>, d: usize) {
@@ -175,7 +188,7 @@ fn add_few(products: &mut [f64], strip: &Strip<'_>, d: usize) {
 
 /// Σ a · b of whole numbers: exact, so in any order.
 #[inline(always)]
-fn product(a: &[f64], b: &[f64]) -> f64 {
+pub(super) fn product(a: &[f64], b: &[f64]) -> f64 {
     let mut sums = [0.0_f64; 8];
     let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
     let rest: f64 = a8.remainder().iter().zip(b8.remainder()).map(|(x, y)| x * y).sum();
@@ -229,8 +242,14 @@ mod tests {
     #[test]
     fn order_and_batching_do_not_matter() {
         let x = values(600);
-        let rows =
-            Rows::Windows(Window { kernel: [3, 1], strides: [1, 1], dilations: [1, 1], pads: [1, 0, 1, 0], groups: 2 });
+        let rows = Rows::Windows(Window {
+            kernel: [3, 1],
+            strides: [1, 1],
+            dilations: [1, 1],
+            pads: [1, 0, 1, 0],
+            groups: 2,
+            thinned_for: None,
+        });
         let peaks = [3.0_f32; 4];
         let mut whole = GramSums::new(rows, &peaks, 10).unwrap();
         whole.see(&x, &[10, 4, 5, 3]);

@@ -2,6 +2,7 @@
 //!
 //! Calibration keeps one [`Sketch`] per tensor, whatever the number of samples; every observer is a function of it.
 
+mod cross;
 mod entropy;
 mod gram;
 mod means;
@@ -12,6 +13,7 @@ mod percentile;
 mod rows;
 mod sketch;
 
+pub use cross::{Cross, CrossSums};
 pub use gram::{Gram, GramSums};
 pub use means::Means;
 pub use peaks::Peaks;

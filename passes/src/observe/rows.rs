@@ -27,6 +27,8 @@ pub struct Window {
     pub pads: [usize; 4],
     /// Groups of channels.
     pub groups: usize,
+    /// Large maps are thinned as for rows of so many columns; `None`: of its own.
+    pub thinned_for: Option<usize>,
 }
 
 /// A few rows, every value a whole multiple of its column's unit; column after column.
@@ -66,10 +68,11 @@ impl Window {
         (at * self.strides[axis] + tap * self.dilations[axis]).checked_sub(self.pads[axis])
     }
 
-    /// The output positions 0, `step`, 2 `step`, … (`across` of them) that read inside a line of `extent` with `tap`.
-    fn span(&self, axis: usize, tap: usize, step: usize, across: usize, extent: usize) -> Span {
-        let stride = step * self.strides[axis];
-        let offset = tap * self.dilations[axis];
+    /// Of the output positions of `grid` on `axis`, those that read inside a line of `extent` with `tap`.
+    fn span(&self, axis: usize, tap: usize, grid: Grid, extent: usize) -> Span {
+        let across = grid.count;
+        let stride = grid.step * self.strides[axis];
+        let offset = tap * self.dilations[axis] + grid.first * self.strides[axis];
         let from = self.pads[axis].saturating_sub(offset).div_ceil(stride.max(1));
         let first = (from * stride + offset).saturating_sub(self.pads[axis]);
         let inside = extent.saturating_sub(first).div_ceil(stride.max(1));
@@ -77,13 +80,33 @@ impl Window {
     }
 
     /// Every so-manieth output position is taken, along both axes: enough rows to know `columns` columns, no more.
-    fn thinning(outputs: [usize; 2], columns: usize) -> usize {
-        let wanted = columns.clamp(25, 784);
+    fn thinning(self, outputs: [usize; 2], columns: usize) -> usize {
+        let wanted = self.thinned_for.unwrap_or(columns).clamp(25, 784);
         let mut step = 1;
-        while outputs[0].div_ceil(step + 1) * outputs[1].div_ceil(step + 1) >= wanted {
+        while Grid::over(outputs[0], step + 1).count * Grid::over(outputs[1], step + 1).count >= wanted {
             step += 1;
         }
         step
+    }
+}
+
+/// Every `step`-th position of a line. The first is half a step in, so that the border, where windows read padding, is taken about
+/// as often as it is there.
+#[derive(Clone, Copy, Debug)]
+struct Grid {
+    first: usize,
+    step: usize,
+    count: usize,
+}
+
+impl Grid {
+    fn over(extent: usize, step: usize) -> Self {
+        let first = (step - 1) / 2;
+        Self { first, step, count: extent.saturating_sub(first).div_ceil(step) }
+    }
+
+    fn positions(self) -> impl Iterator<Item = usize> {
+        (0..self.count).map(move |at| self.first + at * self.step)
     }
 }
 
@@ -97,6 +120,23 @@ impl Rows {
             }
         }
         .filter(|&n| n > 0)
+    }
+
+    /// How rows are cut out of a tensor like the result of the node whose input, of so many `channels`, is cut by `self`, so that
+    /// rows belong together; `None` for grouped convolutions.
+    pub fn of_outputs(self, channels: usize) -> Option<Self> {
+        match self {
+            Self::Last => Some(Self::Last),
+            Self::Windows(w) if w.groups == 1 => Some(Self::Windows(Window {
+                kernel: [1, 1],
+                strides: [1, 1],
+                dilations: [1, 1],
+                pads: [0; 4],
+                groups: 1,
+                thinned_for: self.columns(channels),
+            })),
+            Self::Windows(_) => None,
+        }
     }
 
     /// How many kinds of rows there are.
@@ -140,8 +180,8 @@ impl Rows {
             }
             Self::Windows(w) => {
                 let outputs = w.outputs(shape).unwrap_or([0, 0]);
-                let step = Window::thinning(outputs, self.columns(shape[1]).unwrap_or(1));
-                let positions = (outputs[0].div_ceil(step) * outputs[1].div_ceil(step)) as u64;
+                let step = w.thinning(outputs, self.columns(shape[1]).unwrap_or(1));
+                let positions = (Grid::over(outputs[0], step).count * Grid::over(outputs[1], step).count) as u64;
                 (shape[0] as u64 * positions, 4 * shape[0] as u64 * positions.min(16))
             }
         }
@@ -186,9 +226,10 @@ fn windows(
     let Some(outputs) = w.outputs(shape) else { return };
     let (height, width) = (shape[2], shape.get(3).copied().unwrap_or(1));
     let per_group = shape[1] / w.groups;
-    let step = Window::thinning(outputs, per_group * w.taps());
-    let across = outputs[1].div_ceil(step);
-    let lines: Vec<usize> = (0..outputs[0]).step_by(step).collect();
+    let step = w.thinning(outputs, per_group * w.taps());
+    let grid = Grid::over(outputs[1], step);
+    let across = grid.count;
+    let lines: Vec<usize> = Grid::over(outputs[0], step).positions().collect();
     let mut strip: Vec<f64> = Vec::new();
     for image in values.chunks_exact((shape[1] * height * width).max(1)) {
         for lines in lines.chunks((STRIP_ROWS / across.max(1)).max(1)) {
@@ -197,7 +238,7 @@ fn windows(
                 let plane = &image[channel * height * width..(channel + 1) * height * width];
                 let unit = inverse_units[channel];
                 for tap in 0..w.taps() {
-                    let span = w.span(1, tap % w.kernel[1], step, across, width);
+                    let span = w.span(1, tap % w.kernel[1], grid, width);
                     for &line in lines {
                         let y = w.reads(0, line, tap / w.kernel[1]).filter(|&y| y < height);
                         let row = y.map_or(&[][..], |y| &plane[y * width..(y + 1) * width]);
@@ -236,7 +277,14 @@ mod tests {
 
     #[test]
     fn windows_read_zeros_outside() {
-        let w = Window { kernel: [3, 1], strides: [1, 1], dilations: [1, 1], pads: [1, 0, 1, 0], groups: 1 };
+        let w = Window {
+            kernel: [3, 1],
+            strides: [1, 1],
+            dilations: [1, 1],
+            pads: [1, 0, 1, 0],
+            groups: 1,
+            thinned_for: None,
+        };
         let mut rows = Vec::new();
         Rows::Windows(w).strips(&[1.0, 2.0, 3.0], &[1, 1, 3], 0, &[1.0], |strip| rows.extend_from_slice(strip.values));
         // Column after column: what the first, the second and the third tap read.
@@ -245,9 +293,13 @@ mod tests {
 
     #[test]
     fn large_maps_are_thinned_and_small_ones_are_not() {
-        assert_eq!(Window::thinning([7, 7], 1152), 1);
-        assert!(Window::thinning([112, 112], 27) > 10);
-        let step = Window::thinning([112, 112], 27);
-        assert!(112_usize.div_ceil(step).pow(2) >= 27);
+        let w =
+            Window { kernel: [1, 1], strides: [1, 1], dilations: [1, 1], pads: [0; 4], groups: 1, thinned_for: None };
+        assert_eq!(w.thinning([7, 7], 1152), 1);
+        assert!(w.thinning([112, 112], 27) > 10);
+        let step = w.thinning([112, 112], 27);
+        assert!(Grid::over(112, step).count.pow(2) >= 27);
+        let positions: Vec<usize> = Grid::over(10, 3).positions().collect();
+        assert_eq!(positions, [1, 4, 7]);
     }
 }

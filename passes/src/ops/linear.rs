@@ -1,7 +1,9 @@
-//! Sums of products: which input is the weight, and which of its axes is which.
+//! Sums of products: which input is the weight, which of its axes is which, and where the bias is.
 
-use crate::id::NodeId;
+use crate::id::{NodeId, Site, ValueId};
+use crate::ir::walk::{User, Users};
 use crate::ir::{Graph, Node};
+use crate::tensor::Tensor;
 
 /// The roles of the inputs of a linear node with a constant weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +45,31 @@ pub fn linear(graph: &Graph, node: NodeId) -> Option<Linear> {
         },
         _ => None,
     }
+}
+
+/// The one addition that reads `value`, and its other input.
+pub fn only_addition(graph: &Graph, users: &Users, value: ValueId) -> Option<(NodeId, u16)> {
+    match users.of_value(value) {
+        [User::Input { node, input }] if graph.node(*node)?.op.is("Add") => Some((*node, 1 - input.min(&1))),
+        _ => None,
+    }
+}
+
+/// Where the bias of the linear node `id` is read: in the node itself, or in an addition of a constant row that alone reads its
+/// result.
+pub fn bias_site(graph: &Graph, users: &Users, id: NodeId) -> Option<Site> {
+    let roles = linear(graph, id)?;
+    let node = graph.node(id)?;
+    let channels = graph.constant_input(node, roles.weight.into())?.shape()[roles.out_axis];
+    let is_row = |tensor: &Tensor| tensor.len() == channels && tensor.shape().last() == Some(&channels);
+    if let Some(input) = roles.bias {
+        return is_row(graph.constant_input(node, input.into())?).then_some(Site::Use { node: id, input });
+    }
+    if !node.op.is("MatMul") {
+        return None;
+    }
+    let (add, input) = only_addition(graph, users, node.output(0)?)?;
+    is_row(graph.constant_input(graph.node(add)?, input.into())?).then_some(Site::Use { node: add, input })
 }
 
 fn transposed(node: &Node, attribute: &str) -> bool {

@@ -11,7 +11,7 @@ mod shape;
 pub mod sizes;
 
 pub use eval::{EvalError, MAX_FOLDED_BYTES, evaluate};
-pub use linear::{Linear, linear};
+pub use linear::{Linear, bias_site, linear, only_addition};
 pub(crate) use shape::shape_range;
 
 use crate::ir::{Dim, Graph, Node, OpKey, TensorType};

@@ -103,6 +103,8 @@ pub struct PassContext<'a> {
     pub threads: usize,
     /// The most bytes that tensors held at once for measuring may take.
     pub tap_budget: u64,
+    /// The most bytes that tensors of samples may take while they wait for the next stage of a walk.
+    pub pair_budget: u64,
     /// The bytes of tensors for one sample, where they are known; empty to have them worked out from the shapes.
     pub sizes: BTreeMap<ValueId, u64>,
     /// Told about long work.
@@ -110,8 +112,8 @@ pub struct PassContext<'a> {
 }
 
 impl<'a> PassContext<'a> {
-    /// A context for `w8a8` without samples, in which nothing is kept in float and nobody is told; one worker thread, and 256 MiB for
-    /// tensors held at once for measuring. Callers set what differs.
+    /// A context for `w8a8` without samples, in which nothing is kept in float and nobody is told; one worker thread, 256 MiB for
+    /// tensors held at once for measuring and 1 GiB for those that wait between stages. Callers set what differs.
     pub fn new(target: &'a dyn Target, executor: &'a dyn Executor) -> Self {
         static NOTHING_KEPT: KeepFloat = KeepFloat::new();
         Self {
@@ -123,6 +125,7 @@ impl<'a> PassContext<'a> {
             keep_float: &NOTHING_KEPT,
             threads: 1,
             tap_budget: 256 << 20,
+            pair_budget: 1 << 30,
             sizes: BTreeMap::new(),
             progress: &Silent,
         }

@@ -31,6 +31,8 @@ pub(super) struct Layer<'a> {
     /// Whether the weight is stored column by column.
     transposed: bool,
     gram: Option<Arc<Gram>>,
+    /// What its rows should imitate, instead of its own weight, in the order of storage.
+    target: Option<Vec<f32>>,
     /// Whether a mean error of the output is taken back in a bias.
     centered: bool,
 }
@@ -75,6 +77,7 @@ fn window(node: &Node, weight: &[usize]) -> Option<Window> {
         dilations: pair("dilations", 1)?,
         pads,
         groups: usize::try_from(node.int("group", 1)).ok().filter(|&g| g > 0 && weight[0].is_multiple_of(g))?,
+        thinned_for: None,
     })
 }
 
@@ -102,6 +105,7 @@ impl<'a> Layer<'a> {
             groups: cut.groups(),
             transposed: roles.out_axis == 1,
             gram,
+            target: None,
             centered: bias.is_some_and(|bias| model.plan().encoding(bias).is_some()),
         };
         let along_rows = match encoding.granularity {
@@ -115,6 +119,11 @@ impl<'a> Layer<'a> {
     /// Whether second moments of its input were measured.
     pub(super) fn has_gram(&self) -> bool {
         self.gram.is_some()
+    }
+
+    /// Whether rows do not share scales, so that each can have those that fit it.
+    pub(super) fn scales_are_own(&self) -> bool {
+        self.encoding.granularity != Granularity::Tensor || self.rows == 1
     }
 
     /// The position of (row, column) in the stored weight.
@@ -143,6 +152,33 @@ impl<'a> Layer<'a> {
             Granularity::Block { .. } if self.transposed => block * self.rows + row,
             Granularity::Block { .. } => row * self.blocks() + block,
         }
+    }
+
+    /// The same layer behind rounded ones: with the moments of what it reads then, and with a bias that takes the mean error
+    /// back, or without.
+    pub(super) fn behind(self, gram: Arc<Gram>, centered: bool) -> Self {
+        Self { gram: Some(gram).filter(|gram| gram.columns == self.columns), centered, ..self }
+    }
+
+    /// The same layer with another weight to imitate.
+    pub(super) fn towards(self, target: Option<Vec<f32>>) -> Self {
+        Self { target, ..self }
+    }
+
+    /// What rounding should come near to, in the order in which it is stored.
+    pub(super) fn goal(&self) -> Option<std::borrow::Cow<'_, [f32]>> {
+        self.target.as_deref().map(std::borrow::Cow::Borrowed).or_else(|| self.weights())
+    }
+
+    /// The means of the columns of `group`, where a bias takes back what they carry.
+    pub(super) fn means(&self, group: usize) -> Option<&[f32]> {
+        self.gram.as_ref().filter(|_| self.centered).map(|gram| gram.group_means(group))
+    }
+
+    /// The share that is kept of what was measured off the diagonal: few rows overfit.
+    pub(super) fn share_kept(&self) -> f64 {
+        let effective = self.gram.as_ref().map_or(0.0, |gram| gram.effective);
+        effective / (effective + self.columns as f64)
     }
 
     /// The weight in the order in which it is stored.
@@ -176,7 +212,7 @@ impl<'a> Layer<'a> {
         let d = self.columns;
         let mut h = gram.group(group).to_vec();
         let means = gram.group_means(group);
-        let keep = (gram.effective / (gram.effective + d as f64)) as f32;
+        let keep = self.share_kept() as f32;
         for (i, row) in h.chunks_exact_mut(d).enumerate() {
             for (j, value) in row.iter_mut().enumerate() {
                 if self.centered {

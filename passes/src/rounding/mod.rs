@@ -3,12 +3,17 @@
 //! `round` chooses codes, by a [`Method`]; `descend` and `refit-scales` improve what was chosen. All of them see a weight as
 //! a matrix whose rows are independent and share one quadratic form (see [`crate::observe::Gram`]).
 
+mod adaround;
 mod descend;
+mod enumerate;
 mod gptq;
 mod layer;
 mod nearest;
+mod prefix;
 mod refit_scales;
 mod round;
+mod round_in_order;
+mod stochastic;
 mod tile;
 mod work;
 
@@ -20,10 +25,11 @@ use crate::pass::PassEntry;
 use tile::{Quadratic, Tile};
 
 /// Order is the order of the manual, not of the pipeline.
-pub static PASSES: &[PassEntry] = &[round::ENTRY, descend::ENTRY, refit_scales::ENTRY];
+pub static PASSES: &[PassEntry] = &[round::ENTRY, round_in_order::ENTRY, descend::ENTRY, refit_scales::ENTRY];
 
 /// Every method of `round`, in the order of the manual.
-pub static ROUNDINGS: &[&dyn Method] = &[&nearest::Nearest, &gptq::Gptq];
+pub static ROUNDINGS: &[&dyn Method] =
+    &[&nearest::Nearest, &stochastic::Stochastic, &gptq::Gptq, &enumerate::Enumerate, &adaround::AdaRound];
 
 /// A way to choose the points of a weight.
 #[allow(private_interfaces, reason = "methods are listed outside, and implemented here only")]

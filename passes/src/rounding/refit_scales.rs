@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use super::tile::{Quadratic, Tile};
 use super::work;
+use crate::grid::Grid;
 use crate::id::ValueId;
 use crate::model::{Model, Patch};
 use crate::pass::{Facts, OptionError, OptionInfo, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
@@ -18,7 +20,8 @@ crate::declare_pass! {
     /// s ← s − cᵀ((Ŵ − W) H)ₖ / cᵀ Hₖₖ c,     then sweeps of coordinate descent
     /// ```
     ///
-    /// Every step is exact and none loses. Scales keep their sign. Declines weights that share one scale over all rows.
+    /// Every step is exact and none loses. Scales keep their sign. Declines weights that share one scale over all rows, and
+    /// block formats, whose scales have a format of their own.
     INFO {
         name: "refit-scales",
         source: "least squares on the layer quadratic",
@@ -57,24 +60,30 @@ impl Pass for RefitScales {
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
-        work::polish(model, cx, INFO.about.name, |tile, grid, q| {
-            let before = tile.clone();
-            for _ in 0..self.rounds {
-                let mut errors = tile.errors();
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        tile.refit_scales(q, &mut errors);
-                        for _ in 0..self.sweeps {
-                            if !tile.descend(grid, q, &mut errors) {
-                                break;
-                            }
-                        }
-                    },
-                );
-            }
-            // Sums in f32 could lose a hair where nothing is left to gain.
-            tile.keep_better(&before, q);
-        })
+        if cx.scheme.block_format().is_some() {
+            return Ok(Patch::on(model)); // their scales have a format of their own, which fitting would leave
+        }
+        work::polish(model, cx, INFO.about.name, |tile, grid, q| refit(tile, grid, q, self.rounds, self.sweeps))
     }
+}
+
+/// Scales, then `sweeps` of descent, `rounds` times over.
+pub(super) fn refit(tile: &mut Tile, grid: &dyn Grid, q: &Quadratic, rounds: usize, sweeps: usize) {
+    let before = tile.clone();
+    for _ in 0..rounds {
+        let mut errors = tile.errors();
+        vectorized(
+            #[inline(always)]
+            || {
+                tile.refit_scales(q, &mut errors);
+                for _ in 0..sweeps {
+                    if !tile.descend(grid, q, &mut errors) {
+                        break;
+                    }
+                }
+            },
+        );
+    }
+    // Sums in f32 could lose a hair where nothing is left to gain.
+    tile.keep_better(&before, q);
 }

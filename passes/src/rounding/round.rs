@@ -8,7 +8,7 @@ use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::id::{Site, ValueId};
 use crate::model::{Edit, Model, Patch};
 use crate::parallel;
-use crate::pass::{Facts, OptionError, OptionInfo, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
+use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::tensor::Tensor;
 
 crate::declare_pass! {
@@ -24,21 +24,21 @@ crate::declare_pass! {
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,
         fidelity: PlanOnly,
-        options: &[OptionInfo { name: "method", doc: "how codes are chosen: nearest (default), gptq" }],
+        options: &[OptionInfo { name: "method", doc: "how codes are chosen: nearest (default), or any of `list roundings`" }],
     }
 }
 
-pub(super) const ENTRY: PassEntry = PassEntry {
-    info: &INFO,
-    build: |options| {
-        let name = options.text("method", "nearest");
-        let method = super::find(name).ok_or_else(|| {
-            let names: Vec<&str> = super::ROUNDINGS.iter().map(|method| method.about().name).collect();
-            OptionError { option: "method".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
-        })?;
-        Ok(Box::new(Round { method }))
-    },
-};
+pub(super) const ENTRY: PassEntry =
+    PassEntry { info: &INFO, build: |options| Ok(Box::new(Round { method: method(options, "nearest")? })) };
+
+/// The method that `options` name.
+pub(super) fn method(options: &Options, default: &str) -> Result<&'static dyn Method, OptionError> {
+    let name = options.text("method", default);
+    super::find(name).ok_or_else(|| {
+        let names: Vec<&str> = super::ROUNDINGS.iter().map(|method| method.about().name).collect();
+        OptionError { option: "method".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
+    })
+}
 
 /// See [`INFO`].
 #[derive(Debug)]
@@ -67,11 +67,8 @@ impl Round {
     /// Rounds what the method can; says which sites those are.
     fn by_data(&self, model: &Model, cx: &PassContext<'_>, patch: &mut Patch) -> Result<BTreeSet<Site>, PassError> {
         let layers = work::layers(model);
-        if layers.is_empty() && !model.plan().is_empty() {
-            let message =
-                format!("no second moments were measured: {} falls back to nearest", self.method.about().name);
-            let note = Diagnostic::new(diag::NO_MOMENTS, Severity::Warning, Place::Model, message);
-            patch.note(note.help("pass calibration samples with --data"));
+        if layers.is_empty() {
+            note_no_moments(model, self.method, patch);
         }
         let mut done = BTreeSet::new();
         cx.progress.begin(self.method.about().name, layers.len() as u64);
@@ -101,8 +98,17 @@ impl Round {
     }
 }
 
+/// Tells that `method` had nothing to go by, where anything is to be rounded.
+pub(super) fn note_no_moments(model: &Model, method: &dyn Method, patch: &mut Patch) {
+    if !model.plan().is_empty() {
+        let message = format!("no second moments were measured: {} falls back to nearest", method.about().name);
+        let note = Diagnostic::new(diag::NO_MOMENTS, Severity::Warning, Place::Model, message);
+        patch.note(note.help("pass calibration samples with --data"));
+    }
+}
+
 /// Rounds every constant that is encoded, has no codes and is not in `done`.
-fn to_nearest(model: &Model, done: &BTreeSet<Site>, patch: &mut Patch) -> Result<(), PassError> {
+pub(super) fn to_nearest(model: &Model, done: &BTreeSet<Site>, patch: &mut Patch) -> Result<(), PassError> {
     let open: Vec<(Site, ValueId)> = model
         .plan()
         .encodings()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::layer::Layer;
 use super::tile::{LANES, Quadratic, Tile};
-use crate::encoding::{Encoding, Granularity};
+use crate::encoding::Encoding;
 use crate::grid::Grid;
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::walk::Users;
@@ -59,7 +59,7 @@ pub(super) fn over_tiles<P: Sync>(
     prepare: impl Fn(&Quadratic) -> P + Sync,
     work: impl Fn(&mut Tile, &Quadratic, &P) + Sync,
 ) -> Option<Rounded> {
-    let weights = layer.weights()?;
+    let weights = layer.goal()?;
     let per_group = layer.rows / layer.groups;
     let groups: Vec<usize> = (0..layer.groups).collect();
     let tiles_of = |group: &usize| -> Option<Vec<(usize, Tile)>> {
@@ -93,7 +93,7 @@ pub(super) fn polish(
     let mut patch = Patch::on(model);
     let layers = layers(model);
     cx.progress.begin(name, layers.len() as u64);
-    for layer in layers.iter().filter(|layer| layer.encoding.granularity != Granularity::Tensor || layer.rows == 1) {
+    for layer in layers.iter().filter(|layer| layer.scales_are_own()) {
         if cx.progress.cancelled() {
             return Err(PassError::Interrupted);
         }
@@ -150,6 +150,17 @@ fn put_back(layer: &Layer<'_>, tile: &Tile, rows: std::ops::Range<usize>, into: 
 }
 
 impl Rounded {
+    /// What the codes stand for, in the order of storage.
+    pub(super) fn decoded(&self, layer: &Layer<'_>) -> Vec<f32> {
+        let mut values = self.points.clone();
+        for row in 0..layer.rows {
+            for column in 0..layer.columns {
+                values[layer.index(row, column)] *= self.scales[layer.scale_index(row, column / layer.block())];
+            }
+        }
+        values
+    }
+
     /// The edits that write this into the plan. Where scales changed, the bias of the node, whose scale is that of the input
     /// times that of the weight, is encoded and rounded anew.
     pub(super) fn edits(self, model: &Model, layer: &Layer<'_>) -> Vec<Edit> {

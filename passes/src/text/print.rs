@@ -23,17 +23,18 @@ pub fn graph(model: &Model) -> String {
     text
 }
 
-/// The plan of `model`: every encoding, by place.
+/// The plan of `model`: every encoding, by place, then the float constants that were corrected.
 pub fn plan(model: &Model) -> String {
     let mut text = String::from("plan {\n");
+    let place = |site: Site| match site {
+        Site::Value(value) => name(&model.graph().value(value).name, '%'),
+        Site::Use { node, input } => {
+            let node = model.graph().node(node).map_or("?", |node| &node.name);
+            format!("{} input {input}", name(node, '@'))
+        }
+    };
     for (site, encoding) in model.plan().encodings() {
-        let place = match site {
-            Site::Value(value) => name(&model.graph().value(value).name, '%'),
-            Site::Use { node, input } => {
-                let node = model.graph().node(node).map_or("?", |node| &node.name);
-                format!("{} input {input}", name(node, '@'))
-            }
-        };
+        let place = place(site);
         let grid = encoding.grid.info().about.name;
         let _ = write!(text, "  {place}: {grid} ");
         let _ = match (encoding.granularity, &*encoding.scale, &*encoding.zero_point) {
@@ -49,6 +50,9 @@ pub fn plan(model: &Model) -> String {
             let _ = write!(text, ", codes digest {:08x}", codes.digest());
         }
         text.push('\n');
+    }
+    for (site, tensor) in model.plan().substitutes() {
+        let _ = writeln!(text, "  {}: {}", place(site), constant(tensor));
     }
     text.push_str("}\n");
     text

@@ -25,8 +25,38 @@ pub(super) struct Observers<'a> {
     pub(super) products: &'a dyn Observer,
 }
 
+/// The decibels that the usual values of every tensor in `values` keep in the codes that it would get: their mean square, what
+/// lies beyond the 99.9th percentile counted as that, over the expected squared error. One outlier can set a scale in which
+/// nothing else is left.
+pub(super) fn kept(
+    model: &Model,
+    values: &BTreeSet<ValueId>,
+    products: &BTreeSet<ValueId>,
+    observers: &Observers<'_>,
+    goals: &Goals,
+) -> Vec<(ValueId, f64)> {
+    let values: Vec<ValueId> = values.iter().copied().collect();
+    let kept = parallel::map(&values, |value| {
+        let sketch = model.stats().distribution(*value)?;
+        let observer = if products.contains(value) { observers.products } else { observers.usual };
+        let encoding = activation(sketch, observer, goals.activation_grid());
+        let (low, high) = encoding.grid.range();
+        let (scale, zero) = (f64::from(encoding.scale[0]), f64::from(encoding.zero_point[0]));
+        let (low, high) = ((low - zero) * scale, (high - zero) * scale);
+        let usual = sketch.quantile_of_magnitude(0.999);
+        let (mut signal, mut error) = (0.0, 0.0);
+        for bucket in sketch.buckets() {
+            let (x, n) = (bucket.center(), bucket.count as f64);
+            signal += n * x.abs().min(usual).powi(2);
+            error += n * ((x - x.clamp(low, high)).powi(2) + (scale * scale / 12.0).min(x * x));
+        }
+        Some(10.0 * (signal.max(1e-300) / error.max(1e-300)).log10())
+    });
+    values.into_iter().zip(kept).filter_map(|(value, kept)| Some((value, kept?))).collect()
+}
+
 /// The tensors that quantized matrix products read.
-fn read_by_products(graph: &Graph, selection: &Selection) -> BTreeSet<ValueId> {
+pub(super) fn read_by_products(graph: &Graph, selection: &Selection) -> BTreeSet<ValueId> {
     let read = |(node, input): &(NodeId, u16)| {
         let node = graph.node(*node).filter(|node| node.op.is("MatMul") || node.op.is("Gemm"))?;
         node.input((*input).into())
@@ -95,9 +125,15 @@ fn note_dead(model: &Model, value: ValueId, patch: &mut Patch) {
     }
 }
 
-/// Asymmetric codes over the observer's range.
+/// Codes over the observer's range: asymmetric for integers, the largest magnitude at the largest number for other formats.
 fn activation(sketch: &Sketch, observer: &dyn Observer, grid: &'static dyn Grid) -> Encoding {
     let (low, high) = grid.range();
+    if !grid.info().integer {
+        let reach = sketch.max().max(-sketch.min());
+        #[expect(clippy::cast_possible_truncation, reason = "a scale rounded to f32")]
+        let scale = (reach / high) as f32;
+        return Encoding::per_tensor(grid, if scale.is_normal() { scale } else { 1.0 }, 0);
+    }
     let range = observer.range(sketch, Purpose { levels: high - low + 1.0, symmetric: false });
     let (scale, zero_point) = affine(range, low, high);
     Encoding::per_tensor(grid, scale, zero_point)
@@ -130,7 +166,8 @@ pub(super) fn encode_weights(model: &Model, nodes: &[NodeId], goals: &Goals, pat
             let roles = ops::linear(graph, id)?;
             let weight = graph.constant_input(graph.node(id)?, roles.weight.into())?;
             let site = Site::Use { node: id, input: roles.weight };
-            let encoding = match goals.scheme.block {
+            let block = goals.scheme.block_format().map(|format| format.size).or(goals.scheme.block);
+            let encoding = match block {
                 Some(size) => weights::blocked(weight, 1 - roles.out_axis, size, goals)?,
                 None if goals.scheme.asymmetric => {
                     let columns = weight.shape()[1 - roles.out_axis];
@@ -162,7 +199,9 @@ fn parameters(model: &Model, id: NodeId, by_value: &[Option<Encoding>], goals: &
     let weight = graph.constant_input(node, roles.weight.into())?;
     let input_scale = f64::from(*by_value[node.input(roles.activation.into())?.index()].as_ref()?.scale.first()?);
     let mut scales = weights::channel_scales(weight, roles.out_axis, goals)?;
-    let bias = roles.bias.and_then(|bias| graph.constant_input(node, bias.into()));
+    // Only sums of integers are integers: other formats leave the bias in float.
+    let integer = goals.weight_grid.info().integer && goals.activation_grid().info().integer;
+    let bias = roles.bias.filter(|_| integer).and_then(|bias| graph.constant_input(node, bias.into()));
     let raised = match bias {
         Some(bias) => raise_for_bias(&mut scales, &bias.floats()?, input_scale),
         None => 0,

@@ -35,6 +35,7 @@ crate::declare_pass! {
             OptionInfo { name: "observer", doc: "how activation ranges are chosen: min-max, percentile, mse (default), entropy" },
             OptionInfo { name: "products", doc: "the same for what matrix products read, where outliers carry meaning; as observer by default" },
             OptionInfo { name: "keep", doc: "the share that percentile keeps, 0.9999 by default" },
+            OptionInfo { name: "least-db", doc: "matrix products whose activation would keep fewer decibels of its usual values stay in float; off by default" },
             OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max or mse (default)" },
         ],
     }
@@ -50,6 +51,8 @@ struct AssignEncodings {
     /// For what matrix products read.
     products: Box<dyn observe::Observer>,
     weights: weights::WeightScale,
+    /// Matrix products whose activation keeps fewer decibels than this stay in float.
+    least: Option<f64>,
 }
 
 impl AssignEncodings {
@@ -72,7 +75,7 @@ impl AssignEncodings {
                 return Err(OptionError { option: "weights".into(), problem });
             }
         };
-        Ok(Self { observer, products, weights })
+        Ok(Self { observer, products, weights, least: options.number("least-db")? })
     }
 }
 
@@ -86,7 +89,8 @@ struct Goals {
 impl Goals {
     fn activation_grid(&self) -> &'static dyn Grid {
         let bits = self.scheme.activation_bits.unwrap_or(8);
-        grid::find(&format!("uint{bits}")).unwrap_or_else(|| unreachable!("schemes name grids that are in the table"))
+        let name = self.scheme.activation_format.map_or_else(|| format!("uint{bits}"), str::to_owned);
+        grid::find(&name).unwrap_or_else(|| unreachable!("schemes name grids that are in the table"))
     }
 }
 
@@ -116,8 +120,14 @@ impl Pass for AssignEncodings {
         })?;
         let goals = Goals { scheme: cx.scheme, weights: self.weights, weight_grid };
         let selection = if cx.scheme.activation_bits.is_some() {
-            let selection = select::select(model, cx.target, cx.keep_float);
             let observers = encode::Observers { usual: self.observer.as_ref(), products: self.products.as_ref() };
+            let mut selection = select::select(model, cx.target, cx.keep_float, &select::Coarse::new());
+            if let Some(least) = self.least {
+                let read = encode::read_by_products(model.graph(), &selection);
+                let kept = encode::kept(model, &read, &read, &observers, &goals);
+                let coarse = kept.into_iter().filter(|(_, kept)| *kept < least).collect();
+                selection = select::select(model, cx.target, cx.keep_float, &coarse);
+            }
             encode::encode(model, &selection, &observers, &goals, &mut patch);
             selection
         } else {

@@ -57,7 +57,7 @@ pub(super) struct Selection {
 /// Every tensor whose distribution the decisions need: what would be written or read as codes if all were measured.
 pub(super) fn wishes(model: &Model, target: &dyn Target, keep_float: &KeepFloat) -> BTreeSet<ValueId> {
     let graph = model.graph();
-    let selection = selection(model, target, keep_float, Ranges::Hoped);
+    let selection = selection(model, target, keep_float, Ranges::Hoped, &BTreeMap::new());
     let read = selection.reads.iter().filter_map(|(node, input)| graph.node(*node)?.input((*input).into()));
     let written = selection.written.iter().map(|(value, _)| *value);
     read.chain(written).filter(|value| is_float_activation(graph, *value)).collect()
@@ -66,7 +66,9 @@ pub(super) fn wishes(model: &Model, target: &dyn Target, keep_float: &KeepFloat)
 /// Which nodes have their weights in codes while activations stay in float: matrix products with a constant matrix on the
 /// right. Others gain nothing: runtimes dequantize the weights of convolutions anew on every run.
 pub(super) fn weights_only(model: &Model, target: &dyn Target, keep_float: &KeepFloat) -> Selection {
-    let selector = Selector { model, target, users: Users::of(model.graph()), keep_float, ranges: Ranges::Hoped };
+    let coarse = &BTreeMap::new();
+    let users = Users::of(model.graph());
+    let selector = Selector { model, target, users, keep_float, ranges: Ranges::Hoped, coarse };
     let mut selection = Selection::default();
     for (id, node) in model.graph().nodes() {
         let choice = match target.rule(&node.op).filter(|_| node.op.is("MatMul") || node.op.is("Gemm")) {
@@ -145,15 +147,19 @@ struct Selector<'a> {
     users: Users,
     keep_float: &'a KeepFloat,
     ranges: Ranges,
+    coarse: &'a Coarse,
 }
 
-/// Decides about every node that the target has a rule for.
-pub(super) fn select(model: &Model, target: &dyn Target, keep_float: &KeepFloat) -> Selection {
-    selection(model, target, keep_float, Ranges::Measured)
+/// Tensors that lose too much in codes, with the decibels that they keep.
+pub(super) type Coarse = BTreeMap<ValueId, f64>;
+
+/// Decides about every node that the target has a rule for; linear nodes that read one of `coarse` stay in float.
+pub(super) fn select(model: &Model, target: &dyn Target, keep_float: &KeepFloat, coarse: &Coarse) -> Selection {
+    selection(model, target, keep_float, Ranges::Measured, coarse)
 }
 
-fn selection(model: &Model, target: &dyn Target, keep_float: &KeepFloat, ranges: Ranges) -> Selection {
-    let selector = Selector { model, target, users: Users::of(model.graph()), keep_float, ranges };
+fn selection(model: &Model, target: &dyn Target, keep_float: &KeepFloat, ranges: Ranges, coarse: &Coarse) -> Selection {
+    let selector = Selector { model, target, users: Users::of(model.graph()), keep_float, ranges, coarse };
     let mut quantized = selector.grow();
     selector.prune(&mut quantized);
     selector.describe(&quantized)
@@ -185,6 +191,10 @@ impl Selector<'_> {
             return Some(format!("its input `{}` is {ty}, not f32", graph.value(*other).name));
         }
         if rule.when == When::Always {
+            if let Some((value, kept)) = values.iter().find_map(|value| Some((value, self.coarse.get(value)?))) {
+                let name = &graph.value(*value).name;
+                return Some(format!("in codes its input `{name}` keeps only {kept:.1} dB of its usual values"));
+            }
             self.linear_obstacle(id, node).or_else(|| {
                 let unseen = values.iter().find(|value| !self.is_measured(**value));
                 unseen.map(|value| format!("its input `{}` was never seen in calibration", graph.value(*value).name))

@@ -2,6 +2,7 @@
 
 use super::Goals;
 use crate::encoding::{Encoding, Granularity};
+use crate::grid::block::BlockFormat;
 use crate::grid::{self, Grid};
 use crate::parallel;
 use crate::target::Scheme;
@@ -16,8 +17,15 @@ pub(super) enum WeightScale {
     Mse,
 }
 
-/// The grid for weights of so many bits: signed, or unsigned where they have zero points.
+/// The grid for weights: of the format that `scheme` names, or integers of so many bits, signed, or unsigned where they have zero
+/// points.
 pub(super) fn weight_grid(scheme: &Scheme) -> Option<&'static dyn Grid> {
+    if let Some(block) = scheme.block_format() {
+        return Some(block.element);
+    }
+    if let Some(name) = scheme.weight_format {
+        return grid::find(name);
+    }
     let sign = if scheme.asymmetric { "uint" } else { "int" };
     let suffix = if scheme.weight_bits == 2 { "-in-4" } else { "" };
     grid::find(&format!("{sign}{}{suffix}", scheme.weight_bits))
@@ -76,6 +84,7 @@ fn squared_error(values: &[f32], grid: &dyn Grid, scale: f64, zero: f32) -> f64 
 pub(super) fn blocked(weight: &Tensor, axis: usize, size: usize, goals: &Goals) -> Option<Encoding> {
     let [rows, columns] = *weight.shape() else { return None };
     let values = weight.floats()?;
+    let top = values.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
     let (blocks, lines) = if axis == 0 { (rows.div_ceil(size), columns) } else { (columns.div_ceil(size), rows) };
     // Row-major over the shape with `axis` cut.
     let places: Vec<(usize, usize)> = if axis == 0 {
@@ -87,11 +96,23 @@ pub(super) fn blocked(weight: &Tensor, axis: usize, size: usize, goals: &Goals) 
         let run = block * size..((block + 1) * size).min(if axis == 0 { rows } else { columns });
         let at = |i: usize| values[if axis == 0 { i * columns + line } else { line * columns + i }];
         let block: Vec<f32> = run.map(at).collect();
-        if goals.scheme.asymmetric { affine_block(&block, goals.weight_grid) } else { signed_block(&block, goals) }
+        match goals.scheme.block_format() {
+            Some(format) => (least_of(&block, format, top), 0),
+            None if goals.scheme.asymmetric => affine_block(&block, goals.weight_grid),
+            None => signed_block(&block, goals),
+        }
     });
     let (scale, zero_point): (Vec<f32>, Vec<i32>) = chosen.into_iter().unzip();
     let granularity = Granularity::Block { axis, size };
     Some(Encoding { grid: goals.weight_grid, granularity, scale: scale.into(), zero_point: zero_point.into() })
+}
+
+/// Of the scales that `format` has for `block`, that with the smallest squared rounding error.
+fn least_of(block: &[f32], format: &BlockFormat, top: f32) -> f32 {
+    let peak = block.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    let [first, second] = format.candidates(peak, top);
+    let error = |scale: f32| squared_error(block, format.element, f64::from(scale), 0.0);
+    if error(second) < error(first) { second } else { first }
 }
 
 /// A symmetric scale whose sign gives the longer tail the extra code that two's complement has on the negative side.
@@ -102,7 +123,11 @@ fn signed_block(block: &[f32], goals: &Goals) -> (f32, i32) {
         return (1.0, 0);
     }
     let grid = goals.weight_grid;
-    let widest = f64::from(longest) / grid.range().0;
+    // Formats that are as long on both sides have no use for the sign.
+    let widest = match grid.range() {
+        (low, high) if low + high < 0.0 => f64::from(longest) / low,
+        (_, high) => f64::from(longest.abs()) / high,
+    };
     let scale = match goals.weights {
         WeightScale::MinMax => widest,
         WeightScale::Mse => {
@@ -125,7 +150,7 @@ mod tests {
     use super::*;
 
     fn goals(bits: u32, weights: WeightScale) -> Goals {
-        let scheme = Scheme { weight_bits: bits, activation_bits: None, block: Some(4), asymmetric: false };
+        let scheme = Scheme { block: Some(4), ..Scheme::integers(bits, None) };
         Goals { scheme, weights, weight_grid: weight_grid(&scheme).unwrap() }
     }
 

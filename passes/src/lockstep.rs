@@ -1,0 +1,307 @@
+//! The float model and the model as planned, run side by side, stage by stage.
+//!
+//! A stage ends where the next nodes to be decided about begin: when stage s has run, everything that those nodes read is there in
+//! both versions, for every sample. What later stages need is kept between stages, so that the whole walk costs two runs of
+//! the model. Samples whose tensors do not fit the budget are run again from their inputs at every stage instead.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
+
+use crate::exec::Dataset;
+use crate::id::{NodeId, ValueId};
+use crate::ir::Graph;
+use crate::model::Plan;
+use crate::ops::sizes;
+use crate::padding::Mask;
+use crate::parallel;
+use crate::pass::{PassContext, PassError};
+use crate::simulate::{self, Crossing, Cutter, Known, Part, Version};
+use crate::tensor::Tensor;
+
+/// Both versions of one sample's tensors, as far as later stages read them.
+pub(crate) struct Pair {
+    float: Known,
+    planned: Known,
+    mask: Option<Mask>,
+}
+
+impl Pair {
+    /// `value` of the float model; padding left out.
+    pub(crate) fn float(&self, value: ValueId) -> Option<Tensor> {
+        Some(self.unpadded(self.float.get(&(value, None))?.clone()))
+    }
+
+    /// A version of a value of the model as planned; padding left out.
+    pub(crate) fn planned(&mut self, version: Version, crossing: &Crossing) -> Result<Tensor, PassError> {
+        let tensor = crossing.version(&mut self.planned, version)?;
+        Ok(self.unpadded(tensor))
+    }
+
+    fn unpadded(&self, tensor: Tensor) -> Tensor {
+        self.mask.as_ref().and_then(|mask| mask.kept(&tensor)).unwrap_or(tensor)
+    }
+}
+
+/// What runs in one stage.
+struct Stage {
+    float: Part,
+    planned: Vec<Part>,
+    /// Values that are the same in both.
+    shared: BTreeSet<ValueId>,
+    crossing: Crossing,
+}
+
+/// The walk.
+pub(crate) struct Lockstep<'a> {
+    graph: &'a Graph,
+    cx: &'a PassContext<'a>,
+    dataset: &'a dyn Dataset,
+    stage_of: BTreeMap<NodeId, usize>,
+    /// The last stage that reads a value.
+    last_reader: BTreeMap<ValueId, usize>,
+    /// Values that the plan changes.
+    touched: BTreeSet<ValueId>,
+    /// One per sample; `None` for those that are run again at every stage.
+    kept: Vec<Mutex<Option<Pair>>>,
+    /// How many samples are kept, from the first on.
+    n_kept: usize,
+    /// What ran so far, where a sample has to run it again.
+    stages: Vec<Stage>,
+    ran: usize,
+}
+
+impl<'a> Lockstep<'a> {
+    /// Ready to run stage 0 of `graph` on the samples of `cx`; every node of `stops` begins a stage.
+    ///
+    /// # Errors
+    /// [`PassError::NoData`] without samples; what reading the first one says.
+    pub(crate) fn new(
+        graph: &'a Graph,
+        plan: &Plan,
+        cx: &'a PassContext<'a>,
+        stops: &BTreeSet<NodeId>,
+    ) -> Result<Self, PassError> {
+        let dataset = cx.dataset.filter(|d| !d.is_empty()).ok_or(PassError::NoData)?;
+        let stage_of = stages(graph, stops);
+        let mut last_reader = BTreeMap::new();
+        for (id, node) in graph.nodes() {
+            for value in crate::ir::walk::reads(node) {
+                let last = last_reader.entry(value).or_insert(0);
+                *last = stage_of[&id].max(*last);
+            }
+        }
+        let touched = touched(graph, plan);
+        let mut walk = Self {
+            graph,
+            cx,
+            dataset,
+            stage_of,
+            last_reader,
+            touched,
+            kept: (0..dataset.len()).map(|_| Mutex::new(None)).collect(),
+            n_kept: 0,
+            stages: Vec::new(),
+            ran: 0,
+        };
+        let largest = walk.largest_pair(&dataset.sample(0)?).max(1);
+        walk.n_kept = usize::try_from(cx.pair_budget / largest).unwrap_or(usize::MAX).min(dataset.len());
+        Ok(walk)
+    }
+
+    /// The stage that node `id` begins or is in.
+    pub(crate) fn stage_of(&self, id: NodeId) -> usize {
+        self.stage_of.get(&id).copied().unwrap_or(0)
+    }
+
+    /// The most bytes that the tensors of a sample like `sample` take between stages, both versions together.
+    fn largest_pair(&self, sample: &[Tensor]) -> u64 {
+        let mut bytes = sizes::of(self.graph, sample);
+        bytes.extend(&self.cx.sizes);
+        let all: Vec<ValueId> = self.last_reader.keys().copied().collect();
+        sizes::by_likeness(self.graph, &all, &mut bytes);
+        let n_stages = self.stage_of.values().max().map_or(0, |last| last + 1);
+        let mut changes = vec![0_i128; n_stages + 1];
+        for (&value, &last) in &self.last_reader {
+            let Some((producer, _)) = self.graph.producer(value) else { continue };
+            let versions = if self.touched.contains(&value) { 2 } else { 1 };
+            let size = i128::from(bytes.get(&value).copied().unwrap_or(0)) * versions;
+            let first = self.stage_of(producer);
+            if last > first {
+                changes[first] += size;
+                changes[last] -= size;
+            }
+        }
+        let mut alive = 0;
+        let most = changes.iter().map(|change| {
+            alive += change;
+            alive
+        });
+        u64::try_from(most.max().unwrap_or(0)).unwrap_or(u64::MAX)
+    }
+
+    /// Runs the next stage as `plan` says now.
+    ///
+    /// # Errors
+    /// [`PassError`] when a part does not run, a sample cannot be read, or the user interrupts.
+    pub(crate) fn advance(&mut self, plan: &Plan) -> Result<(), PassError> {
+        let stage = self.prepare(plan)?;
+        let first = self.ran == 0;
+        parallel::workers(
+            self.cx.threads,
+            self.n_kept,
+            || (),
+            |(), index| {
+                self.interrupted()?;
+                let mut slot = self.kept[index].lock().unwrap_or_else(PoisonError::into_inner);
+                let mut pair = if first { self.start(index)? } else { slot.take().ok_or_else(lost)? };
+                run(&stage, &mut pair)?;
+                self.forget(self.ran, &mut pair);
+                *slot = Some(pair);
+                Ok::<(), PassError>(())
+            },
+        )?;
+        if self.n_kept < self.kept.len() {
+            self.stages.push(stage);
+        }
+        self.ran += 1;
+        Ok(())
+    }
+
+    /// Shows both versions of every sample to `see`, in any order, with a state of the worker.
+    ///
+    /// # Errors
+    /// [`PassError`], as [`Self::advance`] and from `see`.
+    pub(crate) fn each<S: Send>(
+        &self,
+        start: impl Fn() -> S + Sync,
+        see: impl Fn(&mut S, &mut Pair) -> Result<(), PassError> + Sync,
+    ) -> Result<Vec<S>, PassError> {
+        parallel::workers(self.cx.threads, self.kept.len(), start, |state, index| {
+            self.interrupted()?;
+            if index < self.n_kept {
+                let mut slot = self.kept[index].lock().unwrap_or_else(PoisonError::into_inner);
+                return see(state, slot.as_mut().ok_or_else(lost)?);
+            }
+            let mut pair = self.start(index)?;
+            for (at, stage) in self.stages.iter().enumerate() {
+                run(stage, &mut pair)?;
+                self.forget(at, &mut pair);
+            }
+            see(state, &mut pair)
+        })
+    }
+
+    fn interrupted(&self) -> Result<(), PassError> {
+        if self.cx.progress.cancelled() { Err(PassError::Interrupted) } else { Ok(()) }
+    }
+
+    fn start(&self, index: usize) -> Result<Pair, PassError> {
+        let feeds = self.dataset.sample(index)?;
+        let mask = Mask::of(self.graph, &feeds);
+        let inputs = self.graph.inputs().iter().zip(&feeds);
+        let known: Known = inputs.map(|(&value, tensor)| ((value, None), tensor.clone())).collect();
+        Ok(Pair { float: known.clone(), planned: known, mask })
+    }
+
+    /// Lets go of what nobody reads after `stage`, and of rounded versions.
+    fn forget(&self, stage: usize, pair: &mut Pair) {
+        let needed =
+            |(value, site): &Version| site.is_none() && self.last_reader.get(value).is_some_and(|&last| last > stage);
+        pair.float.retain(|version, _| needed(version));
+        pair.planned.retain(|version, _| needed(version));
+    }
+
+    fn prepare(&self, plan: &Plan) -> Result<Stage, PassError> {
+        let (graph, stage) = (self.graph, self.ran);
+        let nothing = Plan::default();
+        let (float, planned) = (Cutter { graph, plan: &nothing }, Cutter { graph, plan });
+        let depths = planned.depths();
+        let nodes: Vec<NodeId> = graph.nodes().map(|(id, _)| id).filter(|&id| self.stage_of(id) == stage).collect();
+        let changed = |id: &NodeId| {
+            graph.node(*id).is_some_and(|node| node.outputs.iter().flatten().any(|v| self.touched.contains(v)))
+        };
+        let place = |id: NodeId| (self.stage_of(id), changed(&id), depths.get(&id).copied().unwrap_or(0));
+        let all: Vec<NodeId> = graph.nodes().map(|(id, _)| id).collect();
+        let exported = simulate::exported(&planned, &all, place);
+        let mut by_depth: BTreeMap<usize, Vec<NodeId>> = BTreeMap::new();
+        for &id in nodes.iter().filter(|id| changed(id)) {
+            by_depth.entry(depths[&id]).or_default().push(id);
+        }
+        let outputs = nodes.iter().filter_map(|id| graph.node(*id)).flat_map(|node| node.outputs.iter().flatten());
+        let shared = outputs.copied().filter(|value| !self.touched.contains(value)).collect();
+        let cut = |cutter: &Cutter<'_>, nodes: &[NodeId]| simulate::cut(cutter, nodes, &exported, self.cx.executor);
+        Ok(Stage {
+            float: cut(&float, &nodes)?,
+            planned: by_depth.values().map(|nodes| cut(&planned, nodes)).collect::<Result<_, _>>()?,
+            shared,
+            crossing: Crossing::of(graph, plan),
+        })
+    }
+}
+
+/// Runs one stage on one sample.
+fn run(stage: &Stage, pair: &mut Pair) -> Result<(), PassError> {
+    let computed = stage.float.run(&mut pair.float, &stage.crossing)?;
+    for &value in computed.iter().filter(|value| stage.shared.contains(value)) {
+        pair.planned.insert((value, None), pair.float[&(value, None)].clone());
+    }
+    for part in &stage.planned {
+        part.run(&mut pair.planned, &stage.crossing)?;
+    }
+    Ok(())
+}
+
+fn lost() -> PassError {
+    PassError::Model("a bug in onnx-quant: a sample was lost between two stages".into())
+}
+
+/// For every node, how many of `stops` lie on the longest way to it, itself included. What no sample changes is computed where
+/// it is first read: it would be kept once per sample otherwise.
+fn stages(graph: &Graph, stops: &BTreeSet<NodeId>) -> BTreeMap<NodeId, usize> {
+    let mut stages: BTreeMap<NodeId, usize> = BTreeMap::new();
+    for (id, node) in graph.nodes() {
+        let before = crate::ir::walk::reads(node).filter_map(|value| Some(stages[&graph.producer(value)?.0]));
+        let stage = before.max().unwrap_or(0) + usize::from(stops.contains(&id));
+        stages.insert(id, stage);
+    }
+    let mut first_reader: BTreeMap<ValueId, usize> = BTreeMap::new();
+    let fed = fed_by_samples(graph);
+    for (id, node) in graph.nodes().rev() {
+        if !fed.contains(&id) {
+            let readers = node.outputs.iter().flatten().filter_map(|value| first_reader.get(value).copied());
+            if let Some(first) = readers.min() {
+                stages.insert(id, first);
+            }
+        }
+        for value in crate::ir::walk::reads(node) {
+            let first = first_reader.entry(value).or_insert(usize::MAX);
+            *first = stages[&id].min(*first);
+        }
+    }
+    stages
+}
+
+/// The nodes whose results depend on a graph input.
+fn fed_by_samples(graph: &Graph) -> BTreeSet<NodeId> {
+    let mut fed = BTreeSet::new();
+    let mut values: BTreeSet<ValueId> = graph.inputs().iter().copied().collect();
+    for (id, node) in graph.nodes() {
+        if crate::ir::walk::reads(node).any(|value| values.contains(&value)) {
+            fed.insert(id);
+            values.extend(node.outputs.iter().flatten());
+        }
+    }
+    fed
+}
+
+/// Every value that is another one under `plan` than in the float model.
+fn touched(graph: &Graph, plan: &Plan) -> BTreeSet<ValueId> {
+    let cutter = Cutter { graph, plan };
+    let mut touched: BTreeSet<ValueId> = BTreeSet::new();
+    for (id, node) in graph.nodes() {
+        if cutter.reads(id, node).iter().any(|(value, site)| site.is_some() || touched.contains(value)) {
+            touched.extend(node.outputs.iter().flatten());
+        }
+    }
+    touched
+}

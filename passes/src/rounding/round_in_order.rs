@@ -1,0 +1,256 @@
+//! Layer after layer, each behind the layers that are rounded already.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::layer::{self, Layer};
+use super::prefix::{self, Inputs, Measured, Reading};
+use super::refit_scales::refit;
+use super::{Method, round, work};
+use crate::exec::Dataset;
+use crate::id::{NodeId, Site};
+use crate::ir::Graph;
+use crate::ir::walk::Users;
+use crate::lockstep::Lockstep;
+use crate::model::{Edit, Model, Patch};
+use crate::ops;
+use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
+use crate::simd::vectorized;
+use crate::simulate::{Cutter, Version};
+use crate::target::Scheme;
+use crate::tensor::Tensor;
+
+crate::declare_pass! {
+    /// Chooses codes layer by layer in the order of the graph, each layer measured behind the layers rounded before it.
+    ///
+    /// The float model and the model as planned run side by side. Where a layer reads x̃ instead of x, rounding aims at the
+    /// weight that comes nearest to the float output from x̃ (and, for `target=sum`, also makes up for the error that the
+    /// other operand of a sum right after the layer carries), by ridge regression:
+    ///
+    /// ```text
+    /// W* = W + (W E[(x − x̃) x̃ᵀ] + E[e x̃ᵀ]) (E[x̃ x̃ᵀ] + λ)⁻¹
+    /// ```
+    ///
+    /// Off the diagonal moments are shrunk by d / (n + d) for n effective rows. Layers with a bias, in their own node or in an
+    /// addition right after it, have their mean error taken back in it; where that bias is in float, the plan notes the
+    /// corrected one. Two runs of the model in all: tensors between stages are kept as far as memory allows, the other samples
+    /// run again from their inputs. Everything that is no such layer goes to nearest, and so does everything where there are no
+    /// samples.
+    INFO {
+        name: "round-in-order",
+        source: "order: Frantar et al. 2022, arXiv:2210.17323, section 5; target: Zhong et al. 2024 (ERQ), arXiv:2407.06794, \
+                 section 3.2; the sum's error ours",
+        requires: Facts::ENCODED,
+        establishes: Facts::ROUNDED,
+        preserves: Facts::ALL,
+        fidelity: PlanOnly,
+        options: &[
+            OptionInfo { name: "method", doc: "how codes are chosen: gptq (default), or any of `list roundings`" },
+            OptionInfo { name: "target", doc: "weight: W itself; output: the float output; sum (default): what follows the sum" },
+            OptionInfo { name: "damping", doc: "λ of the regression in mean diagonals of the moments, 1 by default" },
+            OptionInfo { name: "sweeps", doc: "sweeps of coordinate descent after it, 0 by default" },
+            OptionInfo { name: "refit", doc: "rounds of fitting scales, with two sweeps each, 0 by default" },
+        ],
+    }
+}
+
+pub(super) const ENTRY: PassEntry =
+    PassEntry { info: &INFO, build: |options| Ok(Box::new(RoundInOrder::new(options)?)) };
+
+/// What a layer should imitate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Target {
+    Weight,
+    Output,
+    Sum,
+}
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct RoundInOrder {
+    method: &'static dyn Method,
+    target: Target,
+    damping: f64,
+    sweeps: usize,
+    refit: usize,
+}
+
+impl RoundInOrder {
+    fn new(options: &Options) -> Result<Self, OptionError> {
+        let target = match options.text("target", "sum") {
+            "weight" => Target::Weight,
+            "output" => Target::Output,
+            "sum" => Target::Sum,
+            other => {
+                let problem = format!("`{other}` is none of weight, output, sum");
+                return Err(OptionError { option: "target".into(), problem });
+            }
+        };
+        Ok(Self {
+            method: round::method(options, "gptq")?,
+            target,
+            damping: options.number("damping")?.filter(|d| *d > 0.0).unwrap_or(1.0),
+            sweeps: options.count("sweeps", 0)?,
+            refit: options.count("refit", 0)?,
+        })
+    }
+
+    /// The edits that round `layer` and correct its bias.
+    fn layer(
+        &self,
+        model: &Model,
+        inputs: &Inputs,
+        measured: &Measured,
+        bias: Option<Site>,
+        scheme: &Scheme,
+    ) -> Option<Vec<Edit>> {
+        // Scales of block formats have a format of their own, which fitting would leave.
+        let refits = self.refit > 0 && scheme.block_format().is_none();
+        let moments = measured.of_reading.get(&inputs.reading)?;
+        let sum = measured.of_sum.get(&inputs.node).filter(|_| self.target == Target::Sum);
+        let layer = Layer::of(model, inputs.node)?.behind(Arc::clone(&moments.gram), bias.is_some());
+        layer.has_gram().then_some(())?;
+        let drift = moments.drift.as_ref().filter(|_| self.target != Target::Weight);
+        let goal = prefix::target(&layer, drift, sum, self.damping);
+        let layer = layer.towards(goal);
+        let grid = layer.encoding.grid;
+        let rounded = work::over_tiles(
+            &layer,
+            None,
+            |q| self.method.prepare(q),
+            |tile, q, prepared| {
+                match prepared {
+                    Some(prepared) => prepared.round(tile, grid, q),
+                    None => tile.nearest(grid),
+                }
+                let mut errors = tile.errors();
+                for _ in 0..self.sweeps {
+                    if !vectorized(
+                        #[inline(always)]
+                        || tile.descend(grid, q, &mut errors),
+                    ) {
+                        break;
+                    }
+                }
+                if refits && layer.scales_are_own() {
+                    refit(tile, grid, q, self.refit, 2);
+                }
+            },
+        )?;
+        let shift = bias.and_then(|bias| {
+            let decoded = rounded.decoded(&layer);
+            Some((bias, prefix::shift(&layer, moments, sum, &decoded)?))
+        });
+        let mut edits = rounded.edits(model, &layer);
+        if let Some((bias, shift)) = shift {
+            correct(model, bias, &shift, &mut edits);
+        }
+        Some(edits)
+    }
+}
+
+/// Adds the edit that shifts `bias`, which `edits` may have encoded anew.
+#[expect(clippy::cast_possible_truncation, reason = "biases are f32")]
+fn correct(model: &Model, bias: Site, shift: &[f64], edits: &mut Vec<Edit>) {
+    let Site::Use { node, input } = bias else { return };
+    let graph = model.graph();
+    let Some(tensor) = graph.node(node).and_then(|node| graph.constant_input(node, input.into())) else { return };
+    let Some(values) = tensor.floats().filter(|values| values.len() == shift.len()) else { return };
+    let corrected: Vec<f32> = values.iter().zip(shift).map(|(b, s)| (f64::from(*b) + s) as f32).collect();
+    let anew = edits.iter().find_map(|edit| match edit {
+        Edit::Encode { site, encoding } if *site == bias => Some(encoding.clone()),
+        _ => None,
+    });
+    edits.push(match anew.or_else(|| model.plan().encoding(bias).cloned()) {
+        Some(encoding) => match encoding.encode(&corrected, tensor.shape()) {
+            Ok(codes) => Edit::Round { site: bias, codes: Arc::new(codes) },
+            Err(_) => return,
+        },
+        None => Edit::Substitute { site: bias, tensor: Arc::new(Tensor::of(tensor.shape(), corrected)) },
+    });
+}
+
+impl Pass for RoundInOrder {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
+        let mut patch = Patch::on(model);
+        if cx.dataset.is_none_or(Dataset::is_empty) {
+            round::note_no_moments(model, self.method, &mut patch);
+            round::to_nearest(model, &BTreeSet::new(), &mut patch)?;
+            return Ok(patch);
+        }
+        let mut work = model.clone();
+        let users = Users::of(model.graph());
+        let layers = layers(model, &users);
+        let stops: BTreeSet<NodeId> = layers.iter().map(|layer| layer.node).collect();
+        let mut walk = Lockstep::new(model.graph(), model.plan(), cx, &stops)?;
+        let last = layers.iter().map(|layer| walk.stage_of(layer.node)).max().unwrap_or(0);
+        let samples = cx.dataset.map_or(0, Dataset::len);
+        cx.progress.begin(INFO.about.name, layers.len() as u64);
+        for stage in 1..=last {
+            walk.advance(work.plan())?;
+            let mut here: Vec<Inputs> =
+                layers.iter().filter(|layer| walk.stage_of(layer.node) == stage).copied().collect();
+            for inputs in &mut here {
+                let ready = |version: &Version| {
+                    let producer = model.graph().producer(version.0);
+                    producer.is_none_or(|(producer, _)| walk.stage_of(producer) < stage)
+                };
+                inputs.beside = inputs.beside.filter(|version| self.target == Target::Sum && ready(version));
+            }
+            let measured = prefix::measure(&walk, model.graph(), work.plan(), &here, samples)?;
+            for inputs in &here {
+                let bias = ops::bias_site(model.graph(), &users, inputs.node);
+                let edits = self.layer(&work, inputs, &measured, bias, &cx.scheme).unwrap_or_default();
+                patch.count("rounded in order", u64::from(!edits.is_empty()));
+                let mut step = Patch::on(&work);
+                for edit in edits {
+                    patch.edit(edit.clone());
+                    step.edit(edit);
+                }
+                let bug = |error| PassError::Model(format!("a bug in onnx-quant: {error}"));
+                work.apply(step).map_err(bug)?;
+                cx.progress.step();
+            }
+        }
+        cx.progress.end();
+        round::to_nearest(&work, &BTreeSet::new(), &mut patch)?;
+        Ok(patch)
+    }
+}
+
+/// The encoded layers with a weight of their own, in graph order.
+fn layers(model: &Model, users: &Users) -> Vec<Inputs> {
+    let graph = model.graph();
+    let cutter = Cutter { graph, plan: model.plan() };
+    let inputs = |id: NodeId| {
+        let layer = Layer::of(model, id).filter(|layer| model.plan().codes(layer.site).is_none())?;
+        let Site::Use { input, .. } = layer.site else { return None };
+        users.only_input(graph.node(id)?.input(input.into())?)?;
+        let roles = ops::linear(graph, id)?;
+        let (value, rows) = layer::rows_of(graph, id, &roles)?;
+        let version = cutter.of_use(id, roles.activation.into(), value);
+        let beside = sum_after(graph, users, id).map(|(add, input, value)| cutter.of_use(add, input, value));
+        Some(Inputs { node: id, reading: Reading { version, rows }, beside })
+    };
+    graph.nodes().filter_map(|(id, _)| inputs(id)).collect()
+}
+
+/// The addition of a computed tensor that alone reads the result of layer `id`, behind an addition of a constant where there is
+/// one, and its other operand.
+fn sum_after(graph: &Graph, users: &Users, id: NodeId) -> Option<(NodeId, usize, crate::id::ValueId)> {
+    let mut value = graph.node(id)?.output(0)?;
+    for _ in 0..2 {
+        let (add, other) = ops::only_addition(graph, users, value)?;
+        let operand = graph.node(add)?.input(other.into())?;
+        if graph.constant(operand).is_none() {
+            let alike = graph.value(operand).ty.rank() == graph.value(value).ty.rank();
+            return (alike && operand != value).then_some((add, other.into(), operand));
+        }
+        value = graph.node(add)?.output(0)?;
+    }
+    None
+}

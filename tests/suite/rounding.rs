@@ -1,0 +1,71 @@
+//! Rounding in order, on the small residual network and on layers made up.
+
+use onnx_quant::dataset::{Files, Slot};
+use onnx_quant::{exec, import, targets};
+use passes::exec::Dataset;
+use passes::model::Model;
+use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::target::Scheme;
+
+use super::fixture;
+
+fn plain(model: &str) -> Model {
+    import::file(&fixture(&format!("models/{model}.onnx"))).unwrap().model
+}
+
+/// `model` after the passes of `tail`, at `scheme`, with so many bytes for tensors between stages.
+fn rounded(model: &Model, tail: &str, scheme: &str, pair_budget: u64) -> Model {
+    let data = Files::open(&fixture("data/digits"), Slot::of(model.graph()), None, Some(24)).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&model.meta).unwrap();
+    let mut cx = PassContext {
+        dataset: Some(&data as &dyn Dataset),
+        scheme: Scheme::parse(scheme).unwrap(),
+        threads: 2,
+        pair_budget,
+        ..PassContext::new(targets::TARGETS[0], executor.as_ref())
+    };
+    let text = format!("infer-shapes, *(fold-batch-norm, fold-constants, drop-dead), infer-shapes, calibrate, {tail}");
+    let pipeline = Pipeline::parse(&text, &passes::catalogue::passes()).unwrap();
+    PassManager::new(Vec::new(), true).run(&pipeline, model.clone(), &mut cx).unwrap().0
+}
+
+/// Samples whose tensors do not fit are run again from their inputs, which changes nothing.
+#[test]
+fn memory_between_stages_does_not_matter() {
+    for (name, scheme) in [("digits-resnet", "w4a8"), ("digits-mobilenet", "w8a8")] {
+        let model = plain(name);
+        let tail = "assign-encodings, round-in-order{refit=2}";
+        let [all, few, none] =
+            [1 << 30, 3 << 20, 0].map(|budget| passes::text::plan(&rounded(&model, tail, scheme, budget)));
+        assert!(all == few && few == none, "{name}");
+    }
+}
+
+/// The bias takes back what weights and earlier layers shifted: the mean output is the float model's.
+#[test]
+fn biases_are_corrected_where_weights_alone_are_rounded() {
+    let model = plain("digits-resnet");
+    let after = rounded(&model, "assign-encodings, round-in-order", "w3a16", 1 << 30);
+    // The last layer is a Gemm whose bias stays in float: the plan holds a corrected one.
+    assert_eq!(after.plan().substitutes().count(), 1);
+    let (_, tensor) = after.plan().substitutes().next().unwrap();
+    assert_eq!(tensor.shape(), [10]);
+}
+
+#[test]
+fn every_method_rounds_every_layer() {
+    let model = plain("digits-mobilenet");
+    for method in passes::rounding::ROUNDINGS {
+        let name = method.about().name;
+        for pass in ["round", "round-in-order"] {
+            let after = rounded(&model, &format!("assign-encodings, {pass}{{method={name}}}"), "w4a8", 1 << 30);
+            let open = after.plan().encodings().filter(|(site, _)| {
+                let passes::id::Site::Use { node, input } = *site else { return false };
+                let graph = after.graph();
+                let constant = graph.node(node).and_then(|node| graph.constant_input(node, input.into()));
+                constant.is_some() && after.plan().codes(*site).is_none()
+            });
+            assert_eq!(open.count(), 0, "{pass} {name}");
+        }
+    }
+}
