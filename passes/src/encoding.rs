@@ -86,10 +86,10 @@ impl Encoding {
     /// # Errors
     /// [`EncodingError`] when the scales do not match `shape`.
     pub fn simulate(&self, values: &mut [f32], shape: &[usize]) -> Result<(), EncodingError> {
-        self.for_each_run(values, shape, |run, scale, zero| {
-            run.iter_mut().for_each(|x| *x /= scale);
-            self.grid.snap(run, zero);
-            run.iter_mut().for_each(|x| *x *= scale);
+        self.for_each_line(shape, |range, groups| {
+            let line = &mut values[range];
+            self.to_points(line, groups);
+            self.scaled(line, groups);
         })
     }
 
@@ -99,11 +99,8 @@ impl Encoding {
     /// [`EncodingError`] when the scales do not match `shape`.
     pub fn encode(&self, values: &[f32], shape: &[usize]) -> Result<Tensor, EncodingError> {
         let mut points = values.to_vec();
-        self.for_each_run(&mut points, shape, |run, scale, zero| {
-            run.iter_mut().for_each(|x| *x /= scale);
-            self.grid.snap(run, zero);
-        })?;
-        // `snap` leaves code − zero: packing puts the zero points back.
+        self.for_each_line(shape, |range, groups| self.to_points(&mut points[range], groups))?;
+        // Points are codes less zero points: packing puts those back.
         Ok(self.pack_points(&points, shape))
     }
 
@@ -112,28 +109,57 @@ impl Encoding {
     /// # Panics
     /// Never for as many points as `shape` holds and scales that fit it.
     pub fn pack_points(&self, points: &[f32], shape: &[usize]) -> Tensor {
-        let mut codes = vec![0_u32; points.len()];
-        let fits = self.for_each_index(shape, |index, group| {
-            codes[index] = self.grid.encode(f64::from(points[index]) + f64::from(self.zero_point[group]));
+        let storage = self.grid.info().storage;
+        let bits = storage.bits() as usize;
+        let mut bytes = vec![0_u8; (points.len() * bits).div_ceil(8)];
+        let mut codes = Vec::new();
+        let fits = self.for_each_line(shape, |range, groups| {
+            codes.clear();
+            codes.resize(range.len(), 0);
+            match groups {
+                Groups::One(group) => {
+                    self.grid.encode_run(&points[range.clone()], self.zero_point[group], &mut codes);
+                }
+                Groups::From(first) if self.uniform_zero(first, range.len()) => {
+                    self.grid.encode_run(&points[range.clone()], self.zero_point[first], &mut codes);
+                }
+                Groups::From(first) => {
+                    for (i, code) in codes.iter_mut().enumerate() {
+                        let at = range.start + i..=range.start + i;
+                        self.grid.encode_run(&points[at], self.zero_point[first + i], std::slice::from_mut(code));
+                    }
+                }
+            }
+            write_codes(&mut bytes, bits, range.start, &codes);
         });
         debug_assert!(fits.is_ok(), "{fits:?}");
-        self.pack(&codes, shape)
+        packed(storage, shape, bytes)
     }
 
     /// The values that `codes` stand for.
     ///
     /// # Errors
     /// [`EncodingError`] when the scales do not match the shape of `codes`.
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "code − zero point is exact in f32 up to 24 bits, as ONNX has it"
-    )]
     pub fn decode(&self, codes: &Tensor) -> Result<Vec<f32>, EncodingError> {
-        let unpacked = unpack(codes);
-        let mut values = vec![0.0; unpacked.len()];
-        self.for_each_index(codes.shape(), |index, group| {
-            let point = self.grid.decode(unpacked[index]) - f64::from(self.zero_point[group]);
-            values[index] = point as f32 * self.scale[group];
+        let mut values = vec![0.0; codes.len()];
+        let bits = codes.dtype().bits() as usize;
+        let mut unpacked = Vec::new();
+        self.for_each_line(codes.shape(), |range, groups| {
+            read_codes(codes.bytes(), bits, range.clone(), &mut unpacked);
+            let line = &mut values[range];
+            self.grid.decode_run(&unpacked, line);
+            match groups {
+                Groups::One(group) => {
+                    // Exact in f32 up to 24 bits, as ONNX has it.
+                    let zero = self.zero_point[group] as f32;
+                    line.iter_mut().for_each(|v| *v -= zero);
+                }
+                Groups::From(first) => {
+                    let zeros = &self.zero_point[first..first + line.len()];
+                    line.iter_mut().zip(zeros).for_each(|(v, zero)| *v -= *zero as f32);
+                }
+            }
+            self.scaled(line, groups);
         })?;
         Ok(values)
     }
@@ -176,79 +202,127 @@ impl Encoding {
         Ok(layout)
     }
 
-    /// Calls `f` with every longest run of neighbors that share a group.
-    fn for_each_run(
+    /// Calls `f` with every longest run of neighbors whose groups are one, or ascend by one.
+    fn for_each_line(
         &self,
-        values: &mut [f32],
         shape: &[usize],
-        f: impl Fn(&mut [f32], f32, f32),
+        mut f: impl FnMut(std::ops::Range<usize>, Groups),
     ) -> Result<(), EncodingError> {
-        let (_, dim, inner) = self.layout(shape)?;
-        match self.granularity {
-            Granularity::Tensor => f(values, self.scale[0], self.zero_point[0] as f32),
-            Granularity::Axis(_) if inner > 0 && dim > 0 => {
-                for (index, run) in values.chunks_mut(inner).enumerate() {
-                    let group = index % dim;
-                    f(run, self.scale[group], self.zero_point[group] as f32);
-                }
-            }
-            Granularity::Axis(_) => {}
-            Granularity::Block { .. } => self.for_each_index(shape, |index, group| {
-                f(&mut values[index..=index], self.scale[group], self.zero_point[group] as f32);
-            })?,
-        }
-        Ok(())
-    }
-
-    /// Calls `f(element index, group index)` for every element, in order.
-    fn for_each_index(&self, shape: &[usize], mut f: impl FnMut(usize, usize)) -> Result<(), EncodingError> {
         let (outer, dim, inner) = self.layout(shape)?;
-        let mut index = 0;
-        for o in 0..outer {
-            for d in 0..dim {
-                for i in 0..inner {
-                    let group = match self.granularity {
-                        Granularity::Tensor => 0,
-                        Granularity::Axis(_) => d,
-                        Granularity::Block { size, .. } => (o * dim.div_ceil(size) + d / size) * inner + i,
-                    };
-                    f(index, group);
-                    index += 1;
+        let mut start = 0;
+        let mut line = |length: usize, groups: Groups| {
+            if length > 0 {
+                f(start..start + length, groups);
+            }
+            start += length;
+        };
+        match self.granularity {
+            Granularity::Tensor => line(inner, Groups::One(0)),
+            Granularity::Axis(_) if inner == 1 => (0..outer).for_each(|_| line(dim, Groups::From(0))),
+            Granularity::Axis(_) => {
+                (0..outer).for_each(|_| (0..dim).for_each(|group| line(inner, Groups::One(group))));
+            }
+            Granularity::Block { size, .. } if inner == 1 => {
+                let blocks = dim.div_ceil(size);
+                for group in 0..outer * blocks {
+                    line(size.min(dim - group % blocks * size), Groups::One(group));
+                }
+            }
+            Granularity::Block { size, .. } => {
+                let blocks = dim.div_ceil(size);
+                for o in 0..outer {
+                    (0..dim).for_each(|d| line(inner, Groups::From((o * blocks + d / size) * inner)));
                 }
             }
         }
         Ok(())
     }
 
-    fn pack(&self, codes: &[u32], shape: &[usize]) -> Tensor {
-        let storage = self.grid.info().storage;
-        let bits = storage.bits() as usize;
-        let mut bytes = vec![0_u8; (codes.len() * bits).div_ceil(8)];
-        if bits >= 8 {
-            let width = bits / 8;
-            for (code, slot) in codes.iter().zip(bytes.chunks_exact_mut(width)) {
-                slot.copy_from_slice(&code.to_le_bytes()[..width]);
+    /// Whether the `n` groups from `first` on have the same zero point.
+    fn uniform_zero(&self, first: usize, n: usize) -> bool {
+        self.zero_point[first..first + n].iter().all(|zero| *zero == self.zero_point[first])
+    }
+
+    /// Replaces the values of a line by the points (codes less zero points) that they round to.
+    fn to_points(&self, line: &mut [f32], groups: Groups) {
+        match groups {
+            Groups::One(group) => {
+                let scale = self.scale[group];
+                line.iter_mut().for_each(|x| *x /= scale);
+                self.grid.snap(line, self.zero_point[group] as f32);
             }
-        } else {
-            for (index, code) in codes.iter().enumerate() {
-                let at = index * bits;
-                bytes[at / 8] |= code.to_le_bytes()[0] << (at % 8);
+            Groups::From(first) => {
+                line.iter_mut().zip(&self.scale[first..]).for_each(|(x, scale)| *x /= scale);
+                if self.uniform_zero(first, line.len()) {
+                    self.grid.snap(line, self.zero_point[first] as f32);
+                } else {
+                    let zeros = &self.zero_point[first..];
+                    let each = line.iter_mut().zip(zeros);
+                    each.for_each(|(x, zero)| self.grid.snap(std::slice::from_mut(x), *zero as f32));
+                }
             }
         }
-        packed(storage, shape, bytes)
+    }
+
+    /// Multiplies a line of points with their scales.
+    fn scaled(&self, line: &mut [f32], groups: Groups) {
+        match groups {
+            Groups::One(group) => {
+                let scale = self.scale[group];
+                line.iter_mut().for_each(|x| *x *= scale);
+            }
+            Groups::From(first) => {
+                line.iter_mut().zip(&self.scale[first..]).for_each(|(x, scale)| *x *= scale);
+            }
+        }
+    }
+}
+
+/// The groups of a run of neighbors.
+#[derive(Clone, Copy, Debug)]
+enum Groups {
+    /// All are in this one.
+    One(usize),
+    /// The first is in this one, each further one in the next.
+    From(usize),
+}
+
+/// Writes `codes`, of so many bits each, as elements `first` and following; their bits must be 0 so far.
+fn write_codes(bytes: &mut [u8], bits: usize, first: usize, codes: &[u32]) {
+    if bits == 8 {
+        let to = &mut bytes[first..first + codes.len()];
+        to.iter_mut().zip(codes).for_each(|(byte, code)| *byte = code.to_le_bytes()[0]);
+    } else if bits > 8 {
+        let width = bits / 8;
+        for (code, slot) in codes.iter().zip(bytes[first * width..].chunks_exact_mut(width)) {
+            slot.copy_from_slice(&code.to_le_bytes()[..width]);
+        }
+    } else {
+        for (i, code) in codes.iter().enumerate() {
+            let at = (first + i) * bits;
+            bytes[at / 8] |= code.to_le_bytes()[0] << (at % 8);
+        }
+    }
+}
+
+/// The elements `range` of packed codes of so many bits.
+fn read_codes(bytes: &[u8], bits: usize, range: std::ops::Range<usize>, codes: &mut Vec<u32>) {
+    codes.clear();
+    if bits >= 8 {
+        let width = bits / 8;
+        let widen = |slot: &[u8]| slot.iter().rev().fold(0_u32, |code, &byte| (code << 8) | u32::from(byte));
+        codes.extend(bytes[range.start * width..range.end * width].chunks_exact(width).map(widen));
+    } else {
+        let mask = (1_u32 << bits) - 1;
+        codes.extend(range.map(|index| (u32::from(bytes[index * bits / 8]) >> (index * bits % 8)) & mask));
     }
 }
 
 /// The codes of an integer tensor of up to 32 bits, one per element; bits above the type's are zero.
 pub fn unpack(codes: &Tensor) -> Vec<u32> {
-    let bits = codes.dtype().bits() as usize;
-    let bytes = codes.bytes();
-    if bits >= 8 {
-        let widen = |slot: &[u8]| slot.iter().rev().fold(0_u32, |code, &byte| (code << 8) | u32::from(byte));
-        return bytes.chunks_exact(bits / 8).map(widen).collect();
-    }
-    let mask = (1_u32 << bits) - 1;
-    (0..codes.len()).map(|index| (u32::from(bytes[index * bits / 8]) >> (index * bits % 8)) & mask).collect()
+    let mut unpacked = Vec::new();
+    read_codes(codes.bytes(), codes.dtype().bits() as usize, 0..codes.len(), &mut unpacked);
+    unpacked
 }
 
 fn packed(storage: DType, shape: &[usize], bytes: Vec<u8>) -> Tensor {

@@ -107,6 +107,35 @@ impl Grid for IntGrid {
         if stored == 32 { code } else { code & ((1 << stored) - 1) }
     }
 
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "two's complement is what is wanted")]
+    fn encode_run(&self, points: &[f32], zero: i32, codes: &mut [u32]) {
+        let stored = self.info.storage.bits();
+        if self.info.bits > 16 {
+            for (code, point) in codes.iter_mut().zip(points) {
+                *code = self.encode(f64::from(*point) + f64::from(zero));
+            }
+            return;
+        }
+        let mask = (1_u32 << stored) - 1;
+        let (low, high) = (self.low as f32 - zero as f32, self.high as f32 - zero as f32);
+        for (code, point) in codes.iter_mut().zip(points) {
+            *code = (point.max(low).min(high) as i32 + zero) as u32 & mask;
+        }
+    }
+
+    fn decode_run(&self, codes: &[u32], points: &mut [f32]) {
+        let unused = 32 - self.info.storage.bits();
+        if self.low < 0.0 {
+            for (point, code) in points.iter_mut().zip(codes) {
+                *point = ((code << unused).cast_signed() >> unused) as f32;
+            }
+        } else {
+            for (point, code) in points.iter_mut().zip(codes) {
+                *point = ((code << unused) >> unused) as f32;
+            }
+        }
+    }
+
     fn decode(&self, code: u32) -> f64 {
         let unused = 32 - self.info.storage.bits();
         let shifted = code << unused;

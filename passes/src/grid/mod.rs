@@ -34,6 +34,19 @@ pub trait Grid: Debug + Send + Sync {
     fn encode(&self, point: f64) -> u32;
     /// The point of a code; bits above the storage type's are ignored.
     fn decode(&self, code: u32) -> f64;
+    /// The codes of `points`, which lie on the grid less `zero`.
+    fn encode_run(&self, points: &[f32], zero: i32, codes: &mut [u32]) {
+        for (code, point) in codes.iter_mut().zip(points) {
+            *code = self.encode(f64::from(*point) + f64::from(zero));
+        }
+    }
+    /// The points of `codes`, as f32.
+    #[expect(clippy::cast_possible_truncation, reason = "points of up to 24 bits are exact in f32, as ONNX has it")]
+    fn decode_run(&self, codes: &[u32], points: &mut [f32]) {
+        for (point, code) in points.iter_mut().zip(codes) {
+            *point = self.decode(*code) as f32;
+        }
+    }
 }
 
 /// What a grid says about itself.
