@@ -11,22 +11,36 @@ from pathlib import Path
 FILES = {'digits-resnet': 'digits-resnet', 'digits-mobilenet': 'digits-mobilenet', 'efficientnet-lite0': 'efficientnet-lite0',
          'magika': 'magika', 'ppocr-rec': 'ppocr-rec', 'minilm': 'minilm-l6'}
 ENCODE = 'assign-encodings{observer=mse, products=min-max, weights=WEIGHTS}'
+LEAST = ENCODE.replace('}', ', least-db=31}')
 STEPS = {
     'w8a8': [('min-max', 'calibrate, assign-encodings{observer=min-max, weights=min-max}, round'),
              ('+ least squares', f'calibrate, {ENCODE}, round'),
              ('+ bias correction', f'calibrate, {ENCODE}, round, correct-bias'),
              ('+ gptq', f'calibrate, {ENCODE}, round{{method=gptq}}, correct-bias'),
              ('+ smooth', f'calibrate, smooth, drop-dead, calibrate, {ENCODE}, round{{method=gptq}}, correct-bias'),
-             ('+ descend', f'calibrate, smooth, drop-dead, calibrate, {ENCODE}, round{{method=gptq}}, descend, correct-bias')],
+             ('+ least-db', f'calibrate, smooth, drop-dead, calibrate, {LEAST}, round{{method=gptq}}, correct-bias'),
+             ('in order, own weight', f'calibrate, smooth, drop-dead, calibrate, {LEAST}, round-in-order{{target=weight}}'),
+             ('in order, float output', f'calibrate, smooth, drop-dead, calibrate, {LEAST}, round-in-order{{target=output}}'),
+             ('in order, sum', f'calibrate, smooth, drop-dead, calibrate, {LEAST}, round-in-order'),
+             ('+ enumerate', f'calibrate, smooth, drop-dead, calibrate, {LEAST}, round-in-order{{method=enumerate}}')],
     'w4a8': [('nearest', f'calibrate, {ENCODE}, round'),
              ('+ bias correction', f'calibrate, {ENCODE}, round, correct-bias'),
              ('+ gptq', f'calibrate, {ENCODE}, round{{method=gptq}}, correct-bias'),
              ('+ descend', f'calibrate, {ENCODE}, round{{method=gptq}}, descend, correct-bias'),
-             ('+ refit-scales', f'calibrate, {ENCODE}, round{{method=gptq}}, descend, refit-scales, correct-bias')],
+             ('+ refit-scales', f'calibrate, {ENCODE}, round{{method=gptq}}, descend, refit-scales, correct-bias'),
+             ('in order, own weight', f'calibrate, {ENCODE}, round-in-order{{target=weight}}'),
+             ('in order, float output', f'calibrate, {ENCODE}, round-in-order{{target=output}}'),
+             ('in order, sum', f'calibrate, {ENCODE}, round-in-order'),
+             ('+ enumerate', f'calibrate, {ENCODE}, round-in-order{{method=enumerate}}'),
+             ('+ refit', f'calibrate, {ENCODE}, round-in-order{{method=enumerate, refit=3}}'),
+             ('adaround instead', f'calibrate, {ENCODE}, round-in-order{{method=adaround}}')],
     'w4a16g32': [('nearest', f'calibrate, {ENCODE}, round'),
                  ('+ gptq', f'calibrate, {ENCODE}, round{{method=gptq}}'),
                  ('+ descend', f'calibrate, {ENCODE}, round{{method=gptq}}, descend'),
-                 ('+ refit-scales', f'calibrate, {ENCODE}, round{{method=gptq}}, descend, refit-scales')],
+                 ('+ refit-scales', f'calibrate, {ENCODE}, round{{method=gptq}}, descend, refit-scales'),
+                 ('in order, own weight', f'calibrate, {ENCODE}, round-in-order{{target=weight, refit=3}}'),
+                 ('in order, float output', f'calibrate, {ENCODE}, round-in-order{{target=output, refit=3}}'),
+                 ('in order, sum', f'calibrate, {ENCODE}, round-in-order{{refit=3}}')],
 }
 
 
