@@ -289,10 +289,7 @@ enum Groups {
 
 /// Writes `codes`, of so many bits each, as elements `first` and following; their bits must be 0 so far.
 fn write_codes(bytes: &mut [u8], bits: usize, first: usize, codes: &[u32]) {
-    if bits == 8 {
-        let to = &mut bytes[first..first + codes.len()];
-        to.iter_mut().zip(codes).for_each(|(byte, code)| *byte = code.to_le_bytes()[0]);
-    } else if bits > 8 {
+    if bits >= 8 {
         let width = bits / 8;
         for (code, slot) in codes.iter().zip(bytes[first * width..].chunks_exact_mut(width)) {
             slot.copy_from_slice(&code.to_le_bytes()[..width]);

@@ -87,7 +87,7 @@ fn save(model: &Model, input: &Path, external: &[Source], output: Option<&Path>)
     let graph = if model.plan().is_empty() {
         model.graph()
     } else {
-        lowered = passes::lower::qdq(model, passes::lower::Weights::Codes).map_err(|e| Error::Target(e.to_string()))?;
+        lowered = passes::lower::qdq(model).map_err(|e| Error::Target(e.to_string()))?;
         &lowered.graph
     };
     let file = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());

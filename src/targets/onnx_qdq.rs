@@ -36,10 +36,10 @@ impl Target for OnnxQdq {
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
-        ort_cpu::OrtCpu.refuses(scheme)
+        ort_cpu::refuses(scheme)
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq(model, passes::lower::Weights::Codes)
+        passes::lower::qdq(model)
     }
 }

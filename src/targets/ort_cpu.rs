@@ -3,8 +3,6 @@
 use std::borrow::Cow;
 
 use passes::about::About;
-use passes::id::Site;
-use passes::lower::Weights;
 use passes::model::Model;
 use passes::target::{Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo, When};
 
@@ -96,35 +94,43 @@ impl Target for OrtCpu {
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
-        let weights = scheme.weight_format.is_some() || (2..=8).contains(&scheme.weight_bits);
-        let native = |name: &str| passes::grid::find(name).is_some_and(passes::lower::is_native);
-        let activations = match scheme.activation_format {
-            Some(name) => native(name),
-            None => scheme.activation_bits.is_none_or(|bits| matches!(bits, 4 | 8)),
-        };
-        let in_blocks = scheme.block_format().is_none() || (scheme.activation_bits.is_none() && scheme.block.is_none());
-        let blocks = match scheme.block {
-            Some(size) => scheme.activation_bits.is_none() && (16..=256).contains(&size) && size.is_power_of_two(),
-            None => true,
-        };
-        let zero_points = !scheme.asymmetric || scheme.activation_bits.is_none();
-        (!(weights && activations && in_blocks && blocks && zero_points)).then(|| {
-            "it takes weights of 2 to 8 bits or any of `list formats`, activations of 4 or 8 bits, in 8-bit floats (afp8, \
-             afp8e5m2) or in float (a16); with float activations also blocks of 16, 32, 64, 128 or 256 inputs (g32), zero \
-             points (asym) and block formats (wmxfp4a16)"
-                .to_owned()
-        })
+        let formats = [scheme.activation_format, scheme.weight_format.filter(|_| scheme.activation_bits.is_some())];
+        if let Some(format) = formats.into_iter().flatten().find(|name| is_native(name)) {
+            return Some(format!(
+                "ONNX Runtime {} does not load models that compute on {format} (its optimizer makes a QLinearConv of them, and \
+                 fails on a Clip before them): use `--target onnx-qdq`, leave activations in float (a16), or take integers",
+                INFO.version
+            ));
+        }
+        refuses(scheme)
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        // With float8 on both sides its optimizer makes a QLinearConv, and then refuses the model for the types it takes.
-        let is_activation = |site: Site| match site {
-            Site::Value(value) => model.graph().constant(value).is_none(),
-            Site::Use { node, input } => {
-                model.graph().node(node).is_some_and(|node| model.graph().constant_input(node, input.into()).is_none())
-            }
-        };
-        let float8 = model.plan().encodings().any(|(site, e)| !e.grid.info().integer && is_activation(site));
-        passes::lower::qdq(model, if float8 { Weights::Float8AsNumbers } else { Weights::Codes })
+        passes::lower::qdq(model)
     }
+}
+
+fn is_native(name: &str) -> bool {
+    passes::grid::find(name).is_some_and(passes::lower::is_native)
+}
+
+/// Why no consumer of plain quantize and dequantize nodes takes `scheme`.
+pub(super) fn refuses(scheme: &Scheme) -> Option<String> {
+    let weights = scheme.weight_format.is_some() || (2..=8).contains(&scheme.weight_bits);
+    let activations = match scheme.activation_format {
+        Some(name) => is_native(name),
+        None => scheme.activation_bits.is_none_or(|bits| matches!(bits, 4 | 8)),
+    };
+    let in_blocks = scheme.block_format().is_none() || (scheme.activation_bits.is_none() && scheme.block.is_none());
+    let blocks = match scheme.block {
+        Some(size) => scheme.activation_bits.is_none() && (16..=256).contains(&size) && size.is_power_of_two(),
+        None => true,
+    };
+    let zero_points = !scheme.asymmetric || scheme.activation_bits.is_none();
+    (!(weights && activations && in_blocks && blocks && zero_points)).then(|| {
+        "it takes weights of 2 to 8 bits or any of `list formats`, activations of 4 or 8 bits or in float (a16), onnx-qdq also in \
+         8-bit floats (afp8, afp8e5m2); with float activations also blocks of 16, 32, 64, 128 or 256 inputs (g32), zero points \
+         (asym) and block formats (wmxfp4a16)"
+            .to_owned()
+    })
 }

@@ -51,6 +51,20 @@ def digits(tool, name, tmp):
     assert sqnr(want, plain) >= 30, 'the outputs are too far off'
 
 
+def formats(tool, tmp):
+    """8-bit floats as written for any consumer, run without the optimizer; other formats as weights, with it."""
+    model, data = ROOT / 'fixtures/models/digits-resnet.onnx', ROOT / 'fixtures/data/digits'
+    held = np.load(ROOT / 'fixtures/data/digits-eval.npz')
+    x, y = held['images'].astype(np.float32)[:, None] / 255, held['labels']
+    want = session(model).run(None, {'input': x})[0]
+    for scheme, target, optimized, least in (('wfp8afp8', 'onnx-qdq', False, 18), ('wfp8a16', 'ort-cpu', True, 25), ('we2m1a8', 'ort-cpu', True, 18), ('wmxfp4a16', 'ort-cpu', True, 18)):
+        out = Path(tmp) / f'{scheme}.onnx'
+        subprocess.run([tool, 'quantize', str(model), '--data', str(data), '-o', str(out), '--scheme', scheme, '--target', target, '--recipe', 'best', '--progress', 'none'], check=True, stdout=subprocess.DEVNULL)
+        got = session(out, optimized).run(None, {'input': x})[0]
+        print(f'{scheme} for {target}: accuracy {float((got.argmax(1) == y).mean()):.3f}, {sqnr(want, got):.1f} dB')
+        assert sqnr(want, got) >= least, 'the outputs are too far off'
+
+
 def control_flow(tool, tmp):
     source, out = ROOT / 'fixtures/passes/drop-dead/captured.oq', Path(tmp) / 'if.onnx'
     subprocess.run([tool, 'cat', str(source), '--to', 'onnx', '-o', str(out)], check=True)
@@ -69,6 +83,7 @@ def main():
     p.add_argument('--tool', required=True); o = p.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         for name in ('digits-resnet', 'digits-mobilenet'): digits(o.tool, name, tmp)
+        formats(o.tool, tmp)
         control_flow(o.tool, tmp)
 
 

@@ -24,7 +24,6 @@ BEST = [
     ('digits-resnet', 'w8a8', lambda s: s['top1'] >= 0.988 and s['output_sqnr_db'] >= 35),
     ('digits-resnet', 'w4a4', lambda s: s['top1'] >= 0.984),
     ('digits-resnet', 'w2a8', lambda s: s['top1'] >= 0.979),
-    ('digits-mobilenet', 'wfp8afp8', lambda s: s['top1'] >= 0.96),
     ('magika', 'w8a8', lambda s: s['top1'] >= 0.876),
     ('minilm', 'w8a8', lambda s: s['mrr'] >= 0.622 and s['cosine_to_float'] >= 0.9985 and s['output_sqnr_db'] >= 24),
     ('ppocr-rec', 'w8a8', lambda s: s['char_error_rate'] <= 0.073),

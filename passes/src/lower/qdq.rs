@@ -12,15 +12,6 @@ use crate::model::{Model, Plan};
 use crate::target::{LowerError, Lowered};
 use crate::tensor::{DType, Tensor};
 
-/// How encoded weights are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Weights {
-    /// As codes behind a dequantize node, where there is one for their format.
-    Codes,
-    /// Those in 8-bit floats as the float numbers that their codes stand for; others as codes.
-    Float8AsNumbers,
-}
-
 /// The float graph of `model` with a quantize-dequantize pair for every encoded activation and a dequantized constant for
 /// every encoded constant.
 ///
@@ -30,13 +21,12 @@ pub enum Weights {
 ///
 /// # Errors
 /// [`LowerError`] for an encoded constant without codes, a tensor with two different encodings, or a name clash.
-pub fn lower(model: &Model, weights: Weights) -> Result<Lowered, LowerError> {
+pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
     let graph = model.graph();
     let mut lowering = Lowering {
         graph,
         plan: model.plan(),
         opset: model.meta.opset(),
-        weights,
         builder: Builder::new(graph.name(), graph.doc()),
         taken: graph.value_ids().map(|id| Arc::clone(&graph.value(id).name)).collect(),
         raw: BTreeMap::new(),
@@ -73,7 +63,6 @@ struct Lowering<'a> {
     graph: &'a Graph,
     plan: &'a Plan,
     opset: u32,
-    weights: Weights,
     builder: Builder,
     /// The names of the float graph.
     taken: BTreeSet<Name>,
@@ -206,8 +195,7 @@ impl Lowering<'_> {
         if let Some((_, id)) = self.constants.get(&key).and_then(|all| all.iter().find(|(e, _)| e == encoding)) {
             return Ok(*id);
         }
-        let numbers = self.weights == Weights::Float8AsNumbers && !encoding.grid.info().integer;
-        if numbers || !is_native(encoding.grid) {
+        if !is_native(encoding.grid) {
             let result = self.rounded(&name, encoding, codes)?;
             self.constants.entry(key).or_default().push((encoding.clone(), result));
             return Ok(result);
@@ -226,7 +214,7 @@ impl Lowering<'_> {
         let values = encoding.decode(codes).map_err(|e| fail(e.to_string()))?;
         let stem = self.fresh(&format!("{name}.rounded"));
         let tensor = Arc::new(Tensor::of(codes.shape(), values));
-        if !is_native(encoding.grid) && self.unwritable.insert(encoding.grid.info().about.name) {
+        if self.unwritable.insert(encoding.grid.info().about.name) {
             let message = format!(
                 "`{}` has no operator in opset {}: its weights are written as the float numbers that their codes stand for",
                 encoding.grid.info().about.name,

@@ -38,7 +38,7 @@ impl Target for NoTarget {
         PIPELINE.into()
     }
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq(model, passes::lower::Weights::Codes)
+        passes::lower::qdq(model)
     }
 }
 
