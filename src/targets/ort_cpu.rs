@@ -79,11 +79,11 @@ impl Target for OrtCpu {
                  round{method=gptq}, refit-scales, correct-bias"
             }
             (Some(_), Goal::Best) if scheme.weight_bits == 8 => {
-                "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=min-max, \
+                "smooth, equalize-layers, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=min-max, \
                  least-db=31}, round-in-order{method=enumerate}"
             }
             (Some(_), Goal::Best) => {
-                "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=mse, \
+                "smooth, equalize-layers, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=mse, \
                  least-db=31}, round-in-order{method=enumerate, refit=3}"
             }
             (None, Goal::Fast) => "assign-encodings{weights=min-max}, round",

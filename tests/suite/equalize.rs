@@ -86,3 +86,35 @@ fn an_input_with_outliers_gets_a_node_and_its_other_readers_do_not() {
     let add = graph.nodes().find(|(_, node)| node.op.is("Add")).unwrap().1;
     assert_eq!(add.input(1), Some(graph.inputs()[0]), "the residual reads what it read");
 }
+
+/// Cross-layer equalization of real networks: `Relu` and residual sums in one, clamps and depthwise convolutions in the other.
+#[test]
+fn equalized_layers_keep_the_function() {
+    for (name, at_least) in [("digits-resnet", 3), ("digits-mobilenet", 0)] {
+        let plain = onnx_quant::import::file(&super::fixture(&format!("models/{name}.onnx"))).unwrap().model;
+        let slots = onnx_quant::dataset::Slot::of(plain.graph());
+        let data = onnx_quant::dataset::Files::open(&super::fixture("data/digits"), slots, None, Some(12)).unwrap();
+        let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+        let mut cx = PassContext {
+            dataset: Some(&data as &dyn Dataset),
+            scheme: passes::target::Scheme::parse("w4a8").unwrap(),
+            ..PassContext::new(targets::TARGETS[0], executor.as_ref())
+        };
+        let text =
+            "infer-shapes, *(fold-batch-norm, fold-constants, drop-dead), infer-shapes, calibrate, equalize-layers";
+        let pipeline = Pipeline::parse(text, &passes::catalogue::passes()).unwrap();
+        let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+        let counts = &trace.steps.iter().find(|(name, _)| *name == "equalize-layers").unwrap().1.counts;
+        assert!(counts.get("regions").copied().unwrap_or(0) >= at_least, "{name}: {counts:?}");
+        for index in 0..3 {
+            let feeds = data.sample(index).unwrap();
+            let [a, b] = [&plain, &after].map(|model| {
+                let graph = model.graph();
+                let run = Simulation::prepare(graph, &Plan::default(), executor.as_ref(), graph.outputs()).unwrap();
+                run.run(&feeds).unwrap().remove(0).floats().unwrap().into_owned()
+            });
+            let top = a.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+            assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() <= 1e-5 * top), "{name}: the function changed");
+        }
+    }
+}

@@ -1,9 +1,11 @@
 //! Equalization: other weights for the same function, easier to quantize.
 
+mod equalize_layers;
+mod region;
 mod scaled;
 mod smooth;
 
 use crate::pass::PassEntry;
 
 /// Order is the order of the manual, not of the pipeline.
-pub static PASSES: &[PassEntry] = &[smooth::ENTRY];
+pub static PASSES: &[PassEntry] = &[smooth::ENTRY, equalize_layers::ENTRY];
