@@ -207,8 +207,11 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     // Statistics go by the names that tensors have once the graph is plain.
     let (plain, rest) = pipeline.split_at_calibration();
     let (mut model, mut trace) = manager.run(&plain, imported.model, &mut cx)?;
-    if let Some(files) = &mut dataset {
-        choose(request, &model, files, &cx)?;
+    if let Some(files) = dataset.as_mut().filter(|_| request.select == Select::Herding) {
+        let mut pool = context(request, executor.as_ref(), Some(&*files), &keep_float, progress);
+        fit_memory(request, &model, &mut pool)?;
+        let chosen = chosen(request, &model, files, &pool)?;
+        files.keep(&chosen);
     }
     let mut cx = context(request, executor.as_ref(), dataset.as_ref(), &keep_float, progress);
     let estimated_bytes = fit_memory(request, &model, &mut cx)?;
@@ -361,6 +364,12 @@ fn with_rounding(text: &str, method: &str) -> String {
     if text.contains("method=") {
         return with_value(text, "method=", method);
     }
+    if let Some((before, after)) = text.split_once("round-in-order") {
+        return match after.strip_prefix('{') {
+            Some(rest) => format!("{before}round-in-order{{method={method}, {rest}"),
+            None => format!("{before}round-in-order{{method={method}}}{after}"),
+        };
+    }
     let is_name = |c: char| c.is_ascii_alphanumeric() || "-{".contains(c);
     let whole = |at: &usize| {
         let (before, after) = (text[..*at].chars().next_back(), text[at + "round".len()..].chars().next());
@@ -402,6 +411,9 @@ fn keep_float(patterns: &[String], graph: &Graph) -> Result<KeepFloat, Error> {
 
 /// The samples of a request, when it names any.
 pub(crate) fn open_data(request: &Request, slots: Vec<Slot>) -> Result<Option<Files>, Error> {
+    if request.select != Select::First && request.samples.is_none_or(|n| n == 0) {
+        return Err(Error::Input("--select says how samples are chosen: say how many with --samples".into()));
+    }
     let limit = request.samples.filter(|_| request.select == Select::First);
     let open = |path: &Path| Files::open(path, slots, request.image.clone(), limit).map_err(Error::input);
     let mut files = request.data.as_deref().map(open).transpose()?;
@@ -422,16 +434,14 @@ pub(crate) fn refuse_herding(request: &Request) -> Result<(), Error> {
     Ok(())
 }
 
-/// Leaves as many samples in `files` as were asked for, where they are to be chosen by herding.
+/// The numbers of as many samples of `files` as were asked for, by herding.
 ///
 /// # Errors
 /// [`Error`] when a sample cannot be read or run.
-pub(crate) fn choose(request: &Request, model: &Model, files: &mut Files, cx: &PassContext<'_>) -> Result<(), Error> {
-    if let (Select::Herding, Some(n)) = (request.select, request.samples) {
-        let chosen = passes::herding::select(model.graph(), &*files, cx, n);
-        files.keep(&chosen.map_err(|error| RunError::Pass { pass: "select", error })?);
-    }
-    Ok(())
+fn chosen(request: &Request, model: &Model, files: &Files, cx: &PassContext<'_>) -> Result<Vec<usize>, Error> {
+    let n = request.samples.unwrap_or(usize::MAX);
+    let chosen = passes::herding::select(model.graph(), files, cx, n);
+    Ok(chosen.map_err(|error| RunError::Pass { pass: "select", error })?)
 }
 
 /// `n` of the numbers below `all`, ascending, by a draw that is always the same.
@@ -570,6 +580,11 @@ mod tests {
         let gptq = with_rounding(text, "gptq");
         assert!(gptq.contains(", round{method=gptq}, correct-bias"), "{gptq}");
         assert_eq!(with_rounding("a,round", "gptq"), "a,round{method=gptq}");
+        assert_eq!(
+            with_rounding("a, round-in-order{refit=3}", "nearest"),
+            "a, round-in-order{method=nearest, refit=3}"
+        );
+        assert_eq!(with_rounding("a, round-in-order, b", "gptq"), "a, round-in-order{method=gptq}, b");
         assert!(with_rounding(&gptq, "nearest").contains(", round{method=nearest}, correct-bias"));
     }
 }

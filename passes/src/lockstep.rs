@@ -167,6 +167,11 @@ impl<'a> Lockstep<'a> {
         Ok(())
     }
 
+    /// The bytes that sums over samples may take.
+    pub(crate) fn sums_budget(&self) -> u64 {
+        self.cx.tap_budget
+    }
+
     /// Shows both versions of every sample to `see`, in any order, with a state of the worker.
     ///
     /// # Errors
@@ -176,7 +181,20 @@ impl<'a> Lockstep<'a> {
         start: impl Fn() -> S + Sync,
         see: impl Fn(&mut S, &mut Pair) -> Result<(), PassError> + Sync,
     ) -> Result<Vec<S>, PassError> {
-        parallel::workers(self.cx.threads, self.kept.len(), start, |state, index| {
+        self.each_on(self.cx.threads, start, see)
+    }
+
+    /// The same on at most so many `workers`, and on one at least.
+    ///
+    /// # Errors
+    /// [`PassError`], as [`Self::advance`] and from `see`.
+    pub(crate) fn each_on<S: Send>(
+        &self,
+        workers: usize,
+        start: impl Fn() -> S + Sync,
+        see: impl Fn(&mut S, &mut Pair) -> Result<(), PassError> + Sync,
+    ) -> Result<Vec<S>, PassError> {
+        parallel::workers(workers.clamp(1, self.cx.threads.max(1)), self.kept.len(), start, |state, index| {
             self.interrupted()?;
             if index < self.n_kept {
                 let mut slot = self.kept[index].lock().unwrap_or_else(PoisonError::into_inner);
@@ -273,9 +291,11 @@ fn stages(graph: &Graph, stops: &BTreeSet<NodeId>) -> BTreeMap<NodeId, usize> {
                 stages.insert(id, first);
             }
         }
+        // What a stop reads has to be there when its stage begins.
+        let at = stages[&id] - usize::from(stops.contains(&id));
         for value in crate::ir::walk::reads(node) {
             let first = first_reader.entry(value).or_insert(usize::MAX);
-            *first = stages[&id].min(*first);
+            *first = at.min(*first);
         }
     }
     stages

@@ -142,7 +142,12 @@ impl Scheme {
 
     /// The scheme that `text` names, as [`std::fmt::Display`] writes it; `None` for what is none.
     pub fn parse(text: &str) -> Option<Self> {
-        let (weight, rest) = text.strip_prefix('w')?.split_once('a')?;
+        let text = text.strip_prefix('w')?;
+        text.match_indices('a').find_map(|(at, _)| Self::of(&text[..at], &text[at + 1..]))
+    }
+
+    /// The scheme of weights `weight` and what comes after them.
+    fn of(weight: &str, rest: &str) -> Option<Self> {
         let (rest, asymmetric) = rest.strip_suffix("asym").map_or((rest, false), |rest| (rest, true));
         let (activation, block) = rest.split_once('g').map_or((rest, None), |(a, g)| (a, Some(g)));
         let block = block.map(|g| g.parse().ok().filter(|&g: &usize| g > 0)).map_or(Some(None), |g| g.map(Some))?;

@@ -116,7 +116,17 @@ mod tests {
         assert_eq!(size("2GiB"), Ok(2 << 30));
         assert!(size("2X").is_err() && size("").is_err() && size("99999999999G").is_err());
         assert_eq!(scheme("w8a8"), Ok(Scheme::W8A8));
-        for text in ["w4a16g32", "w3a16g64asym", "w4a8", "w2a16", "wfp8afp8", "wmxfp4a16", "we2m3a8", "wnf4a16g64"] {
+        for text in [
+            "w4a16g32",
+            "w3a16g64asym",
+            "w4a8",
+            "w2a16",
+            "wfp8afp8",
+            "wmxfp4a16",
+            "we2m3a8",
+            "wnf4a16g64",
+            "wfloat8e4m3b11fnuza16",
+        ] {
             assert_eq!(scheme(text).unwrap().to_string(), text);
         }
         assert!(scheme("wfoo3a8").is_err() && scheme("w8amxfp4").is_err() && scheme("wfp8a16asym").is_err());

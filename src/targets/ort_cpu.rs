@@ -78,13 +78,16 @@ impl Target for OrtCpu {
                 "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=mse}, \
                  round{method=gptq}, refit-scales, correct-bias"
             }
-            (Some(_), Goal::Best) if scheme.weight_bits == 8 => {
-                "smooth, equalize-layers, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=min-max, \
-                 least-db=31}, round-in-order{method=enumerate}"
-            }
-            (Some(_), Goal::Best) => {
-                "smooth, equalize-layers, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=mse, \
-                 least-db=31}, round-in-order{method=enumerate, refit=3}"
+            (Some(bits), Goal::Best) => {
+                // What fewer bits would leave in float would be nearly everything.
+                let least = if bits == 8 { ", least-db=31" } else { "" };
+                let (weights, refit) = if scheme.weight_bits == 8 { ("min-max", "") } else { ("mse", ", refit=3") };
+                return format!(
+                    "{NORMALIZE},\ncalibrate, smooth, equalize-layers, drop-dead,\ncalibrate, \
+                     assign-encodings{{observer=mse, products=min-max, weights={weights}{least}}}, \
+                     round-in-order{{method=enumerate{refit}}}, correct-bias"
+                )
+                .into();
             }
             (None, Goal::Fast) => "assign-encodings{weights=min-max}, round",
             (None, Goal::Balanced) => "assign-encodings{weights=mse}, round{method=gptq}",

@@ -8,9 +8,9 @@ use passes::simulate::Simulation;
 use passes::tensor::Tensor;
 
 /// Rows with a few channels much larger than the others.
-struct Rows {
-    channels: usize,
-    samples: usize,
+pub(super) struct Rows {
+    pub(super) channels: usize,
+    pub(super) samples: usize,
 }
 
 impl Dataset for Rows {
@@ -32,7 +32,7 @@ impl Dataset for Rows {
 }
 
 /// A matrix as it stands in the text form.
-fn matrix(name: &str, rows: usize, columns: usize) -> String {
+pub(super) fn matrix(name: &str, rows: usize, columns: usize) -> String {
     let value = |i: usize| format!("{:.3}", ((i * 31 + name.len() * 17) % 41) as f32 / 20.0 - 1.0);
     let values: Vec<String> = (0..rows * columns).map(value).collect();
     format!("  %{name} = const f32[{rows},{columns}] [{}]\n", values.join(", "))
@@ -117,4 +117,64 @@ fn equalized_layers_keep_the_function() {
             assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() <= 1e-5 * top), "{name}: the function changed");
         }
     }
+}
+
+/// The weight of a small convolution as it stands in the text form.
+fn kernel(name: &str) -> String {
+    let value = |i: usize| format!("{:.3}", ((i * 31 + name.len() * 17) % 41) as f32 / 20.0 - 1.0 + (i / 4) as f32);
+    format!("  %{name} = const f32[4,4,1,1] [{}]\n", (0..16).map(value).collect::<Vec<_>>().join(", "))
+}
+
+/// Images with one loud channel.
+struct Images;
+
+impl Dataset for Images {
+    fn len(&self) -> usize {
+        4
+    }
+
+    fn name(&self, index: usize) -> String {
+        format!("image {index}")
+    }
+
+    fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
+        let value = |i: usize| {
+            let noise = ((i * 7919 + index * 104_729) % 2003) as f32 / 1001.5 - 0.5;
+            if i / 256 == 2 { 40.0 * noise } else { noise }
+        };
+        Ok(vec![Tensor::of([1, 4, 16, 16], (0..1024).map(value).collect::<Vec<f32>>())])
+    }
+}
+
+fn regions_of(source: &str, keep: &[&str]) -> u64 {
+    let plain = passes::text::parse(source).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+    let kept = keep.iter().map(|name| ((*name).to_owned(), (*name).to_owned())).collect();
+    let mut cx = PassContext {
+        dataset: Some(&Images as &dyn Dataset),
+        scheme: passes::target::Scheme::parse("w4a8").unwrap(),
+        keep_float: &kept,
+        ..PassContext::new(targets::TARGETS[0], executor.as_ref())
+    };
+    let pipeline = Pipeline::parse("infer-shapes, calibrate, equalize-layers", &passes::catalogue::passes()).unwrap();
+    let (_, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain, &mut cx).unwrap();
+    trace.steps.last().unwrap().1.counts.get("regions").copied().unwrap_or(0)
+}
+
+#[test]
+fn a_region_with_a_constant_or_with_something_kept_in_float_is_left_alone() {
+    let constant = format!("  %c = const f32[1,4,16,16] [{}]\n", vec!["0.5"; 1024].join(", "));
+    let model = |middle: &str| {
+        format!(
+            "opset 21\ngraph (%x: f32[1,4,16,16]) -> (%y) {{\n{}{}{constant}  %a = Conv(%x, %wa) @first\n{middle}  %y = Conv(%r, \
+             %wab) @second\n}}\n",
+            kernel("wa"),
+            kernel("wab")
+        )
+    };
+    let plain = model("  %r = Relu(%a)\n");
+    assert_eq!(regions_of(&plain, &[]), 1);
+    assert_eq!(regions_of(&plain, &["r"]), 0, "kept by name");
+    let summed = model("  %k = Relu(%c)\n  %s = Add(%a, %k)\n  %r = Relu(%s)\n");
+    assert_eq!(regions_of(&summed, &[]), 0, "a constant cannot be divided");
 }

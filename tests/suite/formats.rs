@@ -76,3 +76,12 @@ fn one_exponent_bit_is_an_integer_grid() {
         assert!((grid.range().1 - f64::from(top) * step).abs() < 1e-12);
     }
 }
+
+/// What lies between −0 and the first number below keeps its sign, as `QuantizeLinear` and `ml_dtypes` have it.
+#[test]
+fn a_negative_zero_keeps_its_sign_in_codes() {
+    use passes::encoding::Encoding;
+    let encoding = Encoding::per_tensor(grid::find("float8e4m3fn").unwrap(), 1.0, 0);
+    let codes = encoding.encode(&[-1e-4, 1e-4], &[2]).unwrap();
+    assert_eq!(codes.bytes().as_ref(), [0x80, 0x00]);
+}

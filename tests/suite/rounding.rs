@@ -7,6 +7,7 @@ use passes::model::Model;
 use passes::pass::{PassContext, PassManager, Pipeline};
 use passes::target::Scheme;
 
+use super::equalize::{Rows, matrix};
 use super::fixture;
 
 fn plain(model: &str) -> Model {
@@ -67,5 +68,31 @@ fn every_method_rounds_every_layer() {
             });
             assert_eq!(open.count(), 0, "{pass} {name}");
         }
+    }
+}
+
+/// A layer that reads a constant through a node which nothing folds: what it reads is there when its stage begins.
+#[test]
+fn a_layer_that_no_sample_feeds_is_rounded_too() {
+    let (table, weight, other) = (matrix("c", 512, 8), matrix("wa", 8, 8), matrix("wb", 8, 8));
+    let source = format!(
+        "opset 21\ngraph (%x: f32[512,8]) -> (%y) {{\n{table}{weight}{other}  %r = Relu(%c)\n  %p = MatMul(%r, %wa)\n  \
+         %h = MatMul(%x, %wb)\n  %y = Add(%h, %p)\n}}\n"
+    );
+    let plain = passes::text::parse(&source).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+    let data = Rows { channels: 8, samples: 3 };
+    for scheme in ["w8a8", "w4a16"] {
+        let mut cx = PassContext {
+            dataset: Some(&data as &dyn Dataset),
+            scheme: Scheme::parse(scheme).unwrap(),
+            ..PassContext::new(targets::TARGETS[0], executor.as_ref())
+        };
+        let text = "infer-shapes, calibrate, assign-encodings, round-in-order";
+        let pipeline = Pipeline::parse(text, &passes::catalogue::passes()).unwrap();
+        let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+        assert!(!after.plan().is_empty());
+        let counts = &trace.steps.last().unwrap().1.counts;
+        assert_eq!(counts.get("rounded in order").copied(), Some(2), "{scheme}: {counts:?}");
     }
 }

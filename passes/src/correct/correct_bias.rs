@@ -23,7 +23,7 @@ crate::declare_pass! {
     ///
     /// where covered is the share of output positions at which kernel tap k reads the input rather than zero padding (1
     /// where the input's extent is not known). Convolutions of any group count and `Gemm`; nodes without a bias input are
-    /// left alone, and so are those whose input was never seen. The graph stays as it is: only bias codes change.
+    /// left alone, and so are those whose input was never seen or whose bias was corrected before. The graph stays as it is: only bias codes change.
     INFO {
         name: "correct-bias",
         source: "Nagel et al. 2019, arXiv:1906.04721, section 4.2; coverage of padding ours",
@@ -78,11 +78,15 @@ fn corrected(model: &Model, id: NodeId) -> Option<Edit> {
     let encoding = model.plan().encoding(site)?;
     let weight = graph.constant_input(node, roles.weight.into())?;
     let bias = graph.constant_input(node, roles.bias?.into())?;
+    // Codes other than those of the bias itself were corrected already, behind rounded layers.
+    let values = bias.floats()?;
+    let plain = encoding.encode(&values, bias.shape()).ok()?;
+    model.plan().codes(site).is_none_or(|codes| **codes == plain).then_some(())?;
     let means = model.stats().means(node.input(roles.activation.into())?)?.means()?;
     let error = weight_error(model, id, &roles, weight)?;
     let shift = output_shift(graph, node, &roles, weight, &error, &means)?;
     #[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
-    let target: Vec<f32> = bias.floats()?.iter().zip(shift).map(|(b, s)| (f64::from(*b) - s) as f32).collect();
+    let target: Vec<f32> = values.iter().zip(shift).map(|(b, s)| (f64::from(*b) - s) as f32).collect();
     let codes = encoding.encode(&target, bias.shape()).ok()?;
     Some(Edit::Round { site, codes: Arc::new(codes) })
 }

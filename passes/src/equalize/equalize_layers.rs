@@ -24,11 +24,12 @@ crate::declare_pass! {
     /// Tensors that `Relu`, `LeakyRelu`, pools and sums connect share one s; a region that anything else writes or reads is left
     /// alone, and so is one with a clamp such as Relu6, through which no scale passes. s\[j\] = peak(x\[j\])^a / peak(w\[j\])^(1−a) with
     /// the exponent a that gives the smallest expected error of what is computed from the region at the scheme's bits; doing nothing
-    /// is among the candidates. Dead channels keep s = 1. Exact over the reals.
+    /// is among the candidates. Dead channels keep s = 1, and so does every region of which
+    /// something was not measured or the user wants something in float. Exact over the reals.
     INFO {
         name: "equalize-layers",
         source: "Nagel et al. 2019, arXiv:1906.04721, section 4.1; regions after Brevitas; choice by expected error ours",
-        requires: Facts::CALIBRATED,
+        requires: Facts::SHAPES,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,
         fidelity: UpToRounding,
@@ -53,7 +54,7 @@ impl Pass for EqualizeLayers {
         }
         let graph = model.graph();
         let read = |sink: &NodeId| graph.node(*sink)?.input(0).map(|value| (value, Wish::Peaks { axis: 1 }));
-        regions(graph, &Users::of(graph)).iter().flat_map(|region| region.sinks.iter().filter_map(read)).collect()
+        free_regions(graph, cx).iter().flat_map(|region| region.sinks.iter().filter_map(read)).collect()
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
@@ -62,7 +63,7 @@ impl Pass for EqualizeLayers {
             return Ok(patch);
         }
         let graph = model.graph();
-        let regions = regions(graph, &Users::of(graph));
+        let regions = free_regions(graph, cx);
         let divisors = parallel::map(&regions, |region| divisor(model, region, cx));
         for (region, divisor) in regions.iter().zip(divisors) {
             let nodes = || region.sources.iter().chain(&region.inside).chain(&region.sinks);
@@ -73,6 +74,20 @@ impl Pass for EqualizeLayers {
         }
         Ok(patch)
     }
+}
+
+/// The regions in which nothing has to stay in float: nodes and tensors get new names, which no pattern would find.
+fn free_regions(graph: &Graph, cx: &PassContext<'_>) -> Vec<Region> {
+    let named = |id: &NodeId| {
+        graph.node(*id).is_some_and(|node| {
+            let values = node.inputs.iter().chain(&node.outputs).flatten();
+            let kept = |name: &str| cx.keep_float.contains_key(name);
+            kept(&node.name) || values.into_iter().any(|value| kept(&graph.value(*value).name))
+        })
+    };
+    let mut regions = regions(graph, &Users::of(graph));
+    regions.retain(|region| !region.sources.iter().chain(&region.inside).chain(&region.sinks).any(named));
+    regions
 }
 
 /// What a sink does with the channels of the region.

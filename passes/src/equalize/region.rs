@@ -24,16 +24,17 @@ pub(super) struct Region {
 /// Whether scaling channels by positive numbers passes through `node`: activations without a threshold, pools, sums of two tensors
 /// of one shape.
 fn passes_scales(graph: &Graph, node: &Node) -> bool {
-    let plain = node.op.domain.is_empty() && node.outputs.iter().flatten().count() == 1;
+    // A constant operand would not be divided.
+    let constant = node.inputs.iter().flatten().any(|value| graph.constant(*value).is_some());
+    let plain = node.op.domain.is_empty() && node.outputs.iter().flatten().count() == 1 && !constant;
     let same = |a: usize, b: usize| {
         let shape = |input: usize| graph.value(node.input(input)?).ty.tensor()?.shape.clone();
         shape(a).is_some_and(|s| Some(s) == shape(b)) && node.input(a) != node.input(b)
     };
-    let constant = |input: usize| graph.constant_input(node, input).is_some();
     plain
         && match &*node.op.name {
             "Relu" | "LeakyRelu" | "Identity" | "MaxPool" | "AveragePool" | "GlobalAveragePool" => true,
-            "Add" => !constant(0) && !constant(1) && same(0, 1),
+            "Add" => same(0, 1),
             _ => false,
         }
 }

@@ -37,7 +37,9 @@ pub trait Grid: Debug + Send + Sync {
     /// The codes of `points`, which lie on the grid less `zero`.
     fn encode_run(&self, points: &[f32], zero: i32, codes: &mut [u32]) {
         for (code, point) in codes.iter_mut().zip(points) {
-            *code = self.encode(f64::from(*point) + f64::from(zero));
+            // Adding 0 would take the sign of −0.
+            let point = f64::from(*point);
+            *code = self.encode(if zero == 0 { point } else { point + f64::from(zero) });
         }
     }
     /// The points of `codes`, as f32.

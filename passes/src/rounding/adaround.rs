@@ -113,7 +113,7 @@ fn rectified(v: f32) -> (f32, f32) {
     if (0.0..=1.0).contains(&h) { (h, (1.0 + 2.0 * STRETCH) * s * (1.0 - s)) } else { (h.clamp(0.0, 1.0), 0.0) }
 }
 
-/// Where v starts: on the side that `tile` chose, else at the fraction.
+/// Where v starts: on the side that `tile` chose, else in the middle.
 fn start(tile: &Tile, near: &Neighbors, column: usize, lane: usize) -> f32 {
     let (below, above) = (near.below[column][lane], near.above[column][lane]);
     let point = tile.points[column][lane];
@@ -149,14 +149,17 @@ fn learn(tile: &mut Tile, grid: &dyn Grid, q: &Quadratic) {
         let beta = BETA.1 + (BETA.0 - BETA.1) * (1.0 - (progress - WARM_UP).max(0.0) / (1.0 - WARM_UP));
         let lambda = if progress < WARM_UP { 0.0 } else { LAMBDA };
         let corrections = (1.0 - 0.9_f32.powi(step.cast_signed()), 1.0 - 0.999_f32.powi(step.cast_signed()));
+        for start in (0..d).step_by(WIDE).filter(|_| step == 1) {
+            let gradients = q.h.dots(&errors, 0, start);
+            for j in start..(start + WIDE).min(d) {
+                (0..LANES).for_each(|l| unit[l] += (gradients[j - start][l] * gap(j, l)).abs() / d as f32);
+            }
+        }
         for start in (0..d).step_by(WIDE) {
             let gradients = q.h.dots(&errors, 0, start);
             for j in start..(start + WIDE).min(d) {
                 for l in 0..LANES {
                     let pull = gradients[j - start][l] * gap(j, l);
-                    if step == 1 {
-                        unit[l] += pull.abs() / d as f32;
-                    }
                     let (h, slope) = rectified(v[j][l]);
                     let away = 2.0 * h - 1.0;
                     let settle = -lambda * beta * away.abs().powf(beta - 1.0) * 2.0 * away.signum();

@@ -53,10 +53,18 @@ pub(super) struct Moments {
 }
 
 /// What is measured for the layers of one stage.
+#[derive(Default)]
 pub(super) struct Measured {
     pub(super) of_reading: BTreeMap<Reading, Moments>,
     /// E\[e x̃ᵀ\] and E\[e\] for layers beside which something drifted.
     pub(super) of_sum: BTreeMap<NodeId, Cross>,
+}
+
+impl Measured {
+    fn extend(&mut self, other: Self) {
+        self.of_reading.extend(other.of_reading);
+        self.of_sum.extend(other.of_sum);
+    }
 }
 
 /// Peaks of everything that is measured, per worker.
@@ -117,10 +125,49 @@ pub(super) fn measure(
         merge(&mut all.beside, one.beside);
         all
     });
-    let readings: Vec<Reading> = readings.into_iter().collect();
-    let start = || Sums::new(&readings, &beside, &ends, samples);
-    let sums = walk.each(start, |sums, pair| sums.see(pair, &crossing))?;
-    Ok(sums.into_iter().reduce(|all, one| all.merge(&one)).unwrap_or_else(start).finish())
+    let mut measured = Measured::default();
+    for batch in batches(&readings.into_iter().collect::<Vec<_>>(), &beside, &ends, walk.sums_budget()) {
+        let mine: Vec<Beside> =
+            beside.iter().filter(|(_, _, reading)| batch.readings.contains(reading)).copied().collect();
+        let start = || Sums::new(&batch.readings, &mine, &ends, samples);
+        // Every worker has sums of its own, as far as memory allows.
+        let workers = usize::try_from(walk.sums_budget() / batch.bytes.max(1)).unwrap_or(usize::MAX);
+        let sums = walk.each_on(workers, start, |sums, pair| sums.see(pair, &crossing))?;
+        measured.extend(sums.into_iter().reduce(|all, one| all.merge(&one)).unwrap_or_else(start).finish());
+    }
+    Ok(measured)
+}
+
+/// Readings that are summed in one run over the samples.
+#[derive(Default)]
+struct Batch {
+    readings: Vec<Reading>,
+    bytes: u64,
+}
+
+/// `readings` in batches whose sums, with those beside them, take at most `budget` bytes, or are alone.
+fn batches(readings: &[Reading], beside: &[Beside], ends: &Ends, budget: u64) -> Vec<Batch> {
+    let channels = |peaks: Option<&Peaks>| peaks.map_or(0, |peaks| peaks.values().len());
+    let mut batches: Vec<Batch> = Vec::new();
+    for reading in readings {
+        let d = channels(ends.planned.get(reading));
+        let second = GramSums::bytes(reading.rows, d).unwrap_or(0);
+        let of_sum = |(node, ..): &Beside| {
+            let left = reading.rows.of_outputs(d)?;
+            CrossSums::bytes((left, channels(ends.beside.get(node))), (reading.rows, d))
+        };
+        let sums = beside.iter().filter(|(_, _, mine)| mine == reading).filter_map(of_sum);
+        // As much again for what drifted.
+        let bytes = sums.fold(second.saturating_mul(2), u64::saturating_add);
+        match batches.last_mut().filter(|batch| batch.bytes.saturating_add(bytes) <= budget) {
+            Some(batch) => {
+                batch.readings.push(*reading);
+                batch.bytes += bytes;
+            }
+            None => batches.push(Batch { readings: vec![*reading], bytes }),
+        }
+    }
+    batches
 }
 
 fn merge<K: Ord>(all: &mut BTreeMap<K, Peaks>, one: BTreeMap<K, Peaks>) {

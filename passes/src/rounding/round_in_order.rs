@@ -33,7 +33,7 @@ crate::declare_pass! {
     ///
     /// Off the diagonal moments are shrunk by d / (n + d) for n effective rows. Layers with a bias, in their own node or in an
     /// addition right after it, have their mean error taken back in it; where that bias is in float, the plan notes the
-    /// corrected one. Two runs of the model in all: tensors between stages are kept as far as memory allows, the other samples
+    /// corrected one. Two runs of the model where memory holds the tensors between stages; samples for which it does not
     /// run again from their inputs. Everything that is no such layer goes to nearest, and so does everything where there are no
     /// samples.
     INFO {
@@ -89,7 +89,14 @@ impl RoundInOrder {
         Ok(Self {
             method: round::method(options, "gptq")?,
             target,
-            damping: options.number("damping")?.filter(|d| *d > 0.0).unwrap_or(1.0),
+            damping: match options.number("damping")? {
+                None => 1.0,
+                Some(damping) if damping > 0.0 => damping,
+                Some(_) => {
+                    let problem = "it must be over 0".to_owned();
+                    return Err(OptionError { option: "damping".into(), problem });
+                }
+            },
             sweeps: options.count("sweeps", 0)?,
             refit: options.count("refit", 0)?,
         })
@@ -142,6 +149,9 @@ impl RoundInOrder {
             Some((bias, prefix::shift(&layer, moments, sum, &decoded)?))
         });
         let mut edits = rounded.edits(model, &layer);
+        if edits.is_empty() {
+            return None; // the bias would not fit the new scales: all stays as it was, and goes to nearest
+        }
         if let Some((bias, shift)) = shift {
             correct(model, bias, &shift, &mut edits);
         }

@@ -122,7 +122,8 @@ impl Pass for AssignEncodings {
         let selection = if cx.scheme.activation_bits.is_some() {
             let observers = encode::Observers { usual: self.observer.as_ref(), products: self.products.as_ref() };
             let mut selection = select::select(model, cx.target, cx.keep_float, &select::Coarse::new());
-            if let Some(least) = self.least {
+            // Steps of floats grow with the number: no outlier takes them away from the rest.
+            if let Some(least) = self.least.filter(|_| goals.activation_grid().info().integer) {
                 let read = encode::read_by_products(model.graph(), &selection);
                 let kept = encode::kept(model, &read, &read, &observers, &goals);
                 let coarse = kept.into_iter().filter(|(_, kept)| *kept < least).collect();
