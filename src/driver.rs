@@ -446,13 +446,8 @@ fn chosen(request: &Request, model: &Model, files: &Files, cx: &PassContext<'_>)
 
 /// `n` of the numbers below `all`, ascending, by a draw that is always the same.
 fn drawn(all: usize, n: usize) -> Vec<usize> {
-    let key = |i: usize| {
-        let z = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z ^ (z >> 27)
-    };
     let mut numbers: Vec<usize> = (0..all).collect();
-    numbers.sort_by_key(|&i| key(i));
+    numbers.sort_by_key(|&i| passes::seed::mixed(i as u64));
     numbers.truncate(n);
     numbers.sort_unstable();
     numbers

@@ -14,7 +14,7 @@ use crate::padding::Mask;
 use crate::pass::{PassContext, PassError};
 use crate::simulate::{Simulation, is_float_activation};
 use crate::tensor::Tensor;
-use crate::{ops, parallel};
+use crate::{ops, padding, parallel, seed};
 
 /// Tensors that are probed, spread over the graph.
 const PROBES: usize = 6;
@@ -45,7 +45,7 @@ pub fn select(graph: &Graph, dataset: &dyn Dataset, cx: &PassContext<'_>, n: usi
             let mut feature = vec![0.0; probes.len() * DIRECTIONS * (DIRECTIONS + 1) / 2];
             let size = DIRECTIONS * (DIRECTIONS + 1) / 2;
             simulation.run_with(&feeds, &mut |probe, tensor| {
-                let tensor = mask.as_ref().and_then(|mask| mask.kept(&tensor)).unwrap_or(tensor);
+                let tensor = padding::without(mask.as_ref(), tensor);
                 feature[probe * size..(probe + 1) * size].copy_from_slice(&sketch(probe, &tensor));
             })?;
             features.push((at, feature));
@@ -114,12 +114,9 @@ fn sketch(probe: usize, tensor: &Tensor) -> Vec<f32> {
         .collect()
 }
 
-/// One random sign per direction, by `SplitMix64` of probe and channel.
+/// One random sign per direction.
 fn signs(probe: usize, channel: usize) -> u64 {
-    let z = ((probe as u64) << 32 | channel as u64).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    seed::mixed((probe as u64) << 32 | channel as u64)
 }
 
 /// Gives every probe the same weight: the pool's mean moments of each get length 1.

@@ -32,6 +32,7 @@ mod padding;
 pub mod parallel;
 pub mod pass;
 pub mod rounding;
+pub mod seed;
 pub mod simd;
 pub mod simulate;
 pub mod slices;

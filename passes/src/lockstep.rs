@@ -12,7 +12,7 @@ use crate::id::{NodeId, ValueId};
 use crate::ir::Graph;
 use crate::model::Plan;
 use crate::ops::sizes;
-use crate::padding::Mask;
+use crate::padding::{self, Mask};
 use crate::parallel;
 use crate::pass::{PassContext, PassError};
 use crate::simulate::{self, Crossing, Cutter, Known, Part, Version};
@@ -38,7 +38,7 @@ impl Pair {
     }
 
     fn unpadded(&self, tensor: Tensor) -> Tensor {
-        self.mask.as_ref().and_then(|mask| mask.kept(&tensor)).unwrap_or(tensor)
+        padding::without(self.mask.as_ref(), tensor)
     }
 }
 

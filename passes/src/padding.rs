@@ -3,6 +3,11 @@
 use crate::ir::Graph;
 use crate::tensor::Tensor;
 
+/// `tensor` without the positions that `mask` calls padding, where it has them.
+pub(crate) fn without(mask: Option<&Mask>, tensor: Tensor) -> Tensor {
+    mask.and_then(|mask| mask.kept(&tensor)).unwrap_or(tensor)
+}
+
 /// Which positions of a batch of texts are words and not padding.
 #[derive(Clone, Debug)]
 pub(crate) struct Mask {

@@ -13,7 +13,7 @@ use crate::padding::Mask;
 use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::simulate::Simulation;
 use crate::tensor::Tensor;
-use crate::{ops, parallel};
+use crate::{ops, padding, parallel};
 
 crate::declare_pass! {
     /// Measures the distribution of every tensor that later passes wish for, in one pass over the data.
@@ -203,7 +203,7 @@ impl Run<'_> {
             let feeds = self.dataset.sample(index)?;
             let mask = Mask::of(self.graph, &feeds);
             simulation.run_with(&feeds, &mut |at, tensor| {
-                see(state, at, mask.as_ref().and_then(|mask| mask.kept(&tensor)).unwrap_or(tensor));
+                see(state, at, padding::without(mask.as_ref(), tensor));
             })?;
             after(state);
             self.cx.progress.step();

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::region::{Region, regions};
+use super::smooth::divisors;
 use crate::id::{NodeId, ValueId};
 use crate::ir::Graph;
 use crate::ir::walk::Users;
@@ -155,21 +156,13 @@ fn divisor(model: &Model, region: &Region, cx: &PassContext<'_>) -> Option<Vec<f
     let activation_levels = levels(cx.scheme.activation_bits?);
     let weight_levels = levels(cx.scheme.weight_bits.saturating_sub(1).max(1));
     let error = |s: &[f64]| sinks.iter().map(|sink| sink.error(s, activation_levels, weight_levels)).sum::<f64>();
-    let top = |of: &dyn Fn(&Sink<'_>, usize) -> f64| -> Vec<f64> {
-        (0..region.channels).map(|j| sinks.iter().map(|sink| of(sink, j)).fold(0.0, f64::max)).collect()
-    };
-    let peaks = top(&|sink, j| f64::from(sink.peaks.values()[j]));
-    let weights = top(&|sink, j| sink.largest[j]);
-    let candidate = |step: i32| {
-        let a = f64::from(step) / 20.0;
-        let live = |j: usize| peaks[j] > 1e-9 && weights[j] > 1e-9;
-        let raw: Vec<f64> = (0..region.channels)
-            .map(|j| if live(j) { peaks[j].powf(a) / weights[j].powf(1.0 - a) } else { 1.0 })
-            .collect();
-        let n = (0..raw.len()).filter(|&j| live(j)).count().max(1) as f64;
-        let mean = ((0..raw.len()).filter(|&j| live(j)).map(|j| raw[j].ln()).sum::<f64>() / n).exp();
-        (0..raw.len()).map(|j| if live(j) { (raw[j] / mean).clamp(1e-2, 1e2) } else { 1.0 }).collect::<Vec<f64>>()
-    };
+    let mut peaks = vec![0.0_f32; region.channels];
+    let mut weights = vec![0.0_f64; region.channels];
+    for sink in &sinks {
+        peaks.iter_mut().zip(sink.peaks.values()).for_each(|(top, peak)| *top = top.max(*peak));
+        weights.iter_mut().zip(&sink.largest).for_each(|(top, weight)| *top = top.max(*weight));
+    }
+    let candidate = |step: i32| divisors(&peaks, &weights, f64::from(step) / 20.0, 1e2);
     let nothing = error(&vec![1.0; region.channels]);
     let scored = (0..=20).map(candidate).map(|s| (error(&s), s));
     let (best, s) = scored.min_by(|a, b| a.0.total_cmp(&b.0))?;

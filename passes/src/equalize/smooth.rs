@@ -172,13 +172,13 @@ fn choose(model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<Choice> 
     }
     let error = |divisor: &[f64]| expected_error(peaks, &sinks, divisor, cx);
     let nothing = error(&vec![1.0; channels]);
-    let candidates = (0..=20).map(|step| divisors(peaks.values(), &largest, f64::from(step) / 20.0));
+    let candidates = (0..=20).map(|step| divisors(peaks.values(), &largest, f64::from(step) / 20.0, 1e3));
     let (best, divisor) = candidates.map(|d| (error(&d), d)).min_by(|a, b| a.0.total_cmp(&b.0))?;
     (best < 0.9 * nothing).then(|| Choice { divisor, gain: best / nothing })
 }
 
-/// s for exponent `alpha`, with geometric mean 1; 1 for dead channels.
-fn divisors(peaks: &[f32], weights: &[f64], alpha: f64) -> Vec<f64> {
+/// s for exponent `alpha`, with geometric mean 1 and within `reach` of it; 1 for dead channels.
+pub(super) fn divisors(peaks: &[f32], weights: &[f64], alpha: f64, reach: f64) -> Vec<f64> {
     let live = |x: f64, w: f64| x > 1e-9 && w > 1e-9;
     let raw: Vec<f64> = peaks
         .iter()
@@ -191,7 +191,7 @@ fn divisors(peaks: &[f32], weights: &[f64], alpha: f64) -> Vec<f64> {
     let is_live = |j: usize| live(f64::from(peaks[j]), weights[j]);
     let n = (0..raw.len()).filter(|&j| is_live(j)).count().max(1) as f64;
     let mean = ((0..raw.len()).filter(|&j| is_live(j)).map(|j| raw[j].ln()).sum::<f64>() / n).exp();
-    (0..raw.len()).map(|j| if is_live(j) { (raw[j] / mean).clamp(1e-3, 1e3) } else { 1.0 }).collect()
+    (0..raw.len()).map(|j| if is_live(j) { (raw[j] / mean).clamp(1.0 / reach, reach) } else { 1.0 }).collect()
 }
 
 /// The expected squared error of all outputs: rounding noise of the activation through the weights, and of the weights under
@@ -263,9 +263,9 @@ mod tests {
     #[test]
     fn divisors_flatten_the_activation_at_one_and_the_weight_at_zero() {
         let (peaks, weights) = ([8.0_f32, 2.0, 0.0], [1.0, 4.0, 1.0]);
-        let flat = divisors(&peaks, &weights, 1.0);
+        let flat = divisors(&peaks, &weights, 1.0, 1e3);
         assert!((8.0 / flat[0] - 2.0 / flat[1]).abs() < 1e-9, "{flat:?}");
-        let weight = divisors(&peaks, &weights, 0.0);
+        let weight = divisors(&peaks, &weights, 0.0, 1e3);
         assert!((weights[0] * weight[0] - weights[1] * weight[1]).abs() < 1e-9, "{weight:?}");
         assert!((flat[2] - 1.0).abs() < 1e-12 && (flat[0] * flat[1] - 1.0).abs() < 1e-9, "{flat:?}");
     }

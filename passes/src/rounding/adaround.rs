@@ -2,6 +2,7 @@
 
 #![expect(clippy::inline_always, reason = "what runs inside `vectorized` must be compiled into it")]
 
+use super::descend::descend;
 use super::tile::{LANES, Lanes, Quadratic, Tile, WIDE};
 use super::{Method, Prepared, gptq};
 use crate::about::About;
@@ -64,17 +65,7 @@ impl Prepared for Ready {
             candidates.push(learned);
         }
         for mut candidate in candidates {
-            vectorized(
-                #[inline(always)]
-                || {
-                    let mut errors = candidate.errors();
-                    for _ in 0..10 {
-                        if !candidate.descend(grid, q, &mut errors) {
-                            break;
-                        }
-                    }
-                },
-            );
+            descend(&mut candidate, grid, q, 10);
             tile.keep_better(&candidate, q);
         }
     }

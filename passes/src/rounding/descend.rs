@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use super::tile::{Quadratic, Tile};
 use super::work;
+use crate::grid::Grid;
 use crate::id::ValueId;
 use crate::model::{Model, Patch};
 use crate::pass::{Facts, OptionInfo, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
@@ -50,16 +52,19 @@ impl Pass for Descend {
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
-        work::polish(model, cx, INFO.about.name, |tile, grid, q| {
-            let mut errors = tile.errors();
-            for _ in 0..self.sweeps {
-                if !vectorized(
-                    #[inline(always)]
-                    || tile.descend(grid, q, &mut errors),
-                ) {
-                    break;
-                }
-            }
-        })
+        work::polish(model, cx, INFO.about.name, |tile, grid, q| descend(tile, grid, q, self.sweeps))
+    }
+}
+
+/// At most so many `sweeps`, until nothing moves.
+pub(super) fn descend(tile: &mut Tile, grid: &dyn Grid, q: &Quadratic, sweeps: usize) {
+    let mut errors = tile.errors();
+    for _ in 0..sweeps {
+        if !vectorized(
+            #[inline(always)]
+            || tile.descend(grid, q, &mut errors),
+        ) {
+            break;
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::descend::descend;
 use super::layer::{self, Layer};
 use super::prefix::{self, Inputs, Measured, Reading};
 use super::refit_scales::refit;
@@ -15,7 +16,6 @@ use crate::lockstep::Lockstep;
 use crate::model::{Edit, Model, Patch};
 use crate::ops;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
-use crate::simd::vectorized;
 use crate::simulate::{Cutter, Version};
 use crate::target::Scheme;
 use crate::tensor::Tensor;
@@ -130,15 +130,7 @@ impl RoundInOrder {
                     Some(prepared) => prepared.round(tile, grid, q),
                     None => tile.nearest(grid),
                 }
-                let mut errors = tile.errors();
-                for _ in 0..self.sweeps {
-                    if !vectorized(
-                        #[inline(always)]
-                        || tile.descend(grid, q, &mut errors),
-                    ) {
-                        break;
-                    }
-                }
+                descend(tile, grid, q, self.sweeps);
                 if refits && layer.scales_are_own() {
                     refit(tile, grid, q, self.refit, 2);
                 }

@@ -4,6 +4,7 @@ use super::tile::{LANES, Quadratic, Tile};
 use super::{Method, Prepared};
 use crate::about::About;
 use crate::grid::Grid;
+use crate::seed;
 
 static ABOUT: About = About {
     name: "stochastic",
@@ -36,7 +37,7 @@ impl Prepared for Stochastic {
         for draw in 0..DRAWS {
             let mut drawn = tile.clone();
             for lane in 0..LANES {
-                let mut state = seed(tile, lane, draw);
+                let mut state = hash(tile, lane, draw);
                 self::draw(&mut drawn, lane, grid, &mut state);
             }
             tile.keep_better(&drawn, q);
@@ -45,17 +46,9 @@ impl Prepared for Stochastic {
 }
 
 /// A state that depends on the weights of the row and the number of the draw.
-fn seed(tile: &Tile, lane: usize, draw: u64) -> u64 {
+fn hash(tile: &Tile, lane: usize, draw: u64) -> u64 {
     let mix = |hash: u64, bits: u64| (hash ^ bits).wrapping_mul(0x0000_0100_0000_01b3);
     tile.weights.iter().map(|w| u64::from(w[lane].to_bits())).chain([draw]).fold(0xcbf2_9ce4_8422_2325, mix)
-}
-
-/// A number in \[0, 1), by `SplitMix64`.
-fn uniform(state: &mut u64) -> f64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "points of grids of up to 16 bits are exact in f32")]
@@ -65,7 +58,8 @@ fn draw(tile: &mut Tile, lane: usize, grid: &dyn Grid, state: &mut u64) {
         let at = f64::from(tile.weights[j][lane] / scale) + zero;
         let (below, above) = (grid.below(at), grid.above(at));
         let fraction = if above > below { (at - below) / (above - below) } else { 0.0 };
-        let point = if uniform(state) < fraction { above } else { below };
+        *state = state.wrapping_add(1);
+        let point = if seed::uniform(*state) < fraction { above } else { below };
         tile.points[j][lane] = (point - zero) as f32;
     }
 }
