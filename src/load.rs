@@ -72,21 +72,20 @@ pub struct Source {
 
 impl Source {
     /// Where in this file `payload` lies, when it is a slice of its map.
-    fn offset_of(&self, payload: &Bytes) -> Option<u64> {
+    pub fn offset_of(&self, payload: &Bytes) -> Option<u64> {
         let offset = (payload.as_ptr() as usize).checked_sub(self.bytes.as_ptr() as usize)?;
         (offset.checked_add(payload.len())? <= self.bytes.len()).then_some(offset as u64)
     }
 
-    /// Appends `payload` to `out` without bringing it into this process, when it is a slice of this file; says whether it is.
+    /// Appends the `length` bytes from `offset` on to `out`, without bringing them into this process.
     ///
     /// # Errors
-    /// What the system says.
-    pub fn copy(&self, payload: &Bytes, out: &mut File) -> io::Result<bool> {
-        let Some(offset) = self.offset_of(payload) else { return Ok(false) };
+    /// What the system says, and the end of a file that has become shorter.
+    pub fn copy(&self, offset: u64, length: u64, out: &mut File) -> io::Result<()> {
         let mut file = &self.file;
         file.seek(io::SeekFrom::Start(offset))?;
-        let copied = io::copy(&mut file.take(payload.len() as u64), out)?;
-        if copied == payload.len() as u64 { Ok(true) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+        let copied = io::copy(&mut file.take(length), out)?;
+        if copied == length { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }
 }
 

@@ -138,19 +138,28 @@ impl Staged {
     }
 }
 
-/// Writes `external`, each payload at its offset, with zeros between.
+/// Writes `external`, each payload at its offset, with zeros between. Neighbors that are neighbors in a source too are one copy.
 fn payloads(path: &Path, external: &[(u64, Bytes)], sources: &[Source]) -> io::Result<()> {
     let mut out = std::fs::File::create_new(path)?;
-    for (offset, payload) in external {
+    let place = |payload: &Bytes| sources.iter().enumerate().find_map(|(at, s)| Some((at, s.offset_of(payload)?)));
+    let mut next = 0;
+    while let Some((offset, payload)) = external.get(next) {
         // Seeking past the end leaves a hole, which reads as zeros.
         out.seek(io::SeekFrom::Start(*offset))?;
-        let mut copied = false;
-        for source in sources {
-            copied = copied || source.copy(payload, &mut out)?;
-        }
-        if !copied {
+        next += 1;
+        let Some((source, from)) = place(payload) else {
             out.write_all(payload)?;
+            continue;
+        };
+        let mut length = payload.len() as u64;
+        while let Some((later, payload)) = external.get(next) {
+            if *later != offset + length || place(payload) != Some((source, from + length)) {
+                break;
+            }
+            length += payload.len() as u64;
+            next += 1;
         }
+        sources[source].copy(from, length, &mut out)?;
     }
     Ok(())
 }
