@@ -53,7 +53,7 @@ static RECIPES: &[About] = &[
         name: "best",
         doc: "The most accurate that this version has: outliers moved into weights, matrix products that 8-bit activations would ruin left \
               in float, weights rounded layer by layer behind the layers rounded before, scales fitted below eight bits. Two passes \
-              over the data and one walk that runs the float and the quantized model side by side: three to five times the \
+              over the data and one walk that runs the float and the quantized model side by side: four to nine times the \
               time of balanced, and memory for the tensors between two stages (2 GiB at most, less under --max-memory).",
         source: "onnx-quant",
     },
