@@ -227,7 +227,8 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let lowered = request.target.lower(&model).map_err(|e| Error::Target(e.to_string()))?;
     notes.extend(lowered.notes.iter().cloned());
     let file = output_name(request);
-    let options = Emit { external: (!external.is_empty()).then(|| format!("{file}.data")) };
+    let name = (!external.is_empty()).then(|| format!("{file}.data"));
+    let options = Emit { external: name, sources: &external };
     let artifact = emit::model(&lowered.graph, &lowered.meta, &options, &file);
     drop(lowered);
     let mut sizes = Sizes {

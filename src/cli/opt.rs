@@ -91,7 +91,8 @@ fn save(model: &Model, input: &Path, external: &[Source], output: Option<&Path>)
         &lowered.graph
     };
     let file = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-    let options = Emit { external: (!external.is_empty()).then(|| format!("{file}.data")) };
+    let name = (!external.is_empty()).then(|| format!("{file}.data"));
+    let options = Emit { external: name, sources: external };
     let staged = Staged::write(emit::model(graph, &model.meta, &options, &file), path, external)?;
     if progress::is_cancelled() {
         return Err(Error::Interrupted);

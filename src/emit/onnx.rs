@@ -16,18 +16,25 @@ use proto::onnx::{
 };
 use proto::{ExternalRef, external_entries};
 
+use crate::load::Source;
+
 /// Constants of this many bytes and more move to external data, once the model has any.
 const EXTERNAL_FROM: usize = 1024;
-/// External payloads start at multiples of this, so that they can be mapped.
+/// External payloads start at multiples of this, so that they can be mapped. One that lies in a source keeps its place within
+/// the page instead: a copy from page to page is a third faster than one that straddles them.
 const ALIGNMENT: u64 = 4096;
+/// The largest element's bytes: a place in a source that is no multiple of it is not kept.
+const ELEMENT: u64 = 8;
 /// Above this many bytes of constants a model keeps them in external data: a protobuf message stops at 2 GiB.
 const EXTERNAL_OVER: usize = 1 << 30;
 
 /// How to write.
 #[derive(Clone, Debug, Default)]
-pub struct Emit {
+pub struct Emit<'a> {
     /// The external data file's name; `None` keeps everything in one file unless that would be too large.
     pub external: Option<String>,
+    /// The files that weights may be slices of.
+    pub sources: &'a [Source],
 }
 
 /// A model as it will lie on disk.
@@ -74,13 +81,18 @@ fn ir_version_of(dtype: DType) -> i64 {
 }
 
 /// `graph` as a model; `file` is the main file's name, after which an external data file is called.
-pub fn model(graph: &Graph, meta: &Metadata, options: &Emit, file: &str) -> Artifact {
+pub fn model(graph: &Graph, meta: &Metadata, options: &Emit<'_>, file: &str) -> Artifact {
     let external = match &options.external {
         Some(name) => Some(name.clone()),
         None => (graph.constant_bytes() > EXTERNAL_OVER).then(|| format!("{file}.data")),
     };
-    let mut writer =
-        Writer { external: external.is_some(), name: external.unwrap_or_default(), end: 0, payloads: Vec::new() };
+    let mut writer = Writer {
+        external: external.is_some(),
+        name: external.unwrap_or_default(),
+        sources: options.sources,
+        end: 0,
+        payloads: Vec::new(),
+    };
     let proto = writer.graph(graph, true);
     let newest = graph.value_ids().filter_map(|id| graph.value(id).ty.dtype()).map(ir_version_of).max().unwrap_or(0);
     let rest: ModelProto = proto::decode(meta.rest.clone()).unwrap_or_default();
@@ -103,7 +115,7 @@ pub fn model(graph: &Graph, meta: &Metadata, options: &Emit, file: &str) -> Arti
 
 /// `graph` as a model for an executor: one message, no documentation.
 pub fn part(graph: &Graph, meta: &Metadata) -> ModelProto {
-    let mut writer = Writer { external: false, name: String::new(), end: 0, payloads: Vec::new() };
+    let mut writer = Writer { external: false, name: String::new(), sources: &[], end: 0, payloads: Vec::new() };
     ModelProto {
         ir_version: Some(ir_version(meta.opset())),
         graph: Some(writer.graph(graph, false)),
@@ -126,14 +138,15 @@ fn entries(entries: &[(String, String)]) -> Vec<StringStringEntryProto> {
     entries.iter().map(entry).collect()
 }
 
-struct Writer {
+struct Writer<'a> {
     external: bool,
     name: String,
+    sources: &'a [Source],
     end: u64,
     payloads: Vec<(u64, Bytes)>,
 }
 
-impl Writer {
+impl Writer<'_> {
     fn graph(&mut self, graph: &Graph, infos: bool) -> GraphProto {
         let users = walk::Users::of(graph);
         let read = |id: &ValueId| !users.of_value(*id).is_empty();
@@ -192,12 +205,20 @@ impl Writer {
         }
     }
 
+    /// Where `payload` goes: at the next page's start, or at the next place that is as far into its page as in its source.
+    fn place(&self, payload: &Bytes) -> u64 {
+        let from = self.sources.iter().find_map(|source| source.offset_of(payload)).filter(|from| from % ELEMENT == 0);
+        let phase = from.unwrap_or(0) % ALIGNMENT;
+        let missing = (phase + ALIGNMENT - self.end % ALIGNMENT) % ALIGNMENT;
+        self.end + missing
+    }
+
     /// Shape-like constants stay inline even in a model with external data: shape inference reads them.
     fn tensor(&mut self, name: &str, tensor: &Tensor) -> TensorProto {
         if !self.external || tensor.bytes().len() < EXTERNAL_FROM {
             return inline(name, tensor);
         }
-        let offset = self.end.next_multiple_of(ALIGNMENT);
+        let offset = self.place(tensor.bytes());
         let length = tensor.bytes().len() as u64;
         self.end = offset + length;
         self.payloads.push((offset, tensor.bytes().clone()));
@@ -285,4 +306,31 @@ fn tensor_type(dtype: DType, ty: &TensorType) -> TypeProto {
     let shape = ty.shape.as_ref().map(|dims| TensorShapeProto { dim: dims.iter().map(dim).collect() });
     let tensor = type_proto::Tensor { elem_type: Some(dtype.code()), shape };
     TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..TypeProto::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::load::ExternalFiles;
+
+    /// Neighbors stay neighbors, and pages copy to pages; what lies in no source starts a page.
+    #[test]
+    fn payloads_of_a_source_keep_their_place_in_the_page() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("w.bin"), vec![1; 40_000]).unwrap();
+        let mut files = ExternalFiles::beside(&folder.path().join("m.onnx"));
+        let mut slice = |offset: u64, length: usize| {
+            let reference = ExternalRef { location: "w.bin".into(), offset, length: None };
+            files.read("w", &reference, length).unwrap()
+        };
+        let payloads = [slice(64, 2304), slice(2368, 9000), slice(30_003, 1200), Bytes::from(vec![2; 2000])];
+        let sources = files.take_sources();
+        let mut writer = Writer { external: true, name: "d".into(), sources: &sources, end: 0, payloads: Vec::new() };
+        let places = payloads.map(|payload| {
+            let offset = writer.place(&payload);
+            writer.end = offset + payload.len() as u64;
+            offset
+        });
+        assert_eq!(places, [64, 2368, 12_288, 16_384]);
+    }
 }

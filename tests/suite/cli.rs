@@ -317,7 +317,8 @@ fn external_weights_of_the_input_are_never_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let imported = onnx_quant::import::file(&fixture("models/digits-resnet.onnx")).unwrap();
-    let options = onnx_quant::emit::Emit { external: Some("foo.onnx.data".into()) };
+    let options =
+        onnx_quant::emit::Emit { external: Some("foo.onnx.data".into()), ..onnx_quant::emit::Emit::default() };
     let artifact = onnx_quant::emit::model(imported.model.graph(), &imported.model.meta, &options, "foo.onnx");
     onnx_quant::emit::Staged::write(artifact, at("float.onnx").as_ref(), &[]).unwrap().publish().unwrap();
     let before = std::fs::read(at("foo.onnx.data")).unwrap();

@@ -43,7 +43,7 @@ fn exported(path: &Path) -> Vec<u8> {
 fn external_data_round_trips() {
     let folder = tempfile::tempdir().unwrap();
     let imported = import::file(&fixture("models/digits-resnet.onnx")).unwrap();
-    let options = Emit { external: Some("m.onnx.data".into()) };
+    let options = Emit { external: Some("m.onnx.data".into()), ..Emit::default() };
     let artifact = emit::model(imported.model.graph(), &imported.model.meta, &options, "m.onnx");
     assert!(artifact.external.iter().all(|(offset, payload)| offset % 4096 == 0 && payload.len() >= 1024));
     let path = folder.path().join("m.onnx");
