@@ -1,21 +1,22 @@
 //! A whole run: import, passes, lower, emit, verify, in order.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use globset::Glob;
 use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::exec::{Executor, Progress};
 use passes::ir::Graph;
 use passes::model::Model;
-use passes::pass::{PassContext, PassError, PassManager, Pipeline, RunError, Trace, nearest};
-use passes::target::{Goal, KeepFloat, Scheme, Target};
+use passes::pass::{Instrument, PassContext, PassError, PassManager, Pipeline, RunError, Trace};
+use passes::target::{Goal, Scheme, Target};
 
 use crate::dataset::{Files, ImageOptions, Slot};
 use crate::emit::{self, Emit, Staged};
 use crate::load::Source;
+use crate::max_drop::{self, Checkpoint, Search};
 use crate::memory::Needs;
+use crate::overrides::{Overrides, Set, overrides};
+use crate::recipe::pipeline_text;
 use crate::verify::{self, Fidelity, Verdict};
 use crate::{exec, import, stats};
 
@@ -62,6 +63,12 @@ pub struct Request {
     pub rounding: Option<String>,
     /// Patterns of node and tensor names that stay in float.
     pub keep_float: Vec<String>,
+    /// Nodes and weights in other schemes, by pattern.
+    pub set: Vec<Set>,
+    /// The mean bits of a weight.
+    pub budget: Option<f64>,
+    /// The squared error of the outputs over their square that is allowed.
+    pub max_drop: Option<f64>,
     /// The executor's name.
     pub executor: String,
     /// Worker threads.
@@ -193,7 +200,8 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         guard_inputs(output, &request.input, &external)?;
     }
     let slots = Slot::of(imported.model.graph());
-    let keep_float = keep_float(&request.keep_float, imported.model.graph())?;
+    let graph = imported.model.graph();
+    let overrides = overrides(&request.keep_float, &request.set, graph, request.scheme, request.target)?;
     let text = pipeline_text(request);
     let catalogue = passes::catalogue::passes();
     let pipeline = Pipeline::parse(&text, &catalogue).map_err(Error::input)?;
@@ -202,23 +210,34 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let mut dataset = open_data(request, slots)?;
     let executor = executor(&request.executor, &imported.model)?;
     clock.lap("data");
-    let mut cx = context(request, executor.as_ref(), None, &keep_float, progress);
-    let mut manager = PassManager::new(vec![Box::new(StageTimes::new(&mut clock))], false);
+    let mut cx = context(request, executor.as_ref(), None, &overrides, progress);
+    let checkpoint = Checkpoint::default();
+    let mut instruments: Vec<Box<dyn Instrument + '_>> = vec![Box::new(StageTimes::new(&mut clock))];
+    if request.max_drop.is_some() {
+        instruments.push(Box::new(checkpoint.clone()));
+    }
+    let mut manager = PassManager::new(instruments, false);
     // Statistics go by the names that tensors have once the graph is plain.
     let (plain, rest) = pipeline.split_at_calibration();
     let (mut model, mut trace) = manager.run(&plain, imported.model, &mut cx)?;
     if let Some(files) = dataset.as_mut().filter(|_| request.select == Select::Herding) {
-        let mut pool = context(request, executor.as_ref(), Some(&*files), &keep_float, progress);
+        let mut pool = context(request, executor.as_ref(), Some(&*files), &overrides, progress);
         fit_memory(request, &model, &mut pool)?;
         let chosen = chosen(request, &model, files, &pool)?;
         files.keep(&chosen);
     }
-    let mut cx = context(request, executor.as_ref(), dataset.as_ref(), &keep_float, progress);
+    let mut cx = context(request, executor.as_ref(), dataset.as_ref(), &overrides, progress);
     let estimated_bytes = fit_memory(request, &model, &mut cx)?;
     if let Some(path) = &request.stats {
         model = stats::attach(model, path)?;
     }
-    let (mut model, more) = manager.run(&rest, model, &mut cx)?;
+    let mut planned = manager.run(&rest, model, &mut cx)?;
+    if let (Some(allowed), Some(measured)) = (request.max_drop, checkpoint.take()) {
+        let tail = Pipeline::parse(&text, &catalogue).map_err(Error::input)?.after_last_calibration();
+        let search = Search { measured, tail, allowed, keep_float: &overrides.keep_float };
+        planned = max_drop::keep_within(&search, planned, &cx)?;
+    }
+    let (mut model, more) = planned;
     model.drop_moments();
     trace.steps.extend(more.steps);
     trace.notes.extend(more.notes);
@@ -348,68 +367,6 @@ fn output_name(request: &Request) -> String {
     path.file_name().map_or_else(|| "model.onnx".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
-fn pipeline_text(request: &Request) -> String {
-    let text =
-        request.pipeline.clone().unwrap_or_else(|| request.target.pipeline(request.goal, &request.scheme).into_owned());
-    let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
-    request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method))
-}
-
-/// `text` with another observer in `assign-encodings`.
-fn with_observer(text: &str, observer: &str) -> String {
-    with_value(&with_value(text, "observer=", observer), "products=", observer)
-}
-
-/// `text` with another method in `round`.
-fn with_rounding(text: &str, method: &str) -> String {
-    if text.contains("method=") {
-        return with_value(text, "method=", method);
-    }
-    if let Some((before, after)) = text.split_once("round-in-order") {
-        return match after.strip_prefix('{') {
-            Some(rest) => format!("{before}round-in-order{{method={method}, {rest}"),
-            None => format!("{before}round-in-order{{method={method}}}{after}"),
-        };
-    }
-    let is_name = |c: char| c.is_ascii_alphanumeric() || "-{".contains(c);
-    let whole = |at: &usize| {
-        let (before, after) = (text[..*at].chars().next_back(), text[at + "round".len()..].chars().next());
-        !before.is_some_and(is_name) && !after.is_some_and(is_name)
-    };
-    match text.match_indices("round").map(|(at, _)| at).find(whole) {
-        Some(at) => format!("{}round{{method={method}}}{}", &text[..at], &text[at + "round".len()..]),
-        None => text.to_owned(),
-    }
-}
-
-/// `text` with what follows `key` replaced by `new`.
-fn with_value(text: &str, key: &str, new: &str) -> String {
-    let Some(start) = text.find(key) else { return text.to_owned() };
-    let value = start + key.len();
-    let end = text[value..].find([',', '}', ' ', '\n']).map_or(text.len(), |n| value + n);
-    format!("{}{new}{}", &text[..value], &text[end..])
-}
-
-/// Names that stay in float, with the pattern that says so.
-fn keep_float(patterns: &[String], graph: &Graph) -> Result<KeepFloat, Error> {
-    let nodes = graph.nodes().map(|(_, node)| node.name.to_string());
-    let values = graph.value_ids().map(|id| graph.value(id).name.to_string());
-    let names: Vec<String> = nodes.chain(values).collect();
-    let mut kept = BTreeMap::new();
-    for pattern in patterns {
-        let glob =
-            Glob::new(pattern).map_err(|e| Error::Input(format!("--keep-float {pattern}: {e}")))?.compile_matcher();
-        let before = kept.len();
-        kept.extend(names.iter().filter(|name| glob.is_match(name)).map(|name| (name.clone(), pattern.clone())));
-        if kept.len() == before && !names.iter().any(|name| glob.is_match(name)) {
-            let near = nearest(pattern, names.iter().map(String::as_str));
-            let near = near.map_or(String::new(), |near| format!("; did you mean `{near}`?"));
-            return Err(Error::Input(format!("--keep-float {pattern} matches no node and no tensor{near}")));
-        }
-    }
-    Ok(kept)
-}
-
 /// The samples of a request, when it names any.
 pub(crate) fn open_data(request: &Request, slots: Vec<Slot>) -> Result<Option<Files>, Error> {
     if request.select != Select::First && request.samples.is_none_or(|n| n == 0) {
@@ -467,12 +424,13 @@ fn context<'a>(
     request: &Request,
     executor: &'a dyn Executor,
     dataset: Option<&'a Files>,
-    keep_float: &'a KeepFloat,
+    overrides: &'a Overrides,
     progress: &'a dyn Progress,
 ) -> PassContext<'a> {
     PassContext {
         dataset: dataset.map(|d| d as &dyn passes::exec::Dataset),
-        keep_float,
+        keep_float: &overrides.keep_float,
+        schemes: &overrides.schemes,
         scheme: request.scheme,
         threads: request.threads,
         progress,
@@ -561,26 +519,5 @@ impl passes::pass::Instrument for StageTimes<'_> {
 impl Drop for StageTimes<'_> {
     fn drop(&mut self) {
         self.clock.lap(self.current);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn options_find_their_place_in_a_pipeline() {
-        let text = "calibrate, assign-encodings{observer=mse, products=min-max}, round, correct-bias";
-        let want = "calibrate, assign-encodings{observer=entropy, products=entropy}, round, correct-bias";
-        assert_eq!(with_observer(text, "entropy"), want);
-        let gptq = with_rounding(text, "gptq");
-        assert!(gptq.contains(", round{method=gptq}, correct-bias"), "{gptq}");
-        assert_eq!(with_rounding("a,round", "gptq"), "a,round{method=gptq}");
-        assert_eq!(
-            with_rounding("a, round-in-order{refit=3}", "nearest"),
-            "a, round-in-order{method=nearest, refit=3}"
-        );
-        assert_eq!(with_rounding("a, round-in-order, b", "gptq"), "a, round-in-order{method=gptq}, b");
-        assert!(with_rounding(&gptq, "nearest").contains(", round{method=nearest}, correct-bias"));
     }
 }

@@ -33,6 +33,7 @@ pub mod parallel;
 pub mod pass;
 pub mod rounding;
 pub mod seed;
+pub mod sensitivity;
 pub mod simd;
 pub mod simulate;
 pub mod slices;

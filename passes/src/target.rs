@@ -198,5 +198,8 @@ impl std::fmt::Display for Scheme {
     }
 }
 
-/// What the user asked for beyond the recipe: nodes or tensors that stay in float, by name, with the pattern that says so.
+/// Nodes or tensors that stay in float, by name, with the option that says so: `--keep-float head*`.
 pub type KeepFloat = BTreeMap<String, String>;
+
+/// Nodes or weights that are written in another scheme than the rest, by name.
+pub type Schemes = BTreeMap<String, Scheme>;

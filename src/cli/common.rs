@@ -64,6 +64,9 @@ impl DataArgs {
             observer: None,
             rounding: None,
             keep_float: Vec::new(),
+            set: Vec::new(),
+            budget: None,
+            max_drop: None,
             executor: self.executor.clone(),
             threads: self.n_threads(),
             max_memory: self.max_memory,
@@ -96,6 +99,14 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     number.checked_mul(unit).ok_or_else(|| format!("`{text}` is too large"))
 }
 
+/// A number over 0, or a percentage: `0.01`, `1%`.
+pub(crate) fn share(text: &str) -> Result<f64, String> {
+    let (number, unit) = text.strip_suffix('%').map_or((text, 1.0), |number| (number, 0.01));
+    let value = number.trim().parse::<f64>().map(|value| value * unit);
+    let value = value.map_err(|_| format!("`{text}` is no number; write 0.01 or 1%"))?;
+    if value > 0.0 && value.is_finite() { Ok(value) } else { Err(format!("`{text}` is not over 0")) }
+}
+
 /// `w8a8`, `w4a16g32`, `w4a16g32asym` and their like.
 pub(crate) fn scheme(text: &str) -> Result<Scheme, String> {
     Scheme::parse(text).ok_or_else(|| {
@@ -115,6 +126,8 @@ mod tests {
         assert_eq!(size("500M"), Ok(500_000_000));
         assert_eq!(size("2GiB"), Ok(2 << 30));
         assert!(size("2X").is_err() && size("").is_err() && size("99999999999G").is_err());
+        assert_eq!(share("1%"), Ok(0.01));
+        assert!(share("0").is_err() && share("nan").is_err() && share("-1").is_err() && share("x").is_err());
         assert_eq!(scheme("w8a8"), Ok(Scheme::W8A8));
         for text in [
             "w4a16g32",

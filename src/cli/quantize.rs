@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use passes::target::Goal;
 use serde::Deserialize;
 
-use super::common::{DataArgs, scheme, target_named};
+use super::common::{DataArgs, scheme, share, target_named};
 use super::progress::Shown;
 use super::{Ended, eprint, print};
 use crate::driver::{self, Error, Request};
+use crate::overrides::Set;
 use crate::{emit, report};
 
 /// Arguments.
@@ -45,6 +46,17 @@ pub(crate) struct Args {
     /// Keep nodes or tensors whose name matches this pattern in float; may be repeated.
     #[arg(long, value_name = "PATTERN")]
     keep_float: Vec<String>,
+    /// Write the weights of nodes or tensors whose name matches in another scheme, or all of a node in float: 'head*=w8a16',
+    /// 'stem*=float'; may be repeated.
+    #[arg(long, value_name = "PATTERN=SCHEME")]
+    set: Vec<Set>,
+    /// Mixed precision: the mean bits of a weight, spent where they lower the loss most.
+    #[arg(long, value_name = "BITS", value_parser = share)]
+    budget: Option<f64>,
+    /// The loss allowed: squared error of the outputs over their square, 0.01 or 1% being 20 dB. Weights get more bits and nodes
+    /// stay in float until it holds, the cheapest change first.
+    #[arg(long, value_name = "X", value_parser = share)]
+    max_drop: Option<f64>,
     /// Measure, plan and report, tensor by tensor; write nothing.
     #[arg(long)]
     dry_run: bool,
@@ -71,6 +83,10 @@ struct Recipe {
     pipeline: Option<String>,
     #[serde(default)]
     keep_float: Vec<String>,
+    #[serde(default)]
+    set: Vec<String>,
+    budget: Option<f64>,
+    max_drop: Option<f64>,
 }
 
 /// The goal called `name`.
@@ -101,7 +117,12 @@ fn request(args: &Args) -> Result<Request, Error> {
     let target = args.target.clone().or(recipe.target).unwrap_or_else(|| "ort-cpu".into());
     let scheme_text = args.scheme.clone().or(recipe.scheme).unwrap_or_else(|| "w8a8".into());
     let output = args.output.clone().unwrap_or_else(|| args.model.with_extension("q.onnx"));
+    let of_recipe = recipe.set.iter().map(|text| text.parse().map_err(|e| Error::Input(format!("set `{text}`: {e}"))));
+    let set = args.set.iter().cloned().map(Ok).chain(of_recipe).collect::<Result<_, Error>>()?;
     Ok(Request {
+        set,
+        budget: args.budget.or(recipe.budget),
+        max_drop: args.max_drop.or(recipe.max_drop),
         output: (!args.dry_run).then_some(output),
         stats: args.stats.clone(),
         target: target_named(&target)?,
@@ -143,7 +164,8 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     if fell_back {
         eprint("error: --no-fallback: nodes that the target could run on codes stay in float; see the summary\n");
     }
-    let broken = fell_back || outcome.verdict.as_ref().is_some_and(|v| !v.passed);
+    let over = outcome.notes.iter().any(|note| note.code == passes::diag::OVER_BUDGET);
+    let broken = fell_back || over || outcome.verdict.as_ref().is_some_and(|v| !v.passed);
     Ok(if broken { Ended::Broken } else { Ended::Done })
 }
 

@@ -1,8 +1,9 @@
 //! Passes that decide.
 
+mod allocate;
 mod assign;
 
 use crate::pass::PassEntry;
 
 /// Order is the order of the manual, not of the pipeline.
-pub static PASSES: &[PassEntry] = &[assign::ENTRY];
+pub static PASSES: &[PassEntry] = &[assign::ENTRY, allocate::ENTRY];

@@ -73,6 +73,32 @@ impl Plan {
         self.substitutes.get(&site)
     }
 
+    /// What this plan says about the tensors that `node` reads and writes, and nothing else.
+    #[must_use]
+    pub fn only_about(&self, graph: &Graph, node: NodeId) -> Self {
+        let Some(content) = graph.node(node) else { return Self::default() };
+        let values: Vec<_> = content.inputs.iter().chain(&content.outputs).flatten().collect();
+        let about = |site: &Site| match site {
+            Site::Value(value) => values.contains(&value),
+            Site::Use { node: reader, .. } => *reader == node,
+        };
+        self.only(about)
+    }
+
+    /// What this plan says at the sites that `wanted` names, without decisions.
+    #[must_use]
+    pub fn only(&self, wanted: impl Fn(&Site) -> bool) -> Self {
+        fn at<T: Clone>(all: &BTreeMap<Site, T>, wanted: impl Fn(&Site) -> bool) -> BTreeMap<Site, T> {
+            all.iter().filter(|(site, _)| wanted(site)).map(|(site, what)| (*site, what.clone())).collect()
+        }
+        Self {
+            encodings: at(&self.encodings, &wanted),
+            codes: at(&self.codes, &wanted),
+            decisions: BTreeMap::new(),
+            substitutes: at(&self.substitutes, &wanted),
+        }
+    }
+
     /// Whether nothing is encoded.
     pub fn is_empty(&self) -> bool {
         self.encodings.is_empty()

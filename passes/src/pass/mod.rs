@@ -21,7 +21,7 @@ use crate::id::ValueId;
 use crate::model::{Model, Patch};
 use crate::observe::Rows;
 use crate::simulate::SimulateError;
-use crate::target::{KeepFloat, Scheme, Target};
+use crate::target::{KeepFloat, Scheme, Schemes, Target};
 
 /// One step of the middle: a pure function from a model to a patch.
 pub trait Pass: Debug + Send + Sync {
@@ -99,6 +99,8 @@ pub struct PassContext<'a> {
     pub wishes: BTreeSet<(ValueId, Wish)>,
     /// What stays in float because the user said so.
     pub keep_float: &'a KeepFloat,
+    /// Nodes or weights in other bits because the user said so.
+    pub schemes: &'a Schemes,
     /// Worker threads.
     pub threads: usize,
     /// The most bytes that tensors held at once for measuring may take.
@@ -116,6 +118,7 @@ impl<'a> PassContext<'a> {
     /// tensors held at once for measuring and 1 GiB for those that wait between stages. Callers set what differs.
     pub fn new(target: &'a dyn Target, executor: &'a dyn Executor) -> Self {
         static NOTHING_KEPT: KeepFloat = KeepFloat::new();
+        static ALL_ALIKE: Schemes = Schemes::new();
         Self {
             target,
             scheme: Scheme::W8A8,
@@ -123,6 +126,7 @@ impl<'a> PassContext<'a> {
             dataset: None,
             wishes: BTreeSet::new(),
             keep_float: &NOTHING_KEPT,
+            schemes: &ALL_ALIKE,
             threads: 1,
             tap_budget: 256 << 20,
             pair_budget: 1 << 30,

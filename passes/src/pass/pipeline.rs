@@ -26,6 +26,12 @@ pub enum Step {
     UntilStable(Vec<Box<dyn Pass>>),
 }
 
+impl Step {
+    fn measures(&self) -> bool {
+        matches!(self, Self::Once(pass) if pass.info().establishes.contains(Facts::CALIBRATED))
+    }
+}
+
 /// Text that is no pipeline.
 #[derive(Debug, thiserror::Error)]
 #[error("pipeline, at character {at}: {problem}")]
@@ -75,13 +81,16 @@ impl Pipeline {
 
     /// The steps before the first that measures, and the rest.
     pub fn split_at_calibration(mut self) -> (Self, Self) {
-        let measures = |step: &Step| match step {
-            Step::Once(pass) => pass.info().establishes.contains(Facts::CALIBRATED),
-            Step::UntilStable(_) => false,
-        };
-        let at = self.steps.iter().position(measures).unwrap_or(self.steps.len());
+        let at = self.steps.iter().position(Step::measures).unwrap_or(self.steps.len());
         let rest = self.steps.split_off(at);
         (self, Self { steps: rest })
+    }
+
+    /// The steps behind the last that measures; all where none does.
+    #[must_use]
+    pub fn after_last_calibration(mut self) -> Self {
+        let from = self.steps.iter().rposition(Step::measures).map_or(0, |at| at + 1);
+        Self { steps: self.steps.split_off(from) }
     }
 
     /// Every pass, in order, repeated groups once.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::select::Selection;
-use super::{Goals, weights};
+use super::{Goal, Goals, weights};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::Encoding;
 use crate::grid::{self, Grid};
@@ -39,7 +39,7 @@ pub(super) fn kept(
     let kept = parallel::map(&values, |value| {
         let sketch = model.stats().distribution(*value)?;
         let observer = if products.contains(value) { observers.products } else { observers.usual };
-        let encoding = activation(sketch, observer, goals.activation_grid());
+        let encoding = activation(sketch, observer, goals.base.activation_grid());
         let (low, high) = encoding.grid.range();
         let (scale, zero) = (f64::from(encoding.scale[0]), f64::from(encoding.zero_point[0]));
         let (low, high) = ((low - zero) * scale, (high - zero) * scale);
@@ -82,7 +82,7 @@ pub(super) fn encode(
     let products = read_by_products(graph, selection);
     let encodings = parallel::map(&wanted, |value| {
         let observer = if products.contains(value) { observers.products } else { observers.usual };
-        Some(activation(model.stats().distribution(*value)?, observer, goals.activation_grid()))
+        Some(activation(model.stats().distribution(*value)?, observer, goals.base.activation_grid()))
     });
     for (value, encoding) in wanted.iter().zip(encodings) {
         by_value[value.index()] = encoding;
@@ -107,7 +107,11 @@ pub(super) fn encode(
     }
     let linear: Vec<NodeId> =
         selection.reads.iter().map(|(node, _)| *node).filter(|node| ops::linear(graph, *node).is_some()).collect();
-    let parameters = parallel::map(&linear, |node| parameters(model, *node, &by_value, goals));
+    let parameters = parallel::map(&linear, |node| {
+        let input = graph.node(*node)?.input(ops::linear(graph, *node)?.activation.into())?;
+        let scale = *by_value[input.index()].as_ref()?.scale.first()?;
+        parameters(model, *node, scale, goals.of(*node))
+    });
     for edits in parameters.into_iter().flatten() {
         edits.edits.into_iter().for_each(|edit| patch.edit(edit));
         edits.note.into_iter().for_each(|note| patch.note(note));
@@ -160,44 +164,45 @@ fn int32() -> &'static dyn Grid {
 
 /// Encodes the weights of `nodes` and leaves activations and biases in float.
 pub(super) fn encode_weights(model: &Model, nodes: &[NodeId], goals: &Goals, patch: &mut Patch) {
+    let edits = nodes.iter().filter_map(|&id| weight_alone(model, id, goals.of(id)));
+    edits.for_each(|edit| patch.edit(edit));
+}
+
+/// The encoding of the weight of the linear node `id`, whose activation stays in float.
+pub(super) fn weight_alone(model: &Model, id: NodeId, goal: &Goal) -> Option<Edit> {
     let graph = model.graph();
-    for &id in nodes {
-        let encoding = || {
-            let roles = ops::linear(graph, id)?;
-            let weight = graph.constant_input(graph.node(id)?, roles.weight.into())?;
-            let site = Site::Use { node: id, input: roles.weight };
-            let block = goals.scheme.block_format().map(|format| format.size).or(goals.scheme.block);
-            let encoding = match block {
-                Some(size) => weights::blocked(weight, 1 - roles.out_axis, size, goals)?,
-                None if goals.scheme.asymmetric => {
-                    let columns = weight.shape()[1 - roles.out_axis];
-                    weights::blocked(weight, 1 - roles.out_axis, columns.max(1), goals)?
-                }
-                None => {
-                    let scales = weights::channel_scales(weight, roles.out_axis, goals)?;
-                    #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
-                    per_channel(goals.weight_grid, roles.out_axis, scales.into_iter().map(|s| s as f32).collect())
-                }
-            };
-            Some(Edit::Encode { site, encoding })
-        };
-        encoding().into_iter().for_each(|edit| patch.edit(edit));
-    }
+    let roles = ops::linear(graph, id)?;
+    let weight = graph.constant_input(graph.node(id)?, roles.weight.into())?;
+    let site = Site::Use { node: id, input: roles.weight };
+    let block = goal.scheme.block_format().map(|format| format.size).or(goal.scheme.block);
+    let encoding = match block {
+        Some(size) => weights::blocked(weight, 1 - roles.out_axis, size, goal)?,
+        None if goal.scheme.asymmetric => {
+            let columns = weight.shape()[1 - roles.out_axis];
+            weights::blocked(weight, 1 - roles.out_axis, columns.max(1), goal)?
+        }
+        None => {
+            let scales = weights::channel_scales(weight, roles.out_axis, goal)?;
+            #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
+            per_channel(goal.weight_grid, roles.out_axis, scales.into_iter().map(|s| s as f32).collect())
+        }
+    };
+    Some(Edit::Encode { site, encoding })
 }
 
-struct Parameters {
-    edits: Vec<Edit>,
-    note: Option<Diagnostic>,
+pub(super) struct Parameters {
+    pub(super) edits: Vec<Edit>,
+    pub(super) note: Option<Diagnostic>,
 }
 
-/// The encodings of weight and bias of the linear node `id`.
+/// The encodings of weight and bias of the linear node `id`, which reads its activation at `input_scale`.
 #[expect(clippy::cast_possible_truncation, reason = "scales are rounded to f32 once")]
-fn parameters(model: &Model, id: NodeId, by_value: &[Option<Encoding>], goals: &Goals) -> Option<Parameters> {
+pub(super) fn parameters(model: &Model, id: NodeId, input_scale: f32, goals: &Goal) -> Option<Parameters> {
     let graph = model.graph();
     let node = graph.node(id)?;
     let roles = ops::linear(graph, id)?;
     let weight = graph.constant_input(node, roles.weight.into())?;
-    let input_scale = f64::from(*by_value[node.input(roles.activation.into())?.index()].as_ref()?.scale.first()?);
+    let input_scale = f64::from(input_scale);
     let mut scales = weights::channel_scales(weight, roles.out_axis, goals)?;
     // Only sums of integers are integers: other formats leave the bias in float.
     let integer = goals.weight_grid.info().integer && goals.activation_grid().info().integer;

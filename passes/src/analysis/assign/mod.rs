@@ -4,16 +4,17 @@ mod encode;
 mod select;
 mod weights;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, ValueId};
 use crate::model::{Decision, Edit, Model, Patch};
-use crate::observe;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::target::Scheme;
+use crate::{observe, ops};
+pub(super) use weights::WeightScale;
 
 crate::declare_pass! {
     /// Decides which nodes run on codes and how each of their tensors is written.
@@ -50,7 +51,7 @@ struct AssignEncodings {
     observer: Box<dyn observe::Observer>,
     /// For what matrix products read.
     products: Box<dyn observe::Observer>,
-    weights: weights::WeightScale,
+    weights: WeightScale,
     /// Matrix products whose activation keeps fewer decibels than this stay in float.
     least: Option<f64>,
 }
@@ -67,26 +68,63 @@ impl AssignEncodings {
         let name = options.text("observer", "mse");
         let observer = find("observer", name)?;
         let products = find("products", options.text("products", name))?;
-        let weights = match options.text("weights", "mse") {
-            "min-max" => weights::WeightScale::MinMax,
-            "mse" => weights::WeightScale::Mse,
-            other => {
-                let problem = format!("`{other}` is neither min-max nor mse");
-                return Err(OptionError { option: "weights".into(), problem });
-            }
-        };
-        Ok(Self { observer, products, weights, least: options.number("least-db")? })
+        Ok(Self { observer, products, weights: WeightScale::of(options)?, least: options.number("least-db")? })
     }
 }
 
-/// What is to be reached.
-struct Goals {
+/// How a node is to be written.
+struct Goal {
     scheme: Scheme,
-    weights: weights::WeightScale,
+    weights: WeightScale,
     weight_grid: &'static dyn Grid,
 }
 
+/// How nodes are to be written: all alike but those that the user named.
+struct Goals {
+    base: Goal,
+    by_node: BTreeMap<NodeId, Goal>,
+}
+
 impl Goals {
+    fn new(model: &Model, cx: &PassContext<'_>, weights: WeightScale) -> Result<Self, PassError> {
+        let goal = |scheme: Scheme| {
+            Goal::new(scheme, weights).ok_or_else(|| {
+                PassError::Model(format!("scheme {scheme}: there are no weights of {} bits", scheme.weight_bits))
+            })
+        };
+        let mut by_node = BTreeMap::new();
+        for (id, node) in model.graph().nodes() {
+            let weight = ops::linear(model.graph(), id).and_then(|roles| node.input(roles.weight.into()));
+            let by_name = |name: &str| cx.schemes.get(name);
+            let asked = by_name(&node.name).or_else(|| by_name(&model.graph().value(weight?).name));
+            if let Some(scheme) = asked {
+                by_node.insert(id, goal(*scheme)?);
+            }
+        }
+        Ok(Self { base: goal(cx.scheme)?, by_node })
+    }
+
+    fn of(&self, node: NodeId) -> &Goal {
+        self.by_node.get(&node).unwrap_or(&self.base)
+    }
+}
+
+/// The edits that write the weight of the encoded linear node `id`, and its bias, in another scheme of the same activations.
+pub(super) fn reencode(model: &Model, id: NodeId, scheme: Scheme, weights: WeightScale) -> Option<Vec<Edit>> {
+    let goal = Goal::new(scheme, weights)?;
+    let graph = model.graph();
+    let roles = ops::linear(graph, id)?;
+    match model.plan().encoding_of_use(graph, id, roles.activation) {
+        Some(input) => Some(encode::parameters(model, id, *input.scale.first()?, &goal)?.edits),
+        None => Some(vec![encode::weight_alone(model, id, &goal)?]),
+    }
+}
+
+impl Goal {
+    fn new(scheme: Scheme, weights: WeightScale) -> Option<Self> {
+        Some(Self { scheme, weights, weight_grid: weights::weight_grid(&scheme)? })
+    }
+
     fn activation_grid(&self) -> &'static dyn Grid {
         let bits = self.scheme.activation_bits.unwrap_or(8);
         let name = self.scheme.activation_format.map_or_else(|| format!("uint{bits}"), str::to_owned);
@@ -115,15 +153,12 @@ impl Pass for AssignEncodings {
                 "the model is quantized already ({n} tensors are): give the float model it was made from"
             )));
         }
-        let weight_grid = weights::weight_grid(&cx.scheme).ok_or_else(|| {
-            PassError::Model(format!("scheme {}: there are no weights of {} bits", cx.scheme, cx.scheme.weight_bits))
-        })?;
-        let goals = Goals { scheme: cx.scheme, weights: self.weights, weight_grid };
+        let goals = Goals::new(model, cx, self.weights)?;
         let selection = if cx.scheme.activation_bits.is_some() {
             let observers = encode::Observers { usual: self.observer.as_ref(), products: self.products.as_ref() };
             let mut selection = select::select(model, cx.target, cx.keep_float, &select::Coarse::new());
             // Steps of floats grow with the number: no outlier takes them away from the rest.
-            if let Some(least) = self.least.filter(|_| goals.activation_grid().info().integer) {
+            if let Some(least) = self.least.filter(|_| goals.base.activation_grid().info().integer) {
                 let read = encode::read_by_products(model.graph(), &selection);
                 let kept = encode::kept(model, &read, &read, &observers, &goals);
                 let coarse = kept.into_iter().filter(|(_, kept)| *kept < least).collect();

@@ -173,12 +173,12 @@ impl Selector<'_> {
     /// Why `node` cannot run on codes, whatever stands around it.
     fn obstacle(&self, id: NodeId, node: &Node, rule: &Rule) -> Option<String> {
         let graph = self.graph();
-        if let Some(pattern) = self.keep_float.get(&*node.name) {
-            return Some(format!("kept in float by `--keep-float {pattern}`"));
+        if let Some(option) = self.keep_float.get(&*node.name) {
+            return Some(format!("kept in float by `{option}`"));
         }
         for &value in node.inputs.iter().chain(&node.outputs).flatten() {
-            if let Some(pattern) = self.keep_float.get(&*graph.value(value).name) {
-                return Some(format!("kept in float by `--keep-float {pattern}`, which names one of its tensors"));
+            if let Some(option) = self.keep_float.get(&*graph.value(value).name) {
+                return Some(format!("kept in float by `{option}`, which names one of its tensors"));
             }
         }
         let inputs = activations(graph, id, node);

@@ -1,20 +1,35 @@
 //! Scales of weights.
 
-use super::Goals;
+use super::Goal;
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::block::BlockFormat;
 use crate::grid::{self, Grid};
 use crate::parallel;
+use crate::pass::{OptionError, Options};
 use crate::target::Scheme;
 use crate::tensor::Tensor;
 
 /// How the scale of a weight channel or block is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum WeightScale {
+pub(in super::super) enum WeightScale {
     /// The largest magnitude at the largest code.
     MinMax,
     /// The smallest squared error of rounding to nearest.
     Mse,
+}
+
+impl WeightScale {
+    /// What option `weights` says.
+    pub(in super::super) fn of(options: &Options) -> Result<Self, OptionError> {
+        match options.text("weights", "mse") {
+            "min-max" => Ok(Self::MinMax),
+            "mse" => Ok(Self::Mse),
+            other => {
+                let problem = format!("`{other}` is neither min-max nor mse");
+                Err(OptionError { option: "weights".into(), problem })
+            }
+        }
+    }
 }
 
 /// The grid for weights: of the format that `scheme` names, or integers of so many bits, signed, or unsigned where they have zero
@@ -32,7 +47,7 @@ pub(super) fn weight_grid(scheme: &Scheme) -> Option<&'static dyn Grid> {
 }
 
 /// Symmetric scales per output channel; a channel of zeros takes the median of the others.
-pub(super) fn channel_scales(weight: &Tensor, axis: usize, goals: &Goals) -> Option<Vec<f64>> {
+pub(super) fn channel_scales(weight: &Tensor, axis: usize, goals: &Goal) -> Option<Vec<f64>> {
     let channels = *weight.shape().get(axis)?;
     let inner: usize = weight.shape()[axis + 1..].iter().product();
     let values = weight.floats()?;
@@ -81,7 +96,7 @@ fn squared_error(values: &[f32], grid: &dyn Grid, scale: f64, zero: f32) -> f64 
 }
 
 /// Scales, and zero points where the scheme has them, for blocks of `size` along `axis` of a matrix.
-pub(super) fn blocked(weight: &Tensor, axis: usize, size: usize, goals: &Goals) -> Option<Encoding> {
+pub(super) fn blocked(weight: &Tensor, axis: usize, size: usize, goals: &Goal) -> Option<Encoding> {
     let [rows, columns] = *weight.shape() else { return None };
     let values = weight.floats()?;
     let top = values.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
@@ -117,7 +132,7 @@ fn least_of(block: &[f32], format: &BlockFormat, top: f32) -> f32 {
 
 /// A symmetric scale whose sign gives the longer tail the extra code that two's complement has on the negative side.
 #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
-fn signed_block(block: &[f32], goals: &Goals) -> (f32, i32) {
+fn signed_block(block: &[f32], goals: &Goal) -> (f32, i32) {
     let longest = block.iter().copied().fold(0.0_f32, |m, v| if v.abs() > m.abs() { v } else { m });
     if longest == 0.0 {
         return (1.0, 0);
@@ -149,9 +164,9 @@ fn affine_block(block: &[f32], grid: &dyn Grid) -> (f32, i32) {
 mod tests {
     use super::*;
 
-    fn goals(bits: u32, weights: WeightScale) -> Goals {
+    fn goals(bits: u32, weights: WeightScale) -> Goal {
         let scheme = Scheme { block: Some(4), ..Scheme::integers(bits, None) };
-        Goals { scheme, weights, weight_grid: weight_grid(&scheme).unwrap() }
+        Goal { scheme, weights, weight_grid: weight_grid(&scheme).unwrap() }
     }
 
     #[test]

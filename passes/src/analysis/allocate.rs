@@ -1,0 +1,212 @@
+//! Mixed precision: which weights get how many bits.
+
+mod hull;
+
+use std::collections::BTreeSet;
+
+use super::assign::{WeightScale, reencode};
+use crate::diag::{self, Diagnostic, Place, Severity};
+use crate::encoding::Encoding;
+use crate::id::{NodeId, Site};
+use crate::model::{Decision, Edit, Model, Patch};
+use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
+use crate::sensitivity::{METRICS, Metric, Probe};
+use crate::target::Scheme;
+use crate::{ops, parallel};
+
+crate::declare_pass! {
+    /// Gives every weight the bits that it needs: the cheapest loss per bit first, until a budget is spent or the loss is small
+    /// enough.
+    ///
+    /// Every weight is rounded alone, to nearest in the bits of the scheme, and what that does to the outputs of the model is
+    /// measured on a few samples. Other bits cost in proportion to the squared rounding error that they make. Losses are taken to
+    /// add up; of each weight's choices those on the lower convex hull count, and steps between them are taken in the order of loss
+    /// saved per bit, so that a larger budget never gives any weight fewer bits. Weights that `--set` names keep theirs.
+    INFO {
+        name: "allocate-bits",
+        source: "output probes and hull allocation as in Dong et al. 2019 (HAWQ), arXiv:1905.03696, and Xiao et al. 2025 (TaCQ), \
+                 arXiv:2504.07389",
+        requires: Facts::ENCODED,
+        establishes: Facts::NONE,
+        preserves: Facts::ALL,
+        fidelity: PlanOnly,
+        options: &[
+            OptionInfo { name: "budget", doc: "the mean bits of a weight, scales not counted" },
+            OptionInfo { name: "max-drop", doc: "the loss that all weights together may cost; bits only rise from those of the scheme" },
+            OptionInfo { name: "bits", doc: "the bits to choose from, such as 2+3+4+8; those of the scheme, 4 and 8 by default" },
+            OptionInfo { name: "metric", doc: "error (default): squared error of the outputs over their square; kl-top: divergence of the likeliest classes" },
+            OptionInfo { name: "samples", doc: "so many samples are run for every weight, 4 by default" },
+            OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max or mse (default)" },
+        ],
+    }
+}
+
+pub(super) const ENTRY: PassEntry =
+    PassEntry { info: &INFO, build: |options| Ok(Box::new(AllocateBits::new(options)?)) };
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct AllocateBits {
+    budget: Option<f64>,
+    max_drop: Option<f64>,
+    bits: Vec<u32>,
+    metric: Metric,
+    samples: usize,
+    weights: WeightScale,
+}
+
+fn positive(options: &Options, name: &str) -> Result<Option<f64>, OptionError> {
+    match options.number(name)? {
+        Some(value) if value <= 0.0 => Err(OptionError { option: name.into(), problem: "it must be over 0".into() }),
+        other => Ok(other),
+    }
+}
+
+impl AllocateBits {
+    fn new(options: &Options) -> Result<Self, OptionError> {
+        let (budget, max_drop) = (positive(options, "budget")?, positive(options, "max-drop")?);
+        if budget.is_none() && max_drop.is_none() {
+            let problem = "give it, or max-drop: how much may be spent".to_owned();
+            return Err(OptionError { option: "budget".into(), problem });
+        }
+        let number = |text: &str| text.parse().ok().filter(|bits| (2..=8).contains(bits));
+        let bits: Option<Vec<u32>> = options.text("bits", "4+8").split('+').map(number).collect();
+        let bits = bits.ok_or_else(|| OptionError {
+            option: "bits".into(),
+            problem: "write numbers from 2 to 8, as in 2+3+4+8".into(),
+        })?;
+        let name = options.text("metric", "error");
+        let metric = METRICS.iter().find(|(known, _)| *known == name).map(|(_, metric)| *metric);
+        let metric = metric.ok_or_else(|| {
+            let names: Vec<&str> = METRICS.iter().map(|(name, _)| *name).collect();
+            OptionError { option: "metric".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
+        })?;
+        let samples = options.count("samples", 4)?.max(1);
+        Ok(Self { budget, max_drop, bits, metric, samples, weights: WeightScale::of(options)? })
+    }
+
+    /// The bits to choose from, ascending.
+    fn choices(&self, cx: &PassContext<'_>) -> Vec<u32> {
+        let base = cx.scheme.weight_bits;
+        let lowest = if self.budget.is_some() { 0 } else { base };
+        let all: BTreeSet<u32> = self.bits.iter().copied().chain([base]).collect();
+        let fits = |bits: &u32| *bits >= lowest && cx.target.refuses(&in_bits(cx.scheme, *bits)).is_none();
+        all.into_iter().filter(fits).collect()
+    }
+}
+
+fn in_bits(scheme: Scheme, weight_bits: u32) -> Scheme {
+    Scheme { weight_bits, ..scheme }
+}
+
+/// A weight to choose bits for.
+struct Candidate {
+    node: NodeId,
+    site: Site,
+    /// Elements.
+    size: usize,
+    /// Squared rounding errors, choice by choice.
+    noise: Vec<f64>,
+}
+
+/// The weights whose bits are free, with the errors that each of `choices` makes.
+fn candidates(model: &Model, cx: &PassContext<'_>, choices: &[u32], weights: WeightScale) -> Vec<Candidate> {
+    let graph = model.graph();
+    let nodes: Vec<NodeId> = graph.nodes().map(|(id, _)| id).collect();
+    let found = parallel::map(&nodes, |&node| {
+        let roles = ops::linear(graph, node)?;
+        let site = Site::Use { node, input: roles.weight };
+        model.plan().encoding(site)?;
+        let value = graph.node(node)?.input(roles.weight.into())?;
+        let named = |name: &str| cx.schemes.contains_key(name);
+        if named(&graph.node(node)?.name) || named(&graph.value(value).name) {
+            return None;
+        }
+        let tensor = graph.constant(value)?;
+        let values = tensor.floats()?;
+        let noise = choices.iter().map(|&bits| {
+            let edits = reencode(model, node, in_bits(cx.scheme, bits), weights)?;
+            let encoding = edits.iter().find_map(|edit| encoding_at(edit, site))?;
+            let mut rounded = values.to_vec();
+            encoding.simulate(&mut rounded, tensor.shape()).ok()?;
+            Some(rounded.iter().zip(values.iter()).map(|(a, b)| f64::from(a - b).powi(2)).sum())
+        });
+        Some(Candidate { node, site, size: tensor.len(), noise: noise.collect::<Option<_>>()? })
+    });
+    found.into_iter().flatten().collect()
+}
+
+fn encoding_at(edit: &Edit, wanted: Site) -> Option<&Encoding> {
+    match edit {
+        Edit::Encode { site, encoding } if *site == wanted => Some(encoding),
+        _ => None,
+    }
+}
+
+impl Pass for AllocateBits {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
+        let mut patch = Patch::on(model);
+        if cx.scheme.weight_format.is_some() {
+            let problem = format!("scheme {}: only integer weights come in several widths", cx.scheme);
+            return Err(PassError::Model(problem));
+        }
+        let choices = self.choices(cx);
+        let candidates = candidates(model, cx, &choices, self.weights);
+        let Some(base) = choices.iter().position(|&bits| bits == cx.scheme.weight_bits) else { return Ok(patch) };
+        if candidates.is_empty() {
+            return Ok(patch);
+        }
+        let probe = Probe::new(model.graph(), cx, self.samples, self.metric)?;
+        let alone: Vec<_> = candidates.iter().map(|c| model.plan().only(|site| *site == c.site)).collect();
+        let losses = probe.losses(&alone, cx, INFO.about.name)?;
+        let rows: Vec<hull::Row> = candidates
+            .iter()
+            .zip(&losses)
+            .map(|(candidate, loss)| {
+                let share = |noise: &f64| if candidate.noise[base] > 0.0 { noise / candidate.noise[base] } else { 0.0 };
+                let cost =
+                    |(&bits, noise): (&u32, &f64)| (f64::from(bits) * candidate.size as f64, loss * share(noise));
+                hull::Row(choices.iter().zip(&candidate.noise).map(cost).collect())
+            })
+            .collect();
+        let elements: f64 = candidates.iter().map(|candidate| candidate.size as f64).sum();
+        let limits = hull::Limits { cost: self.budget.map(|bits| bits * elements), loss: self.max_drop };
+        let chosen = hull::allocate(&rows, limits).map_err(|least| {
+            PassError::Model(format!(
+                "a budget of {} bits per weight cannot be met: {} bits are the fewest with a choice of {choices:?}; take a scheme \
+                 of fewer bits, or give others with bits=",
+                self.budget.unwrap_or(0.0),
+                least / elements
+            ))
+        })?;
+        let total: f64 = chosen.iter().zip(&rows).map(|(&at, row)| row.0[at].1).sum();
+        let spent: f64 = chosen.iter().zip(&rows).map(|(&at, row)| row.0[at].0).sum::<f64>() / elements;
+        for ((candidate, &at), loss) in candidates.iter().zip(&chosen).zip(&losses) {
+            if at != base {
+                let edits = reencode(model, candidate.node, in_bits(cx.scheme, choices[at]), self.weights);
+                edits.into_iter().flatten().for_each(|edit| patch.edit(edit));
+                patch.count(if at > base { "given more bits" } else { "given fewer bits" }, 1);
+            }
+            let old = model.plan().decision(candidate.node).map_or("", |decision| &decision.reason);
+            let share = loss / losses.iter().sum::<f64>().max(f64::MIN_POSITIVE) * 100.0;
+            let (bits, usual) = (choices[at], choices[base]);
+            let reason =
+                format!("{old}; its weight has {bits} bits: in {usual} it alone makes {share:.2} % of the loss");
+            patch.edit(Edit::Decide { node: candidate.node, decision: Decision { quantized: true, reason } });
+        }
+        let message = format!("its weights take {spent:.3} bits each; rounded to nearest they should cost {total:.3e}");
+        patch.note(Diagnostic::new(diag::ALLOCATED, Severity::Note, Place::Model, message));
+        if let Some(allowed) = self.max_drop.filter(|allowed| total > *allowed) {
+            let message = format!(
+                "its weights should cost {total:.3e}, over the {allowed:.3e} allowed, with all the bits there are"
+            );
+            let help = "keep the worst layers of the summary in float with --keep-float, or allow more";
+            patch.note(Diagnostic::new(diag::ALLOCATED, Severity::Warning, Place::Model, message).help(help));
+        }
+        Ok(patch)
+    }
+}

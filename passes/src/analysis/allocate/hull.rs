@@ -1,0 +1,117 @@
+//! Choosing one point per row so that costs and losses, which add up, are well spent.
+
+/// What the choices of one row cost, and what they lose: (cost, loss), costs ascending.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Row(pub(super) Vec<(f64, f64)>);
+
+/// Where to stop.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Limits {
+    /// The most that all rows together may cost.
+    pub(super) cost: Option<f64>,
+    /// No more is spent once all rows together lose no more than this.
+    pub(super) loss: Option<f64>,
+}
+
+/// A step of one row along its hull.
+struct Step {
+    row: usize,
+    to: usize,
+    cost: f64,
+    gain: f64,
+}
+
+/// The choice of every row. All start with the cheapest; steps along the lower convex hulls follow in the order of loss saved per
+/// cost, to the first that does not fit. So a higher limit takes every step that a lower one takes.
+///
+/// # Errors
+/// The least that all rows together cost, when that is over the limit.
+pub(super) fn allocate(rows: &[Row], limits: Limits) -> Result<Vec<usize>, f64> {
+    let mut steps: Vec<Step> = Vec::new();
+    for (row, points) in rows.iter().enumerate() {
+        let hull = lower_hull(&points.0);
+        steps.extend(hull.windows(2).map(|pair| {
+            let (from, to) = (points.0[pair[0]], points.0[pair[1]]);
+            Step { row, to: pair[1], cost: to.0 - from.0, gain: from.1 - to.1 }
+        }));
+    }
+    // Along a hull gains per cost fall, and the sort is stable: no row takes its second step before its first.
+    steps.sort_by(|a, b| (b.gain / b.cost).total_cmp(&(a.gain / a.cost)));
+    let mut chosen = vec![0; rows.len()];
+    let mut cost: f64 = rows.iter().map(|row| row.0[0].0).sum();
+    let mut loss: f64 = rows.iter().map(|row| row.0[0].1).sum();
+    let most = limits.cost.unwrap_or(f64::INFINITY) * (1.0 + 1e-12);
+    if cost > most {
+        return Err(cost);
+    }
+    for step in steps {
+        if limits.loss.is_some_and(|enough| loss <= enough) || cost + step.cost > most {
+            break;
+        }
+        chosen[step.row] = step.to;
+        cost += step.cost;
+        loss -= step.gain;
+    }
+    Ok(chosen)
+}
+
+/// The points of the lower convex hull from the cheapest to the one that loses least; every step costs and gains something.
+fn lower_hull(points: &[(f64, f64)]) -> Vec<usize> {
+    let slope = |a: usize, b: usize| (points[b].1 - points[a].1) / (points[b].0 - points[a].0);
+    let mut hull: Vec<usize> = vec![0];
+    for next in 1..points.len() {
+        let last = hull[hull.len() - 1];
+        if points[next].1 >= points[last].1 || points[next].0 <= points[last].0 {
+            continue;
+        }
+        while hull.len() > 1 && slope(hull[hull.len() - 1], next) <= slope(hull[hull.len() - 2], hull[hull.len() - 1]) {
+            hull.pop();
+        }
+        hull.push(next);
+    }
+    hull
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows() -> Vec<Row> {
+        vec![
+            Row(vec![(2.0, 9.0), (4.0, 1.0), (8.0, 0.0)]),
+            Row(vec![(2.0, 0.5), (4.0, 0.4), (8.0, 0.3)]),
+            Row(vec![(20.0, 9.0), (40.0, 8.9), (80.0, 0.0)]),
+        ]
+    }
+
+    fn spent(chosen: &[usize]) -> (f64, f64) {
+        let points = || rows().into_iter().zip(chosen).map(|(row, &at)| row.0[at]);
+        (points().map(|p| p.0).sum(), points().map(|p| p.1).sum())
+    }
+
+    #[test]
+    fn points_above_the_hull_are_never_taken() {
+        assert_eq!(lower_hull(&rows()[2].0), [0, 2]);
+        assert_eq!(lower_hull(&[(1.0, 1.0), (2.0, 1.0), (3.0, 2.0)]), [0]);
+    }
+
+    #[test]
+    fn budgets_hold_and_more_never_loses_more() {
+        let mut last = f64::INFINITY;
+        for budget in 24..=96 {
+            let limits = Limits { cost: Some(f64::from(budget)), loss: None };
+            let (cost, loss) = spent(&allocate(&rows(), limits).unwrap());
+            assert!(cost <= f64::from(budget) && loss <= last, "{budget}: {cost} {loss}");
+            last = loss;
+        }
+        assert!(last < 0.31);
+        let too_little = Limits { cost: Some(23.0), loss: None };
+        assert_eq!(allocate(&rows(), too_little), Err(24.0));
+    }
+
+    #[test]
+    fn spending_stops_when_little_is_lost() {
+        let limits = Limits { cost: None, loss: Some(10.5) };
+        assert_eq!(spent(&allocate(&rows(), limits).unwrap()), (26.0, 10.5));
+    }
+}

@@ -1,0 +1,130 @@
+//! `--max-drop`: as few nodes in float as keep the loss small enough.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use passes::diag::{self, Diagnostic, Place, Severity};
+use passes::exec::Dataset;
+use passes::id::NodeId;
+use passes::model::{Model, Plan};
+use passes::pass::{Facts, Instrument, PassContext, PassInfo, PassManager, Pipeline, RunError, StepRecord, Trace};
+use passes::sensitivity::{Metric, Probe};
+use passes::target::KeepFloat;
+
+use crate::driver::Error;
+use crate::overrides::kept_for_drop;
+use crate::verify;
+
+/// So many samples are run for every node.
+const SAMPLES: usize = 4;
+
+/// The model as it was after the last pass that measured.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Checkpoint(Rc<RefCell<Option<Model>>>);
+
+impl Checkpoint {
+    pub(crate) fn take(&self) -> Option<Model> {
+        self.0.borrow_mut().take()
+    }
+}
+
+impl Instrument for Checkpoint {
+    fn after(&mut self, pass: &PassInfo, model: &Model, _: &StepRecord) {
+        if pass.establishes.contains(Facts::CALIBRATED) {
+            *self.0.borrow_mut() = Some(model.clone());
+        }
+    }
+}
+
+/// A planned model, what the passes did and what they said.
+pub(crate) type Planned = (Model, Trace);
+
+/// What is run again.
+pub(crate) struct Search<'a> {
+    /// The model before anything was decided.
+    pub(crate) measured: Model,
+    /// What decides.
+    pub(crate) tail: Pipeline,
+    /// The loss allowed.
+    pub(crate) allowed: f64,
+    /// What stays in float anyway.
+    pub(crate) keep_float: &'a KeepFloat,
+}
+
+/// The squared error of the outputs over their square, on the samples that the summary compares on.
+fn drop_of(model: &Model, cx: &PassContext<'_>, samples: &dyn Dataset) -> Result<f64, Error> {
+    let fidelity = verify::fidelity(model, cx.executor, samples)?;
+    Ok(10.0_f64.powf(-fidelity.sqnr_db / 10.0))
+}
+
+/// `planned` where it loses little enough; otherwise planned again with those nodes in float that cost most alone: as many as it takes,
+/// found by doubling and halving.
+///
+/// # Errors
+/// [`Error`] when a run fails or is interrupted.
+pub(crate) fn keep_within(search: &Search<'_>, planned: Planned, cx: &PassContext<'_>) -> Result<Planned, Error> {
+    let samples = cx.dataset.filter(|samples| !samples.is_empty());
+    let samples =
+        samples.ok_or_else(|| Error::Input("--max-drop needs calibration samples: pass them with --data".into()))?;
+    let first = drop_of(&planned.0, cx, samples)?;
+    if first <= search.allowed {
+        return Ok(planned);
+    }
+    let worst = by_cost(&planned.0, cx)?;
+    let (mut best, mut best_drop, mut best_kept) = (planned, first, 0);
+    let (mut least, mut most) = (0, worst.len());
+    let mut next = 1.min(most);
+    // Invariant: `least` nodes are too few; `most` are enough, once one was.
+    let mut found = false;
+    while next > least && next <= most {
+        let trial = search.plan_with(&worst[..next], cx)?;
+        let drop = drop_of(&trial.0, cx, samples)?;
+        tracing::info!(kept = next, drop, "max-drop");
+        let enough = drop <= search.allowed;
+        if enough || (!found && drop < best_drop) {
+            (best, best_drop, best_kept) = (trial, drop, next);
+        }
+        if enough {
+            (found, most) = (true, next);
+        } else {
+            least = next;
+        }
+        next = if found { least.midpoint(most) } else { (2 * next).min(most) };
+    }
+    best.1.notes.push(note(search.allowed, (first, best_drop), best_kept));
+    Ok(best)
+}
+
+fn note(allowed: f64, (first, last): (f64, f64), kept: usize) -> Diagnostic {
+    if last <= allowed {
+        let message = format!(
+            "{kept} nodes stay in float: that lowers its loss from {first:.3e} to {last:.3e}, of {allowed:.3e} allowed"
+        );
+        return Diagnostic::new(diag::KEPT_FLOAT, Severity::Warning, Place::Model, message);
+    }
+    let message = format!("it loses {last:.3e} where {allowed:.3e} is allowed, with {kept} nodes in float");
+    Diagnostic::new(diag::OVER_BUDGET, Severity::Error, Place::Model, message).help("allow more, or use --recipe best")
+}
+
+/// The names of the quantized nodes, the one that costs most alone first.
+fn by_cost(model: &Model, cx: &PassContext<'_>) -> Result<Vec<String>, Error> {
+    let graph = model.graph();
+    let fail = |error| Error::from(RunError::Pass { pass: "max-drop", error });
+    let nodes: Vec<NodeId> = model.plan().decisions().filter(|(_, d)| d.quantized).map(|(id, _)| id).collect();
+    let plans: Vec<Plan> = nodes.iter().map(|&node| model.plan().only_about(graph, node)).collect();
+    let probe = Probe::new(graph, cx, SAMPLES, Metric::Error).map_err(fail)?;
+    let losses = probe.losses(&plans, cx, "max-drop").map_err(fail)?;
+    let mut ranked: Vec<(f64, NodeId)> = losses.into_iter().zip(nodes).filter(|(loss, _)| *loss > 0.0).collect();
+    ranked.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    Ok(ranked.into_iter().filter_map(|(_, id)| Some(graph.node(id)?.name.to_string())).collect())
+}
+
+impl Search<'_> {
+    /// Decides again, with the nodes called `names` in float too.
+    fn plan_with(&self, names: &[String], cx: &PassContext<'_>) -> Result<Planned, Error> {
+        let mut keep_float = kept_for_drop(names, self.allowed);
+        keep_float.extend(self.keep_float.clone());
+        let mut cx = PassContext { keep_float: &keep_float, wishes: cx.wishes.clone(), sizes: cx.sizes.clone(), ..*cx };
+        Ok(PassManager::default().run(&self.tail, self.measured.clone(), &mut cx)?)
+    }
+}

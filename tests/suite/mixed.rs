@@ -1,0 +1,119 @@
+//! Mixed precision: budgets hold, losses stay under what is allowed, and names get what was asked for them.
+
+use serde_json::Value;
+
+use super::{fixture, text, tool};
+
+/// Exit code, summary and messages of a run on the small residual network.
+fn run(extra: &[&str]) -> (Option<i32>, Value, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("q.onnx");
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let base = ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--json", "--progress", "none"];
+    let output = tool(&[&base[..], extra].concat());
+    let summary = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
+    (output.status.code(), summary, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn done(extra: &[&str]) -> Value {
+    let (code, summary, error) = run(extra);
+    assert_eq!(code, Some(0), "{extra:?}: {error}");
+    assert_eq!(summary["verify"]["passed"], true);
+    summary
+}
+
+/// Elements of the weights of the layers that have any, in graph order.
+const WEIGHTS: [(&str, f64); 10] = [
+    ("/0/Conv", 144.0),
+    ("/3/c1/Conv", 2304.0),
+    ("/3/c2/Conv", 2304.0),
+    ("/4/c1/Conv", 4608.0),
+    ("/4/c2/Conv", 9216.0),
+    ("/4/d/d.0/Conv", 512.0),
+    ("/5/c1/Conv", 18432.0),
+    ("/5/c2/Conv", 36864.0),
+    ("/5/d/d.0/Conv", 2048.0),
+    ("/8/Gemm", 640.0),
+];
+
+fn bits(summary: &Value, name: &str) -> f64 {
+    let layers = summary["layers"].as_array().unwrap();
+    let layer = layers.iter().find(|layer| layer["name"] == name).unwrap();
+    let format = layer["weight"]["format"].as_str().unwrap();
+    format.trim_start_matches("int").trim_end_matches("-in-4").parse().unwrap()
+}
+
+fn mean_bits(summary: &Value) -> f64 {
+    let total: f64 = WEIGHTS.iter().map(|(_, n)| n).sum();
+    WEIGHTS.iter().map(|(name, n)| bits(summary, name) * n).sum::<f64>() / total
+}
+
+fn decibels(summary: &Value) -> f64 {
+    summary["fidelity"]["sqnr_db"].as_f64().unwrap()
+}
+
+#[test]
+fn a_budget_is_spent_where_it_helps_and_never_exceeded() {
+    let four = done(&["--scheme", "w4a8"]);
+    let mut last = decibels(&four);
+    for budget in ["4.5", "5", "6.5"] {
+        let mixed = done(&["--scheme", "w4a8", "--budget", budget]);
+        let mean = mean_bits(&mixed);
+        assert!(mean <= budget.parse::<f64>().unwrap() && mean > 4.0, "{budget}: {mean}");
+        assert!(decibels(&mixed) > last, "{budget}: {} after {last}", decibels(&mixed));
+        last = decibels(&mixed);
+    }
+    let fewer = done(&["--scheme", "w8a8", "--budget", "6"]);
+    assert!(mean_bits(&fewer) <= 6.0, "bits go down from those of the scheme too");
+}
+
+#[test]
+fn a_budget_that_cannot_be_met_names_the_least() {
+    let (code, _, error) = run(&["--scheme", "w4a8", "--budget", "3"]);
+    assert_eq!(code, Some(2));
+    assert!(error.contains("4 bits are the fewest") && error.contains("fewer bits"), "{error}");
+    let (code, _, error) = run(&["--scheme", "wfp4a16", "--budget", "5"]);
+    assert!(code == Some(2) && error.contains("only integer weights"), "{code:?} {error}");
+}
+
+#[test]
+fn what_may_be_lost_is_not_exceeded() {
+    // 0.01 % is 40 dB: more than eight bits everywhere give.
+    let (usual, kept) = (done(&[]), done(&["--max-drop", "0.01%"]));
+    assert!(decibels(&usual) < 40.0 && decibels(&kept) >= 40.0, "{} {}", decibels(&usual), decibels(&kept));
+    let layers = kept["layers"].as_array().unwrap();
+    let reasons = layers.iter().filter(|layer| layer["reason"].as_str().unwrap().contains("--max-drop 0.0001"));
+    let n = reasons.count();
+    assert!(n > 0 && n < layers.len() / 2, "{n} of {} in float", layers.len());
+    // What holds anyway changes nothing.
+    assert_eq!(done(&["--max-drop", "1%"])["layers"], usual["layers"]);
+}
+
+#[test]
+fn weights_rise_before_nodes_go_to_float() {
+    let summary = done(&["--scheme", "w4a8", "--max-drop", "0.3%"]);
+    assert!(decibels(&summary) >= 25.2, "{}", decibels(&summary));
+    assert_eq!(summary["totals"]["kept_float"], 0);
+    assert!(mean_bits(&summary) > 4.0 && mean_bits(&summary) < 8.0);
+}
+
+#[test]
+fn names_get_what_was_asked_for_them() {
+    let summary =
+        done(&["--scheme", "w4a8", "--set", "/8/Gemm=w8a8", "--set", "5.c1.weight=w2a8", "--set", "/0/*=float"]);
+    let of = |name: &str| bits(&summary, name);
+    assert!((of("/8/Gemm"), of("/5/c1/Conv"), of("/5/c2/Conv")) == (8.0, 2.0, 4.0));
+    let first = &summary["layers"][0];
+    assert!(first["kept_float"].as_bool().unwrap() && first["reason"].as_str().unwrap().contains("--set /0/*=float"));
+    // A budget does not touch them.
+    let summary = done(&["--scheme", "w4a8", "--set", "5.c1.weight=w2a8", "--budget", "6"]);
+    assert!((bits(&summary, "/5/c1/Conv") - 2.0).abs() < 1e-9);
+    for (set, code, wanted) in [
+        ("/8/Gem=w8a8", 2, "did you mean `/8/Gemm`"),
+        ("/8/Gemm=w8a16", 3, "only weights can differ"),
+        ("/8/Gemm=int8", 2, "is no scheme"),
+    ] {
+        let (got, _, error) = run(&["--scheme", "w4a8", "--set", set]);
+        assert!(got == Some(code) && error.contains(wanted), "{set}: {got:?} {error}");
+    }
+}
