@@ -25,6 +25,7 @@ pub mod ir;
 mod lockstep;
 pub mod lower;
 pub mod model;
+mod nbits;
 pub mod normalize;
 pub mod observe;
 pub mod ops;

@@ -16,7 +16,8 @@ static INFO: TargetInfo = TargetInfo {
     about: About {
         name: "ort-cpu",
         doc: "ONNX Runtime on a CPU. Quantize and dequantize nodes where its optimizer fuses them into integer kernels, and \
-              nowhere else: unsigned 8-bit activations per tensor, signed 8-bit weights per output channel, 32-bit biases.",
+              nowhere else: unsigned 8-bit activations per tensor, signed 8-bit weights per output channel, 32-bit biases. \
+              Products of float activations with weights in blocks are MatMulNBits.",
         source: "fusions read back from ONNX Runtime 1.31.1's optimized graphs, and its qdq_selectors.cc",
     },
     version: "1.31.1",
@@ -109,7 +110,7 @@ impl Target for OrtCpu {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq(model)
+        passes::lower::qdq_and_nbits(model)
     }
 }
 

@@ -65,6 +65,28 @@ def formats(tool, tmp):
         assert sqnr(want, got) >= least, 'the outputs are too far off'
 
 
+def packed(tool, tmp):
+    """Weights in blocks as MatMulNBits compute what their plain dequantized form does, ragged tails and zero points included."""
+    from onnx import TensorProto, helper, numpy_helper
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((72, 25)).astype(np.float32); x = rng.standard_normal((5, 72)).astype(np.float32)
+    graph = helper.make_graph([helper.make_node('MatMul', ['x', 'w'], ['y'], 'product')], 'g', [helper.make_tensor_value_info('x', TensorProto.FLOAT, [None, 72])],
+                              [helper.make_tensor_value_info('y', TensorProto.FLOAT, [None, 25])], [numpy_helper.from_array(w, 'w')])
+    model = Path(tmp) / 'product.onnx'
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8), model)
+    for scheme in ('w2a16g16', 'w2a16g32asym', 'w3a16g32asym', 'w4a16g32', 'w4a16g64asym', 'w6a16g32', 'w8a16g128'):
+        outs = {}
+        for target in ('ort-cpu', 'onnx-qdq'):
+            out = Path(tmp) / f'{target}.onnx'
+            subprocess.run([tool, 'quantize', str(model), '-o', str(out), '--scheme', scheme, '--target', target, '--recipe', 'fast', '--progress', 'none'], check=True, stdout=subprocess.DEVNULL)
+            onnx.checker.check_model(str(out), full_check=True)
+            outs[target] = session(out, optimized=target == 'ort-cpu').run(None, {'x': x})[0]
+            assert (target == 'ort-cpu') == any(n.op_type == 'MatMulNBits' for n in onnx.load(str(out)).graph.node)
+        difference = np.abs(outs['ort-cpu'] - outs['onnx-qdq']).max()
+        print(f'{scheme}: packed and plain differ by {difference:.1e}, {sqnr(x @ w, outs["ort-cpu"]):.1f} dB')
+        assert difference <= 1e-4, 'packing changed the weight'
+
+
 def control_flow(tool, tmp):
     source, out = ROOT / 'fixtures/passes/drop-dead/captured.oq', Path(tmp) / 'if.onnx'
     subprocess.run([tool, 'cat', str(source), '--to', 'onnx', '-o', str(out)], check=True)
@@ -84,6 +106,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         for name in ('digits-resnet', 'digits-mobilenet'): digits(o.tool, name, tmp)
         formats(o.tool, tmp)
+        packed(o.tool, tmp)
         control_flow(o.tool, tmp)
 
 

@@ -2,4 +2,4 @@
 
 mod qdq;
 
-pub use qdq::{is_native, lower as qdq};
+pub use qdq::{is_native, lower as qdq, lower_with_nbits as qdq_and_nbits};

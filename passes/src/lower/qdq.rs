@@ -9,6 +9,7 @@ use crate::grid::Grid;
 use crate::id::{Name, NodeId, Site, ValueId};
 use crate::ir::{Attr, Attrs, BuildError, Builder, Def, Graph, Node, OpKey, TensorType, Type, walk};
 use crate::model::{Model, Plan};
+use crate::nbits;
 use crate::target::{LowerError, Lowered};
 use crate::tensor::{DType, Tensor};
 
@@ -22,11 +23,26 @@ use crate::tensor::{DType, Tensor};
 /// # Errors
 /// [`LowerError`] for an encoded constant without codes, a tensor with two different encodings, or a name clash.
 pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
+    lowered(model, false)
+}
+
+/// The same, with `com.microsoft::MatMulNBits` for matrix products of float activations with a weight of integers in blocks: it computes
+/// in float where ONNX Runtime's own fusion rounds activations to 8 bits, and has room for 2 bits.
+///
+/// # Errors
+/// [`LowerError`], as [`lower`].
+pub fn lower_with_nbits(model: &Model) -> Result<Lowered, LowerError> {
+    lowered(model, true)
+}
+
+fn lowered(model: &Model, nbits: bool) -> Result<Lowered, LowerError> {
     let graph = model.graph();
     let mut lowering = Lowering {
         graph,
         plan: model.plan(),
         opset: model.meta.opset(),
+        nbits: nbits.then(|| walk::Users::of(graph)),
+        packed: false,
         builder: Builder::new(graph.name(), graph.doc()),
         taken: graph.value_ids().map(|id| Arc::clone(&graph.value(id).name)).collect(),
         raw: BTreeMap::new(),
@@ -48,7 +64,12 @@ pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
         lowering.output(output)?;
     }
     let notes = lowering.notes;
-    Ok(Lowered { graph: lowering.builder.finish().map_err(bug)?, meta: Arc::clone(&model.meta), notes })
+    let mut meta = Arc::clone(&model.meta);
+    if lowering.packed {
+        let (domain, version) = nbits::DOMAIN;
+        Arc::make_mut(&mut meta).opsets.insert(domain.into(), version);
+    }
+    Ok(Lowered { graph: lowering.builder.finish().map_err(bug)?, meta, notes })
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "it is the function given to map_err")]
@@ -63,6 +84,9 @@ struct Lowering<'a> {
     graph: &'a Graph,
     plan: &'a Plan,
     opset: u32,
+    /// Who reads what, where weights may be packed into `MatMulNBits`; and whether one was.
+    nbits: Option<walk::Users>,
+    packed: bool,
     builder: Builder,
     /// The names of the float graph.
     taken: BTreeSet<Name>,
@@ -112,6 +136,11 @@ impl Lowering<'_> {
     }
 
     fn node(&mut self, id: NodeId, node: &Node) -> Result<(), LowerError> {
+        if let Some(users) = &self.nbits
+            && let Some(packed) = nbits::pack(self.graph, users, self.plan, id, node)
+        {
+            return self.packed(node, packed);
+        }
         let mut copy = node.clone();
         for (index, input) in copy.inputs.iter_mut().enumerate() {
             if let Some(value) = *input {
@@ -132,6 +161,32 @@ impl Lowering<'_> {
             *output = self.raw[output];
         }
         self.builder.node(copy).map_err(bug)?;
+        Ok(())
+    }
+
+    /// A matrix product with its weight in it.
+    fn packed(&mut self, node: &Node, packed: nbits::Packed) -> Result<(), LowerError> {
+        let activation = node.input(0).map(|value| self.read(value, None)).transpose()?;
+        let name = node.input(1).map_or_else(Name::default, |weight| Arc::clone(&self.graph.value(weight).name));
+        let mut inputs = vec![activation];
+        let parameters =
+            [("codes", Some(packed.codes)), ("scale", Some(packed.scales)), ("zero_point", packed.zero_points)];
+        for (what, tensor) in parameters.into_iter().filter_map(|(what, tensor)| Some((what, tensor?))) {
+            let name = self.fresh(&format!("{name}.{what}"));
+            inputs.push(Some(self.builder.constant(&name, Arc::new(tensor)).map_err(bug)?));
+        }
+        let nbits::Layout { k, n, block, bits } = packed.layout;
+        let attr = |(name, value): (&str, usize)| (name.into(), Attr::Int(i64::try_from(value).unwrap_or(i64::MAX)));
+        let (domain, version) = nbits::DOMAIN;
+        let node = Node {
+            op: OpKey { domain: domain.into(), name: nbits::OP.into(), opset: version },
+            inputs,
+            outputs: node.outputs.iter().map(|output| output.map(|output| self.raw[&output])).collect(),
+            attrs: [("K", k), ("N", n), ("bits", bits), ("block_size", block)].map(attr).into_iter().collect(),
+            ..node.clone()
+        };
+        self.builder.node(node).map_err(bug)?;
+        self.packed = true;
         Ok(())
     }
 

@@ -19,7 +19,7 @@ crate::declare_pass! {
     /// A `DequantizeLinear` of a constant becomes the float constant it stands for, with its encoding and codes at every
     /// reader. A pair around an activation disappears: when all who read the tensor read it through the pair, the tensor
     /// itself is encoded; otherwise only those uses are. Pairs with scales that are not constant, or in grids that are
-    /// not known here, stay as they are.
+    /// not known here, stay as they are. A `MatMulNBits` becomes a `MatMul` with its weight encoded.
     INFO {
         name: "absorb-qdq",
         source: "ONNX operator specification, QuantizeLinear-21 and DequantizeLinear-21",
@@ -54,6 +54,9 @@ impl Pass for AbsorbQdq {
             if let Some(pair) = Pair::at(graph, id, node) {
                 pairs.entry(pair.source).or_default().push(pair);
             }
+        }
+        for (id, node) in graph.nodes() {
+            super::absorb_nbits::absorb(graph, id, node, model.meta.opset(), &mut patch);
         }
         for (source, pairs) in pairs {
             absorb_pairs(graph, &users, source, &pairs, &mut patch);

@@ -1,5 +1,6 @@
 //! Passes that bring a float graph to a plain form without changing its function.
 
+mod absorb_nbits;
 mod absorb_qdq;
 mod drop_dead;
 mod eliminate_identity;

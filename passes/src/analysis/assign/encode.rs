@@ -175,12 +175,10 @@ pub(super) fn weight_alone(model: &Model, id: NodeId, goal: &Goal) -> Option<Edi
     let weight = graph.constant_input(graph.node(id)?, roles.weight.into())?;
     let site = Site::Use { node: id, input: roles.weight };
     let block = goal.scheme.block_format().map(|format| format.size).or(goal.scheme.block);
+    let inputs = weight.shape().get(1 - roles.out_axis).copied().unwrap_or(1).max(1);
     let encoding = match block {
-        Some(size) => weights::blocked(weight, 1 - roles.out_axis, size, goal)?,
-        None if goal.scheme.asymmetric => {
-            let columns = weight.shape()[1 - roles.out_axis];
-            weights::blocked(weight, 1 - roles.out_axis, columns.max(1), goal)?
-        }
+        Some(size) => weights::blocked(weight, 1 - roles.out_axis, size.min(inputs), goal)?,
+        None if goal.scheme.asymmetric => weights::blocked(weight, 1 - roles.out_axis, inputs, goal)?,
         None => {
             let scales = weights::channel_scales(weight, roles.out_axis, goal)?;
             #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
