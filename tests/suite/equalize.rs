@@ -39,14 +39,23 @@ pub(super) fn matrix(name: &str, rows: usize, columns: usize) -> String {
 }
 
 fn smoothed(source: &str, data: &Rows) -> (Model, Model, String) {
+    divided(source, data, "smooth", "w8a8")
+}
+
+/// The model before and after `pass`, which must keep its function, and what the pass counted.
+fn divided(source: &str, data: &Rows, pass: &str, scheme: &str) -> (Model, Model, String) {
     let catalogue = passes::catalogue::passes();
     let plain = passes::text::parse(source).unwrap();
     let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
-    let mut cx =
-        PassContext { dataset: Some(data as &dyn Dataset), ..PassContext::new(targets::TARGETS[0], executor.as_ref()) };
-    let pipeline = Pipeline::parse("infer-shapes, calibrate, smooth, drop-dead", &catalogue).unwrap();
+    let mut cx = PassContext {
+        dataset: Some(data as &dyn Dataset),
+        scheme: passes::target::Scheme::parse(scheme).unwrap(),
+        ..PassContext::new(targets::TARGETS[0], executor.as_ref())
+    };
+    let text = format!("infer-shapes, calibrate, {pass}, drop-dead");
+    let pipeline = Pipeline::parse(&text, &catalogue).unwrap();
     let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
-    let counts = trace.steps.iter().find(|(name, _)| *name == "smooth").unwrap().1.counts.clone();
+    let counts = trace.steps.iter().find(|(name, _)| *name == pass).unwrap().1.counts.clone();
     for index in 0..data.len() {
         let feeds = data.sample(index).unwrap();
         let [a, b] = [&plain, &after].map(|model| {
@@ -72,6 +81,26 @@ fn a_division_folds_through_a_product_into_the_linear_before_it() {
     assert!(counts.contains("weights"), "{counts}");
     // The input itself can only be divided by a node of its own.
     assert!(after.graph().nodes().filter(|(_, node)| node.op.is("Mul")).count() <= 2);
+}
+
+/// The loud channel's weights grow, so that they are rounded in finer steps of the block that they share.
+#[test]
+fn weights_of_loud_channels_grow_where_activations_stay_in_float() {
+    let source =
+        format!("opset 21\ngraph (%x: f32[512,8]) -> (%y) {{\n{}  %y = MatMul(%x, %w)\n}}\n", matrix("w", 8, 16));
+    let data = Rows { channels: 8, samples: 4 };
+    let (before, after, counts) = divided(&source, &data, "awq", "w3a16");
+    assert!(counts.contains("inserted") && counts.contains("weights\": 1"), "{counts}");
+    let [old, new] = [&before, &after].map(|model| {
+        let graph = model.graph();
+        let product = graph.nodes().find(|(_, node)| node.op.is("MatMul")).unwrap().1;
+        graph.constant_input(product, 1).unwrap().floats().unwrap().into_owned()
+    });
+    let grown = |row: usize| f64::from(new[row * 16].abs()) / f64::from(old[row * 16].abs());
+    assert!((0..8).filter(|&row| row != 3).all(|row| grown(3) > 1.5 * grown(row)), "{:?}", (grown(3), grown(0)));
+    // Nothing to do where activations are rounded too.
+    let (_, _, counts) = divided(&source, &data, "awq", "w3a8");
+    assert_eq!(counts, "{}");
 }
 
 #[test]

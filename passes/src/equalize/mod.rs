@@ -1,5 +1,7 @@
 //! Equalization: other weights for the same function, easier to quantize.
 
+mod awq;
+mod divided;
 mod equalize_layers;
 mod region;
 mod scaled;
@@ -8,4 +10,4 @@ mod smooth;
 use crate::pass::PassEntry;
 
 /// Order is the order of the manual, not of the pipeline.
-pub static PASSES: &[PassEntry] = &[smooth::ENTRY, equalize_layers::ENTRY];
+pub static PASSES: &[PassEntry] = &[smooth::ENTRY, equalize_layers::ENTRY, awq::ENTRY];

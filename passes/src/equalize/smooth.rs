@@ -1,18 +1,17 @@
 //! `SmoothQuant`: outliers of activations moved into weights.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::collections::BTreeSet;
 
-use super::scaled::{Folder, scaled_weight};
+use super::divided::{Group, groups, last_axis};
+use super::scaled::Folder;
 use crate::id::{NodeId, ValueId};
-use crate::ir::walk::{User, Users};
-use crate::ir::{Attrs, Graph, Node, OpKey};
+use crate::ir::Graph;
+use crate::ir::walk::Users;
 use crate::model::{Model, Patch};
 use crate::observe::Peaks;
 use crate::ops;
 use crate::parallel;
 use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
-use crate::tensor::{DType, Tensor};
 
 crate::declare_pass! {
     /// Divides channels of an activation by s and multiplies the weights that read them by s, so that outliers of the
@@ -46,14 +45,6 @@ pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::
 #[derive(Debug)]
 struct Smooth;
 
-/// The products that read one tensor.
-struct Group {
-    value: ValueId,
-    sinks: Vec<NodeId>,
-    /// Whether nobody else reads it.
-    alone: bool,
-}
-
 /// A division that was found to pay.
 struct Choice {
     divisor: Vec<f64>,
@@ -68,7 +59,7 @@ impl Pass for Smooth {
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
         let axis = |group: Group| Some((group.value, Wish::Peaks { axis: last_axis(model.graph(), group.value)? }));
-        groups(model.graph(), cx).into_iter().filter_map(axis).collect()
+        wanted(model.graph(), cx).into_iter().filter_map(axis).collect()
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
@@ -76,59 +67,22 @@ impl Pass for Smooth {
         let graph = model.graph();
         let users = Users::of(graph);
         let folder = Folder { graph, users: &users };
-        let groups = groups(graph, cx);
+        let groups = wanted(graph, cx);
         let choices = parallel::map(&groups, |group| choose(model, group, cx));
         // From the outputs on: a product that takes a division into its weight waits with its own input for the next round.
         for (group, choice) in groups.iter().zip(choices).rev() {
             let Some(choice) = choice.filter(|_| !group.sinks.iter().any(|id| patch.touches(*id))) else { continue };
-            let mark = patch.mark();
-            let folded = if group.alone { folder.divided(group.value, &choice.divisor, &mut patch) } else { None };
-            let divided = if let Some(value) = folded {
-                patch.count("folded", 1);
-                Some(value)
-            } else {
-                patch.roll_back(&mark);
-                (choice.gain < 1.0 / 3.0).then(|| {
-                    patch.count("inserted", 1);
-                    multiply(graph, group, &choice.divisor, &mut patch)
-                })
-            };
-            if let Some(divided) = divided {
-                rewire(graph, group, divided, &choice.divisor, &mut patch);
+            if let Some(how) = folder.divide(group, &choice.divisor, choice.gain < 1.0 / 3.0, &mut patch) {
+                patch.count(how, 1);
             }
         }
         Ok(patch)
     }
 }
 
-fn last_axis(graph: &Graph, value: ValueId) -> Option<usize> {
-    graph.value(value).ty.rank()?.checked_sub(1)
-}
-
 /// Tensors that matrix products with a constant read, where the scheme rounds activations.
-fn groups(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
-    if cx.scheme.activation_bits.is_none() {
-        return Vec::new();
-    }
-    let mut sinks: BTreeMap<ValueId, Vec<NodeId>> = BTreeMap::new();
-    for (id, node) in graph.nodes() {
-        let product = node.op.is("MatMul") || node.op.is("Gemm");
-        let plain = node.int("transA", 0) == 0 && !cx.keep_float.contains_key(&*node.name);
-        let Some(roles) = ops::linear(graph, id).filter(|roles| product && plain && roles.weight == 1) else {
-            continue;
-        };
-        let matrix = graph.constant_input(node, 1).is_some_and(|w| w.shape().len() == 2 && w.dtype() == DType::F32);
-        if let Some(value) = node.input(roles.activation.into()).filter(|_| matrix) {
-            sinks.entry(value).or_default().push(id);
-        }
-    }
-    let users = Users::of(graph);
-    let alone = |value: ValueId, sinks: &[NodeId]| {
-        users.of_value(value).iter().all(|user| matches!(user, User::Input { node, input: 0 } if sinks.contains(node)))
-    };
-    let is_activation = |value: &ValueId| crate::simulate::is_float_activation(graph, *value);
-    let group = |(value, sinks): (ValueId, Vec<NodeId>)| Group { value, alone: alone(value, &sinks), sinks };
-    sinks.into_iter().filter(|(value, _)| is_activation(value)).map(group).collect()
+fn wanted(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
+    if cx.scheme.activation_bits.is_none() { Vec::new() } else { groups(graph, cx) }
 }
 
 /// Per sink: for every input channel the largest and the summed squared weight, and per output row the weights.
@@ -213,47 +167,6 @@ fn expected_error(peaks: &Peaks, sinks: &[Sink], divisor: &[f64], cx: &PassConte
             noise * through + sink.rows.iter().map(step).sum::<f64>() / 12.0 * power
         })
         .sum()
-}
-
-/// `value` times 1 / s, as a node of its own.
-fn multiply(graph: &Graph, group: &Group, divisor: &[f64], patch: &mut Patch) -> ValueId {
-    let source = graph.value(group.value);
-    #[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
-    let inverse = divisor.iter().map(|s| (1.0 / s) as f32).collect();
-    let constant = patch.constant(&format!("{}.divisor", source.name), Tensor::of([divisor.len()], inverse));
-    let before = group.sinks.first().copied();
-    let opset = before.and_then(|id| graph.node(id)).map_or(21, |node| node.op.opset);
-    let node = Node {
-        name: format!("{}.smooth", source.name).into(),
-        op: OpKey { domain: "".into(), name: "Mul".into(), opset },
-        inputs: vec![Some(group.value), Some(constant)],
-        outputs: Vec::new(),
-        attrs: Attrs::new(),
-        bodies: Vec::new(),
-        notes: None,
-    };
-    patch.node(node, &format!("{}.smoothed", source.name), source.ty.clone(), before)
-}
-
-/// Lets the products read `divided`, with weights that make up for it.
-fn rewire(graph: &Graph, group: &Group, divided: ValueId, divisor: &[f64], patch: &mut Patch) {
-    for &id in &group.sinks {
-        let make = |patch: &mut Patch| {
-            let node = graph.node(id)?;
-            let roles = ops::linear(graph, id)?;
-            let weight = graph.constant_input(node, 1)?;
-            let name = Arc::clone(&graph.value(node.input(1)?).name);
-            let scaled = scaled_weight(weight, 1 - roles.out_axis, |j| divisor[j])?;
-            let mut copy = node.clone();
-            copy.inputs[0] = Some(divided);
-            copy.inputs[1] = Some(patch.constant(&format!("{name}.smoothed"), scaled));
-            Some(copy)
-        };
-        if let Some(copy) = make(patch) {
-            patch.replace(id, copy);
-            patch.count("weights", 1);
-        }
-    }
 }
 
 #[cfg(test)]

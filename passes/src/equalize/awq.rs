@@ -1,0 +1,164 @@
+//! Activation-aware scales: channels that carry much get finer steps.
+
+use std::collections::BTreeSet;
+
+use super::divided::{Group, groups, last_axis};
+use super::scaled::Folder;
+use crate::grid::{self, Grid};
+use crate::id::{NodeId, ValueId};
+use crate::ir::Graph;
+use crate::ir::walk::Users;
+use crate::model::{Model, Patch};
+use crate::ops;
+use crate::parallel;
+use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
+
+crate::declare_pass! {
+    /// Multiplies the weights of channels whose activations are large by s and divides those activations by s, so that what weighs
+    /// most in the output is rounded in finer steps.
+    ///
+    /// ```text
+    /// s[j] = rms(x[j])^a, scaled so that max s · min s = 1,    x'[j] = x[j] / s[j],    w'[j] = s[j] · w[j]
+    /// ```
+    ///
+    /// The exponent a is searched per tensor from 0, which does nothing, to 0.95, for the smallest
+    /// Σ E\[x\[j\]²\] (ŵ\[j\] − w\[j\])² of weights rounded to nearest in the bits and blocks of the scheme. All matrix products that read a
+    /// tensor share one s. The division goes into whatever makes the tensor; where nothing takes it, a `Mul` stands before the
+    /// products, if it takes a third of the error away. Channels that are always zero keep their weights. Does nothing where
+    /// activations are rounded: there `smooth` weighs both.
+    INFO {
+        name: "awq",
+        source: "Lin et al. 2023, arXiv:2306.00978; rms for the mean magnitude, and the diagonal of the error, ours",
+        requires: Facts::CALIBRATED,
+        establishes: Facts::NONE,
+        preserves: Facts::SHAPES,
+        fidelity: UpToRounding,
+        options: &[],
+    }
+}
+
+pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::new(Awq)) };
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct Awq;
+
+/// What remains of the error must be below this for a division that is folded, or that costs a node.
+const FOLDED: f64 = 0.97;
+const INSERTED: f64 = 2.0 / 3.0;
+
+fn wanted(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
+    let integers = cx.scheme.activation_bits.is_none() && cx.scheme.weight_format.is_none();
+    if integers { groups(graph, cx) } else { Vec::new() }
+}
+
+impl Pass for Awq {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
+        let axis = |group: Group| Some((group.value, Wish::Peaks { axis: last_axis(model.graph(), group.value)? }));
+        wanted(model.graph(), cx).into_iter().filter_map(axis).collect()
+    }
+
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
+        let mut patch = Patch::on(model);
+        let graph = model.graph();
+        let users = Users::of(graph);
+        let folder = Folder { graph, users: &users };
+        let groups = wanted(graph, cx);
+        let choices = parallel::map(&groups, |group| choose(model, group, cx));
+        for (group, choice) in groups.iter().zip(choices).rev() {
+            // A product that takes a division into its weight waits with its own input for the next round.
+            let Some((divisor, left)) = choice.filter(|_| !group.sinks.iter().any(|id| patch.touches(*id))) else {
+                continue;
+            };
+            if let Some(how) = folder.divide(group, &divisor, left < INSERTED, &mut patch) {
+                patch.count(how, 1);
+            }
+        }
+        Ok(patch)
+    }
+}
+
+/// s for exponent `alpha`.
+fn divisors(powers: &[f64], alpha: f64) -> Vec<f64> {
+    let least = powers.iter().copied().filter(|&p| p > 0.0).fold(f64::INFINITY, f64::min);
+    let raw: Vec<f64> = powers.iter().map(|&p| (p.max(least)).powf(alpha / 2.0)).collect();
+    let (low, high) = raw.iter().fold((f64::INFINITY, 0.0_f64), |(low, high), &s| (low.min(s), high.max(s)));
+    let middle = (low * high).sqrt();
+    raw.iter().map(|s| if middle.is_normal() { (s / middle).clamp(1e-4, 1e4) } else { 1.0 }).collect()
+}
+
+/// The best division for `group` and the share of the error that it leaves, when that is worth it.
+fn choose(model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<(Vec<f64>, f64)> {
+    let graph = model.graph();
+    let powers = model.stats().peaks(group.value, last_axis(graph, group.value)?)?.powers();
+    let grid = grid::find(&format!("int{}", cx.scheme.weight_bits))?;
+    let sinks: Vec<Vec<Vec<f32>>> =
+        group.sinks.iter().map(|&id| rows(graph, id, powers.len())).collect::<Option<_>>()?;
+    let error = |divisor: &[f64]| {
+        let of_row = |row: &Vec<f32>| row_error(row, divisor, &powers, grid, cx.scheme.block.unwrap_or(row.len()));
+        sinks.iter().flatten().map(of_row).sum::<f64>()
+    };
+    let nothing = error(&vec![1.0; powers.len()]);
+    let candidates = (1..20).map(|step| divisors(&powers, f64::from(step) / 20.0));
+    let (best, divisor) = candidates.map(|d| (error(&d), d)).min_by(|a, b| a.0.total_cmp(&b.0))?;
+    (best < FOLDED * nothing).then(|| (divisor, best / nothing))
+}
+
+/// The rows of the weight of the product `id`, one per output.
+fn rows(graph: &Graph, id: NodeId, inputs: usize) -> Option<Vec<Vec<f32>>> {
+    let roles = ops::linear(graph, id)?;
+    let weight = graph.constant_input(graph.node(id)?, roles.weight.into())?;
+    let values = weight.floats()?;
+    let [first, second] = *weight.shape() else { return None };
+    let rows: Vec<Vec<f32>> = if roles.out_axis == 0 {
+        values.chunks_exact(second.max(1)).map(<[f32]>::to_vec).collect()
+    } else {
+        (0..second).map(|o| (0..first).map(|j| values[j * second + o]).collect()).collect()
+    };
+    rows.iter().all(|row| row.len() == inputs).then_some(rows)
+}
+
+/// Σ E\[x²\] (ŵ − w)² of a row rounded to nearest after multiplication, in blocks whose peak is the largest code.
+#[expect(clippy::cast_possible_truncation, reason = "weights are f32")]
+fn row_error(row: &[f32], divisor: &[f64], powers: &[f64], grid: &dyn Grid, block: usize) -> f64 {
+    let mut error = 0.0;
+    let block = block.max(1);
+    for ((row, divisor), powers) in row.chunks(block).zip(divisor.chunks(block)).zip(powers.chunks(block)) {
+        let scaled: Vec<f32> = row.iter().zip(divisor).map(|(w, s)| (f64::from(*w) * s) as f32).collect();
+        let peak = scaled.iter().fold(0.0_f32, |m, w| m.max(w.abs()));
+        let scale = peak / grid.range().1 as f32;
+        if !scale.is_normal() {
+            continue;
+        }
+        let mut points: Vec<f32> = scaled.iter().map(|w| w / scale).collect();
+        grid.snap(&mut points, 0.0);
+        for (((w, p), s), power) in scaled.iter().zip(&points).zip(divisor).zip(powers) {
+            error += power * (f64::from(p * scale - w) / s).powi(2);
+        }
+    }
+    error
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divisors_grow_with_the_power_and_mean_nothing_at_zero() {
+        let flat = divisors(&[4.0, 1.0, 0.0], 0.0);
+        assert!(flat.iter().all(|s| (s - 1.0).abs() < 1e-12), "{flat:?}");
+        let some = divisors(&[4.0, 1.0, 0.0], 0.5);
+        assert!(
+            (some[0] / some[1] - 2.0_f64.sqrt()).abs() < 1e-9 && (some[0] * some[1] - 1.0).abs() < 1e-9,
+            "{some:?}"
+        );
+        assert!((some[2] - some[1]).abs() < 1e-12, "a channel that is always zero counts as the quietest");
+        assert!(divisors(&[0.0; 3], 0.5).iter().all(|s| (s - 1.0).abs() < 1e-12));
+        let even = divisors(&[9.0; 4], 0.7);
+        assert!(even.iter().all(|s| (s - 1.0).abs() < 1e-12), "equal channels need nothing: {even:?}");
+    }
+}

@@ -1,0 +1,112 @@
+//! A tensor that matrix products read, divided channel by channel, with weights that make up for it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::scaled::{Folder, scaled_weight};
+use crate::id::{NodeId, ValueId};
+use crate::ir::walk::{User, Users};
+use crate::ir::{Attrs, Graph, Node, OpKey};
+use crate::model::Patch;
+use crate::ops;
+use crate::pass::PassContext;
+use crate::tensor::{DType, Tensor};
+
+/// The products that read one tensor.
+pub(super) struct Group {
+    pub(super) value: ValueId,
+    pub(super) sinks: Vec<NodeId>,
+    /// Whether nobody else reads it.
+    pub(super) alone: bool,
+}
+
+pub(super) fn last_axis(graph: &Graph, value: ValueId) -> Option<usize> {
+    graph.value(value).ty.rank()?.checked_sub(1)
+}
+
+/// Tensors that matrix products with a constant read.
+pub(super) fn groups(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
+    let mut sinks: BTreeMap<ValueId, Vec<NodeId>> = BTreeMap::new();
+    for (id, node) in graph.nodes() {
+        let product = node.op.is("MatMul") || node.op.is("Gemm");
+        let plain = node.int("transA", 0) == 0 && !cx.keep_float.contains_key(&*node.name);
+        let Some(roles) = ops::linear(graph, id).filter(|roles| product && plain && roles.weight == 1) else {
+            continue;
+        };
+        let matrix = graph.constant_input(node, 1).is_some_and(|w| w.shape().len() == 2 && w.dtype() == DType::F32);
+        if let Some(value) = node.input(roles.activation.into()).filter(|_| matrix) {
+            sinks.entry(value).or_default().push(id);
+        }
+    }
+    let users = Users::of(graph);
+    let alone = |value: ValueId, sinks: &[NodeId]| {
+        users.of_value(value).iter().all(|user| matches!(user, User::Input { node, input: 0 } if sinks.contains(node)))
+    };
+    let is_activation = |value: &ValueId| crate::simulate::is_float_activation(graph, *value);
+    let group = |(value, sinks): (ValueId, Vec<NodeId>)| Group { value, alone: alone(value, &sinks), sinks };
+    sinks.into_iter().filter(|(value, _)| is_activation(value)).map(group).collect()
+}
+
+impl Folder<'_> {
+    /// Divides what the products of `group` read by `divisor`: folded into what makes it where that is possible, otherwise, with
+    /// `insert`, by a `Mul` before them. Says which, or does nothing.
+    pub(super) fn divide(
+        &self,
+        group: &Group,
+        divisor: &[f64],
+        insert: bool,
+        patch: &mut Patch,
+    ) -> Option<&'static str> {
+        let mark = patch.mark();
+        let folded = if group.alone { self.divided(group.value, divisor, patch) } else { None };
+        let (divided, how) = if let Some(value) = folded {
+            (value, "folded")
+        } else {
+            patch.roll_back(&mark);
+            insert.then(|| (multiply(self.graph, group, divisor, patch), "inserted"))?
+        };
+        rewire(self.graph, group, divided, divisor, patch);
+        Some(how)
+    }
+}
+
+/// `value` times 1 / s, as a node of its own.
+fn multiply(graph: &Graph, group: &Group, divisor: &[f64], patch: &mut Patch) -> ValueId {
+    let source = graph.value(group.value);
+    #[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
+    let inverse = divisor.iter().map(|s| (1.0 / s) as f32).collect();
+    let constant = patch.constant(&format!("{}.divisor", source.name), Tensor::of([divisor.len()], inverse));
+    let before = group.sinks.first().copied();
+    let opset = before.and_then(|id| graph.node(id)).map_or(21, |node| node.op.opset);
+    let node = Node {
+        name: format!("{}.smooth", source.name).into(),
+        op: OpKey { domain: "".into(), name: "Mul".into(), opset },
+        inputs: vec![Some(group.value), Some(constant)],
+        outputs: Vec::new(),
+        attrs: Attrs::new(),
+        bodies: Vec::new(),
+        notes: None,
+    };
+    patch.node(node, &format!("{}.smoothed", source.name), source.ty.clone(), before)
+}
+
+/// Lets the products read `divided`, with weights that make up for it.
+fn rewire(graph: &Graph, group: &Group, divided: ValueId, divisor: &[f64], patch: &mut Patch) {
+    for &id in &group.sinks {
+        let make = |patch: &mut Patch| {
+            let node = graph.node(id)?;
+            let roles = ops::linear(graph, id)?;
+            let weight = graph.constant_input(node, 1)?;
+            let name = Arc::clone(&graph.value(node.input(1)?).name);
+            let scaled = scaled_weight(weight, 1 - roles.out_axis, |j| divisor[j])?;
+            let mut copy = node.clone();
+            copy.inputs[0] = Some(divided);
+            copy.inputs[1] = Some(patch.constant(&format!("{name}.smoothed"), scaled));
+            Some(copy)
+        };
+        if let Some(copy) = make(patch) {
+            patch.replace(id, copy);
+            patch.count("weights", 1);
+        }
+    }
+}
