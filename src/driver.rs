@@ -16,7 +16,7 @@ use crate::load::Source;
 use crate::max_drop::{self, Checkpoint, Search};
 use crate::memory::Needs;
 use crate::overrides::{Overrides, Set, overrides};
-use crate::recipe::pipeline_text;
+use crate::recipe::{pipeline_text, pipelines};
 use crate::verify::{self, Fidelity, Verdict};
 use crate::{exec, import, stats};
 
@@ -233,8 +233,9 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     }
     let mut planned = manager.run(&rest, model, &mut cx)?;
     if let (Some(allowed), Some(measured)) = (request.max_drop, checkpoint.take()) {
-        let tail = Pipeline::parse(&text, &catalogue).map_err(Error::input)?.after_last_calibration();
-        let search = Search { measured, tail, allowed, keep_float: &overrides.keep_float };
+        let tail = |text: &String| Pipeline::parse(text, &catalogue).map(Pipeline::after_last_calibration);
+        let tails = pipelines(request).iter().map(tail).collect::<Result<_, _>>().map_err(Error::input)?;
+        let search = Search { measured, tails, allowed, keep_float: &overrides.keep_float };
         planned = max_drop::keep_within(&search, planned, &cx)?;
     }
     let (mut model, more) = planned;

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use globset::Glob;
-use passes::ir::{Graph, Node};
+use passes::id::ValueId;
+use passes::ir::Graph;
 use passes::pass::nearest;
 use passes::target::{KeepFloat, Scheme, Schemes, Target};
 
@@ -47,10 +48,19 @@ pub(crate) fn overrides(
         let option = format!("--set {pattern}={}", scheme.map_or("float".into(), |scheme| scheme.to_string()));
         let matched = names.matching(&option, pattern)?;
         match scheme {
-            None => overrides.keep_float.extend(matched.into_iter().map(|name| (name, option.clone()))),
+            // The last one counts.
+            None => {
+                overrides.schemes.retain(|name, _| !matched.contains(name));
+                overrides.keep_float.extend(matched.into_iter().map(|name| (name, option.clone())));
+            }
             Some(scheme) => {
                 check(&option, *scheme, base, target)?;
-                overrides.schemes.extend(matched.into_iter().map(|name| (name, *scheme)));
+                for name in matched {
+                    if overrides.keep_float.get(&name).is_some_and(|option| option.starts_with("--set ")) {
+                        overrides.keep_float.remove(&name);
+                    }
+                    overrides.schemes.insert(name, *scheme);
+                }
             }
         }
     }
@@ -81,11 +91,23 @@ impl Names {
     fn of(graph: &Graph) -> Self {
         let nodes = graph.nodes().map(|(_, node)| node.name.to_string());
         let values = graph.value_ids().map(|id| graph.value(id).name.to_string());
-        let read = |node: &Node| -> Vec<(String, String)> {
-            let constants = node.inputs.iter().flatten().filter(|value| graph.constant(**value).is_some());
-            constants.map(|value| (graph.value(*value).name.to_string(), node.name.to_string())).collect()
-        };
-        Self { all: nodes.chain(values).collect(), readers: graph.nodes().flat_map(|(_, node)| read(node)).collect() }
+        // What is computed from constants alone stands for them.
+        let mut roots: BTreeMap<ValueId, Vec<String>> = BTreeMap::new();
+        let mut readers = Vec::new();
+        for (_, node) in graph.nodes() {
+            let of = |value: &ValueId| match graph.constant(*value) {
+                Some(_) => Some(vec![graph.value(*value).name.to_string()]),
+                None => roots.get(value).cloned(),
+            };
+            let found: Vec<Option<Vec<String>>> = node.inputs.iter().flatten().map(of).collect();
+            let constant = !found.is_empty() && found.iter().all(Option::is_some);
+            let names: Vec<String> = found.into_iter().flatten().flatten().collect();
+            if constant && node.bodies.is_empty() {
+                roots.extend(node.outputs.iter().flatten().map(|output| (*output, names.clone())));
+            }
+            readers.extend(names.into_iter().map(|name| (name, node.name.to_string())));
+        }
+        Self { all: nodes.chain(values).collect(), readers }
     }
 
     /// The names that match, and those of nodes that read a constant whose name does.

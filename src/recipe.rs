@@ -1,34 +1,71 @@
 //! The text of the pipeline: the target's, changed by what the user asked for.
 
+use passes::target::Scheme;
+
 use crate::driver::Request;
 
 /// What will run for `request`.
 pub(crate) fn pipeline_text(request: &Request) -> String {
-    let text =
-        request.pipeline.clone().unwrap_or_else(|| request.target.pipeline(request.goal, &request.scheme).into_owned());
+    with_drop(request, request.max_drop)
+}
+
+/// The same, followed by those in which weights get ever more bits to keep the loss of all within `--max-drop`.
+pub(crate) fn pipelines(request: &Request) -> Vec<String> {
+    let mut texts = vec![pipeline_text(request)];
+    for share in [0.5, 0.125, 0.0] {
+        // The smallest share takes all the bits there are.
+        let text = with_drop(request, request.max_drop.map(|allowed| (allowed * share).max(1e-30)));
+        if texts.last() != Some(&text) {
+            texts.push(text);
+        }
+    }
+    texts
+}
+
+fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
+    let text = request.pipeline.clone().unwrap_or_else(|| {
+        let scheme = Scheme { weight_bits: fewest_bits(request), ..request.scheme };
+        request.target.pipeline(request.goal, &scheme).into_owned()
+    });
     let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
     let text = request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method));
-    allocation(request).map_or(text.clone(), |allocation| with_allocation(&text, &allocation))
+    with_allocation(&text, request.budget, max_drop.filter(|_| raises(request) || request.budget.is_some()))
 }
 
-/// The pass that gives weights their bits, where the user asked for it.
-fn allocation(request: &Request) -> Option<String> {
-    // Where weights have eight bits already, all that helps is float.
-    let raises = request.scheme.weight_format.is_none() && request.scheme.weight_bits < 8;
-    let max_drop = request.max_drop.filter(|_| raises || request.budget.is_some());
-    let options = [("budget", request.budget), ("max-drop", max_drop)];
-    let given: Vec<String> = options.iter().filter_map(|(name, value)| Some(format!("{name}={}", (*value)?))).collect();
-    (!given.is_empty()).then(|| format!("allocate-bits{{{}}}", given.join(", ")))
+/// Whether weights can have more bits: where they have eight already, all that helps is float.
+fn raises(request: &Request) -> bool {
+    request.scheme.weight_format.is_none() && request.scheme.weight_bits < 8
 }
 
-/// `text` with `allocation` right after `assign-encodings`.
-fn with_allocation(text: &str, allocation: &str) -> String {
+/// The fewest bits that a weight may come to have: they say how weights are best rounded.
+fn fewest_bits(request: &Request) -> u32 {
+    let set = request.set.iter().filter_map(|set| set.scheme).map(|scheme| scheme.weight_bits);
+    let spent = request.budget.filter(|bits| *bits < f64::from(request.scheme.weight_bits)).map(|_| 4);
+    set.chain(spent).chain([request.scheme.weight_bits]).min().unwrap_or(8)
+}
+
+/// `text` with the pass that gives weights their bits right after `assign-encodings`, with its `weights`, where anything is asked of it
+/// and it is not there yet.
+fn with_allocation(text: &str, budget: Option<f64>, max_drop: Option<f64>) -> String {
     const BEFORE: &str = "assign-encodings";
-    let Some(at) = text.find(BEFORE) else { return format!("{text}, {allocation}") };
+    let commented = |at: usize| text[..at].rsplit('\n').next().is_some_and(|line| line.contains('#'));
+    let find = |name: &str| text.match_indices(name).map(|(at, _)| at).find(|at| !commented(*at));
+    let given: Vec<String> = [("budget", budget), ("max-drop", max_drop)]
+        .iter()
+        .filter_map(|(name, value)| Some(format!("{name}={}", (*value)?)))
+        .collect();
+    let Some(at) = find(BEFORE).filter(|_| !given.is_empty() && find("allocate-bits").is_none()) else {
+        return text.to_owned();
+    };
     let rest = &text[at + BEFORE.len()..];
-    let options = if rest.starts_with('{') { rest.find('}').map_or(rest.len(), |end| end + 1) } else { 0 };
+    let blank = rest.len() - rest.trim_start().len();
+    let options = if rest[blank..].starts_with('{') { rest.find('}').map_or(rest.len(), |end| end + 1) } else { 0 };
+    let weights = rest[..options].find("weights=").map(|from| {
+        let value = &rest[from + "weights=".len()..];
+        format!(", weights={}", &value[..value.find([',', '}', ' ', '\n']).unwrap_or(value.len())])
+    });
     let (before, after) = text.split_at(at + BEFORE.len() + options);
-    format!("{before}, {allocation}{after}")
+    format!("{before}, allocate-bits{{{}{}}}{after}", given.join(", "), weights.unwrap_or_default())
 }
 
 /// `text` with another observer in `assign-encodings`.
@@ -83,9 +120,15 @@ mod tests {
             "a, round-in-order{method=nearest, refit=3}"
         );
         assert_eq!(with_rounding("a, round-in-order, b", "gptq"), "a, round-in-order{method=gptq}, b");
-        let budgeted = with_allocation(text, "allocate-bits{budget=4.5}");
+        let budgeted = with_allocation(text, Some(4.5), None);
         assert!(budgeted.contains("min-max}, allocate-bits{budget=4.5}, round, correct-bias"), "{budgeted}");
-        assert_eq!(with_allocation("a, assign-encodings, round", "b"), "a, assign-encodings, b, round");
+        let both =
+            with_allocation("# assign-encodings\nassign-encodings {weights=min-max}, round", Some(5.0), Some(0.1));
+        let want = "# assign-encodings\nassign-encodings {weights=min-max}, \
+                    allocate-bits{budget=5, max-drop=0.1, weights=min-max}, round";
+        assert_eq!(both, want);
+        assert_eq!(with_allocation(&both, Some(3.0), None), both, "what is there stays");
+        assert_eq!(with_allocation(text, None, None), text);
         assert!(with_rounding(&gptq, "nearest").contains(", round{method=nearest}, correct-bias"));
     }
 }

@@ -135,7 +135,7 @@ codes! {
     ALLOCATED = "OQ4003", "bits were given to weights by what they cost",
         "Each weight was rounded alone and the loss at the outputs measured; the reason of every layer gives its share. Losses are taken to add up, and rounding by data lowers them: the fidelity of the summary is what came of it.";
     OVER_BUDGET = "OQ4004", "the result loses more than --max-drop allows",
-        "Everything that may be raised or kept in float was, or the budget for bits forbids it. Allow more, use --recipe best, or more samples.";
+        "More bits and more nodes in float were tried, as far as the scheme and the budget for bits allow, and the best is what was written. Allow more, use --recipe best, or more samples.";
     BIAS_SATURATED = "OQ5001", "a bias did not fit 32 bits at its scale and the weight scale was raised",
         "The bias is stored at input scale times weight scale. Where the weights of a channel are tiny, that product is too fine for the bias; the channel's weight scale was raised until it fits.";
     GREW = "OQ6002", "the quantized model is not smaller than the float model",

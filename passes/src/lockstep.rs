@@ -20,6 +20,8 @@ use crate::tensor::Tensor;
 
 /// Both versions of one sample's tensors, as far as later stages read them.
 pub(crate) struct Pair {
+    /// The number of the sample.
+    pub(crate) index: usize,
     float: Known,
     planned: Known,
     mask: Option<Mask>,
@@ -218,7 +220,7 @@ impl<'a> Lockstep<'a> {
         let mask = Mask::of(self.graph, &feeds);
         let inputs = self.graph.inputs().iter().zip(&feeds);
         let known: Known = inputs.map(|(&value, tensor)| ((value, None), tensor.clone())).collect();
-        Ok(Pair { float: known.clone(), planned: known, mask })
+        Ok(Pair { index, float: known.clone(), planned: known, mask })
     }
 
     /// Lets go of what nobody reads after `stage`, and of rounded versions.

@@ -20,7 +20,7 @@ pub(crate) const DOMAIN: (&str, u32) = ("com.microsoft", 1);
 pub(crate) const OP: &str = "MatMulNBits";
 
 /// The extents of a packed weight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Layout {
     /// Inputs.
     pub(crate) k: usize,

@@ -1,20 +1,25 @@
 //! What a plan, or the part of it that is about one node, costs at the outputs of the model.
 
+use std::collections::BTreeMap;
+
 use crate::exec::Executor;
 use crate::ir::Graph;
 use crate::model::Plan;
 use crate::parallel;
 use crate::pass::{PassContext, PassError};
-use crate::simulate::{Simulation, is_float};
-use crate::tensor::Tensor;
+use crate::simulate::Simulation;
+use crate::tensor::{DType, Tensor};
 
 /// So many of the likeliest classes are told apart by [`Metric::KlTop`]; the others count as one.
 const TOP: usize = 32;
 
+/// Models with more bytes of constants are made ready once at a time.
+const LARGE: usize = 256 << 20;
+
 /// How the outputs of two models are compared. Both are 0 for equal outputs and never negative.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Metric {
-    /// The squared error over the square, mean over the outputs.
+    /// The squared error over the square, each summed over all samples; mean over the outputs.
     Error,
     /// Per row of logits the Kullback-Leibler divergence, in nats, over the likeliest classes and all others as one; mean over rows.
     KlTop,
@@ -49,9 +54,6 @@ impl<'a> Probe<'a> {
     /// [`PassError::NoData`] without samples; [`PassError::Model`] where no output is a float tensor.
     pub fn new(graph: &'a Graph, cx: &PassContext<'a>, samples: usize, metric: Metric) -> Result<Self, PassError> {
         let dataset = cx.dataset.filter(|data| !data.is_empty()).ok_or(PassError::NoData)?;
-        if !graph.outputs().iter().any(|output| is_float(graph, *output)) {
-            return Err(PassError::Model("none of its outputs is a float tensor: losses cannot be measured".into()));
-        }
         let float = Simulation::prepare(graph, &Plan::default(), cx.executor, graph.outputs())?;
         let n = samples.clamp(1, dataset.len());
         let sample = |i: usize| -> Result<Sample, PassError> {
@@ -59,21 +61,29 @@ impl<'a> Probe<'a> {
             let outputs = float.run(&feeds)?;
             Ok(Sample { feeds, outputs })
         };
-        let samples = (0..n).map(sample).collect::<Result<_, _>>()?;
+        let samples = (0..n).map(sample).collect::<Result<Vec<_>, _>>()?;
+        if !samples.iter().flat_map(|sample| &sample.outputs).any(|output| output.dtype() == DType::F32) {
+            return Err(PassError::Model("none of its outputs is a float tensor: losses cannot be measured".into()));
+        }
         Ok(Self { graph, executor: cx.executor, metric, samples })
     }
 
-    /// What `plan` costs.
+    /// What `plan` costs: finite, and 0 only where all outputs are equal.
     ///
     /// # Errors
     /// [`PassError`] when it does not run.
     pub fn loss(&self, plan: &Plan) -> Result<f64, PassError> {
         let planned = Simulation::prepare(self.graph, plan, self.executor, self.graph.outputs())?;
-        let mut sum = 0.0;
+        let mut outputs: BTreeMap<usize, Difference> = BTreeMap::new();
         for sample in &self.samples {
-            sum += self.difference(&sample.outputs, &planned.run(&sample.feeds)?);
+            for (at, (float, planned)) in sample.outputs.iter().zip(planned.run(&sample.feeds)?).enumerate() {
+                if let (Some(a), Some(b)) = (float.values::<f32>(), planned.values::<f32>()) {
+                    let classes = float.shape().last().copied().unwrap_or(1);
+                    outputs.entry(at).or_default().add(self.metric, &a, &b, classes);
+                }
+            }
         }
-        Ok(sum / self.samples.len() as f64)
+        Ok(outputs.values().map(Difference::loss).sum::<f64>() / outputs.len().max(1) as f64)
     }
 
     /// What each of `plans` costs, on the threads of `cx`; reported to its progress as `stage`.
@@ -82,7 +92,10 @@ impl<'a> Probe<'a> {
     /// [`PassError`] when one does not run, or the user interrupts.
     pub fn losses(&self, plans: &[Plan], cx: &PassContext<'_>, stage: &str) -> Result<Vec<f64>, PassError> {
         cx.progress.begin(stage, plans.len() as u64);
-        let measured = parallel::workers(cx.threads, plans.len(), Vec::new, |losses, at| {
+        // Every worker makes a model ready for itself.
+        let weights: usize = self.graph.constant_bytes();
+        let workers = if weights > LARGE { 1 } else { cx.threads };
+        let measured = parallel::workers(workers, plans.len(), Vec::new, |losses, at| {
             if cx.progress.cancelled() {
                 return Err(PassError::Interrupted);
             }
@@ -95,37 +108,47 @@ impl<'a> Probe<'a> {
         losses.sort_by_key(|(at, _)| *at);
         Ok(losses.into_iter().map(|(_, loss)| loss).collect())
     }
-
-    fn difference(&self, float: &[Tensor], planned: &[Tensor]) -> f64 {
-        let pairs = float.iter().zip(planned).filter_map(|(a, b)| Some((a, a.values::<f32>()?, b.values::<f32>()?)));
-        let losses: Vec<f64> = pairs
-            .map(|(tensor, a, b)| match self.metric {
-                Metric::Error => relative_error(&a, &b),
-                Metric::KlTop => kl_top(&a, &b, tensor.shape().last().copied().unwrap_or(1)),
-            })
-            .collect();
-        losses.iter().sum::<f64>() / losses.len().max(1) as f64
-    }
 }
 
-/// Σ (a − b)² / Σ a²; what is not finite in both is left out, and infinite where it is finite in one.
-fn relative_error(a: &[f32], b: &[f32]) -> f64 {
-    let (mut error, mut signal) = (0.0, 0.0);
-    for (a, b) in a.iter().zip(b) {
-        match (a.is_finite(), b.is_finite()) {
-            (true, true) => {
-                error += (f64::from(*a) - f64::from(*b)).powi(2);
-                signal += f64::from(*a).powi(2);
+/// The most that an output can lose: it is worthless then.
+const WORTHLESS: f64 = 1e6;
+
+/// What became of one output, over all samples: an error and what it is measured by.
+#[derive(Debug, Default)]
+struct Difference {
+    error: f64,
+    signal: f64,
+}
+
+impl Difference {
+    fn add(&mut self, metric: Metric, a: &[f32], b: &[f32], classes: usize) {
+        if a.iter().zip(b).any(|(a, b)| a.is_finite() != b.is_finite()) {
+            self.error = f64::INFINITY;
+            return;
+        }
+        match metric {
+            Metric::Error => {
+                for (a, b) in a.iter().zip(b).filter(|(a, _)| a.is_finite()) {
+                    self.error += (f64::from(*a) - f64::from(*b)).powi(2);
+                    self.signal += f64::from(*a).powi(2);
+                }
             }
-            (false, false) => {}
-            _ => return f64::INFINITY,
+            Metric::KlTop => {
+                let (error, rows) = kl_top(a, b, classes);
+                self.error += error;
+                self.signal += rows;
+            }
         }
     }
-    if error > 0.0 { error / signal.max(f64::MIN_POSITIVE) } else { 0.0 }
+
+    fn loss(&self) -> f64 {
+        let loss = if self.error > 0.0 { self.error / self.signal } else { 0.0 };
+        if loss.is_finite() { loss.min(WORTHLESS) } else { WORTHLESS }
+    }
 }
 
-/// The mean divergence of rows of `classes` logits.
-fn kl_top(a: &[f32], b: &[f32], classes: usize) -> f64 {
+/// The summed divergence of rows of `classes` logits, and how many rows there are.
+fn kl_top(a: &[f32], b: &[f32], classes: usize) -> (f64, f64) {
     let rows: Vec<f64> = a
         .chunks_exact(classes.max(1))
         .zip(b.chunks_exact(classes.max(1)))
@@ -140,7 +163,7 @@ fn kl_top(a: &[f32], b: &[f32], classes: usize) -> f64 {
             p.iter().zip(&q).map(term).sum::<f64>().max(0.0)
         })
         .collect();
-    rows.iter().sum::<f64>() / rows.len().max(1) as f64
+    (rows.iter().sum(), rows.len() as f64)
 }
 
 /// Softmax at `chosen`, and what is left for all others.
@@ -161,13 +184,24 @@ mod tests {
     fn equal_outputs_lose_nothing_and_others_do() {
         let a: Vec<f32> = (0..80).map(|i| (i as f32 * 0.7).sin()).collect();
         let b: Vec<f32> = a.iter().map(|v| v + 0.1).collect();
-        assert!(relative_error(&a, &a) == 0.0 && kl_top(&a, &a, 40) == 0.0);
+        let loss = |metric: Metric, a: &[f32], b: &[f32]| {
+            let mut difference = Difference::default();
+            difference.add(metric, a, b, 40);
+            difference.loss()
+        };
+        let relative_error = |a: &[f32], b: &[f32]| loss(Metric::Error, a, b);
+        let kl_top = |a: &[f32], b: &[f32]| loss(Metric::KlTop, a, b);
+        assert!(relative_error(&a, &a) == 0.0 && kl_top(&a, &a) == 0.0);
         let want = 80.0 * 0.01 / a.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
         assert!((relative_error(&a, &b) / want - 1.0).abs() < 1e-4);
         // Softmax does not see a shift of all logits.
-        assert!(kl_top(&a, &b, 40) < 1e-9);
+        assert!(kl_top(&a, &b) < 1e-9);
         let c: Vec<f32> = a.iter().map(|v| v * 2.0).collect();
-        assert!(kl_top(&a, &c, 40) > 0.01);
-        assert!(relative_error(&[1.0], &[f32::NAN]).is_infinite());
+        assert!(kl_top(&a, &c) > 0.01);
+        // Whatever happens, a loss is a number.
+        for (a, b) in [([1.0], [f32::NAN]), ([0.0], [1.0]), ([f32::INFINITY], [0.0])] {
+            assert!((relative_error(&a, &b) - WORTHLESS).abs() < 1e-9, "{a:?} {b:?}");
+        }
+        assert!(relative_error(&[f32::INFINITY, 1.0], &[f32::INFINITY, 1.0]) == 0.0);
     }
 }

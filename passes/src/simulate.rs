@@ -386,13 +386,10 @@ fn rounded_constant(plan: &Plan, site: Site, tensor: &Arc<Tensor>, name: &str) -
 
 /// Whether a value can be measured and rounded at all: a float tensor that is not constant.
 pub fn is_float_activation(graph: &Graph, value: ValueId) -> bool {
-    is_float(graph, value) && !matches!(graph.value(value).def, Def::Const(_))
-}
-
-/// Whether a value is known to be an f32 tensor.
-pub(crate) fn is_float(graph: &Graph, value: ValueId) -> bool {
-    match &graph.value(value).ty {
+    let value = graph.value(value);
+    let float = match &value.ty {
         Type::Tensor(ty) => ty.dtype == Some(DType::F32),
         Type::Opaque(_) => false,
-    }
+    };
+    float && !matches!(value.def, Def::Const(_))
 }

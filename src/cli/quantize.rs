@@ -85,8 +85,26 @@ struct Recipe {
     keep_float: Vec<String>,
     #[serde(default)]
     set: Vec<String>,
-    budget: Option<f64>,
-    max_drop: Option<f64>,
+    budget: Option<Share>,
+    max_drop: Option<Share>,
+}
+
+/// A number, or text such as `1%`.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Share {
+    Number(f64),
+    Text(String),
+}
+
+impl Share {
+    fn value(&self, name: &str) -> Result<f64, Error> {
+        let text = match self {
+            Self::Number(number) => number.to_string(),
+            Self::Text(text) => text.clone(),
+        };
+        share(&text).map_err(|e| Error::Input(format!("{name} of the recipe: {e}")))
+    }
 }
 
 /// The goal called `name`.
@@ -118,11 +136,13 @@ fn request(args: &Args) -> Result<Request, Error> {
     let scheme_text = args.scheme.clone().or(recipe.scheme).unwrap_or_else(|| "w8a8".into());
     let output = args.output.clone().unwrap_or_else(|| args.model.with_extension("q.onnx"));
     let of_recipe = recipe.set.iter().map(|text| text.parse().map_err(|e| Error::Input(format!("set `{text}`: {e}"))));
-    let set = args.set.iter().cloned().map(Ok).chain(of_recipe).collect::<Result<_, Error>>()?;
+    let of_file = |share: &Option<Share>, name: &str| share.as_ref().map(|share| share.value(name)).transpose();
+    // Of several that match, the last counts: the command line's.
+    let set = of_recipe.chain(args.set.iter().cloned().map(Ok)).collect::<Result<_, Error>>()?;
     Ok(Request {
         set,
-        budget: args.budget.or(recipe.budget),
-        max_drop: args.max_drop.or(recipe.max_drop),
+        budget: args.budget.or(of_file(&recipe.budget, "budget")?),
+        max_drop: args.max_drop.or(of_file(&recipe.max_drop, "max-drop")?),
         output: (!args.dry_run).then_some(output),
         stats: args.stats.clone(),
         target: target_named(&target)?,

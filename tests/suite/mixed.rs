@@ -105,6 +105,12 @@ fn names_get_what_was_asked_for_them() {
     assert!((of("/8/Gemm"), of("/5/c1/Conv"), of("/5/c2/Conv")) == (8.0, 2.0, 4.0));
     let first = &summary["layers"][0];
     assert!(first["kept_float"].as_bool().unwrap() && first["reason"].as_str().unwrap().contains("--set /0/*=float"));
+    assert!(
+        summary["layers"].as_array().unwrap().iter().any(|l| l["reason"].as_str().unwrap().contains("w8a8 by `--set`"))
+    );
+    // The last one counts.
+    let summary = done(&["--scheme", "w4a8", "--set", "/8/*=float", "--set", "/8/Gemm=w8a8"]);
+    assert!((bits(&summary, "/8/Gemm") - 8.0).abs() < 1e-9);
     // A budget does not touch them.
     let summary = done(&["--scheme", "w4a8", "--set", "5.c1.weight=w2a8", "--budget", "6"]);
     assert!((bits(&summary, "/5/c1/Conv") - 2.0).abs() < 1e-9);

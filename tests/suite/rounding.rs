@@ -5,6 +5,7 @@ use onnx_quant::{exec, import, targets};
 use passes::exec::Dataset;
 use passes::model::Model;
 use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::sensitivity::{Metric, Probe};
 use passes::target::Scheme;
 
 use super::equalize::{Rows, matrix};
@@ -94,5 +95,45 @@ fn a_layer_that_no_sample_feeds_is_rounded_too() {
         assert!(!after.plan().is_empty());
         let counts = &trace.steps.last().unwrap().1.counts;
         assert_eq!(counts.get("rounded in order").copied(), Some(2), "{scheme}: {counts:?}");
+    }
+}
+
+/// Scales and shifts of norms behind two-bit weights are fitted: written-out and whole norms, and the output comes nearer.
+#[test]
+fn norms_take_part_of_the_loss_back() {
+    let row = |name: &str| {
+        let values: Vec<String> = (0..8).map(|i| format!("{:.2}", 0.5 + (i % 3) as f32 / 4.0)).collect();
+        format!("  %{name} = const f32[8] [{}]\n", values.join(", "))
+    };
+    let head = format!(
+        "{}{}{}  %two = const f32[] [2]\n  %eps = const f32[] [0.00001]\n",
+        matrix("wa", 8, 8),
+        row("g"),
+        row("b")
+    );
+    let whole = "  %y = LayerNormalization(%h, %g, %b)\n";
+    let written = "  %q = Pow(%h, %two)\n  %m = ReduceMean(%q) {axes = [-1]}\n  %e = Add(%m, %eps)\n  %s = Sqrt(%e)\n  \
+                   %d = Div(%h, %s)\n  %y = Mul(%g, %d)\n";
+    for (norm, rows) in [(whole, 2), (written, 1)] {
+        // ReduceMean takes its axes as an attribute up to opset 17.
+        let source = format!("opset 17\ngraph (%x: f32[512,8]) -> (%y) {{\n{head}  %h = MatMul(%x, %wa)\n{norm}}}\n");
+        let plain = passes::text::parse(&source).unwrap();
+        let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+        let data = Rows { channels: 8, samples: 4 };
+        let [without, with] = [0, 1].map(|norms| {
+            let mut cx = PassContext {
+                dataset: Some(&data as &dyn Dataset),
+                scheme: Scheme::parse("w2a16").unwrap(),
+                threads: 2,
+                ..PassContext::new(targets::TARGETS[0], executor.as_ref())
+            };
+            let text = format!("infer-shapes, calibrate, assign-encodings, round-in-order{{norms={norms}}}");
+            let pipeline = Pipeline::parse(&text, &passes::catalogue::passes()).unwrap();
+            let (after, _) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+            let probe = Probe::new(plain.graph(), &cx, 4, Metric::Error).unwrap();
+            (after.plan().substitutes().count(), probe.loss(after.plan()).unwrap())
+        });
+        assert_eq!((without.0, with.0), (0, rows));
+        assert!(with.1 < without.1, "{} is not below {}", with.1, without.1);
     }
 }

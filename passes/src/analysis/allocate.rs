@@ -8,7 +8,8 @@ use super::assign::{WeightScale, reencode};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::Encoding;
 use crate::id::{NodeId, Site};
-use crate::model::{Decision, Edit, Model, Patch};
+use crate::ir::walk::Users;
+use crate::model::{Decision, Edit, Model, Patch, Plan};
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
 use crate::sensitivity::{METRICS, Metric, Probe};
 use crate::target::Scheme;
@@ -18,10 +19,11 @@ crate::declare_pass! {
     /// Gives every weight the bits that it needs: the cheapest loss per bit first, until a budget is spent or the loss is small
     /// enough.
     ///
-    /// Every weight is rounded alone, to nearest in the bits of the scheme, and what that does to the outputs of the model is
-    /// measured on a few samples. Other bits cost in proportion to the squared rounding error that they make. Losses are taken to
+    /// Every weight is rounded alone, to nearest in the fewest bits there are to choose, and what that does to the outputs of the model
+    /// is measured on a few samples. More bits cost in proportion to the squared rounding error that they make. Losses are taken to
     /// add up; of each weight's choices those on the lower convex hull count, and steps between them are taken in the order of loss
-    /// saved per bit, so that a larger budget never gives any weight fewer bits. Weights that `--set` names keep theirs.
+    /// saved per bit, so that a larger budget never gives any weight fewer bits. Weights that `--set` names, or that several nodes
+    /// read, keep theirs.
     INFO {
         name: "allocate-bits",
         source: "output probes and hull allocation as in Dong et al. 2019 (HAWQ), arXiv:1905.03696, and Xiao et al. 2025 (TaCQ), \
@@ -107,31 +109,46 @@ struct Candidate {
     size: usize,
     /// Squared rounding errors, choice by choice.
     noise: Vec<f64>,
+    /// How it is written in the fewest bits.
+    lowest: Encoding,
+}
+
+impl Candidate {
+    /// What the first choice costs, for the others.
+    fn share(&self, at: usize) -> f64 {
+        if self.noise[0] > 0.0 { self.noise[at] / self.noise[0] } else { 0.0 }
+    }
 }
 
 /// The weights whose bits are free, with the errors that each of `choices` makes.
 fn candidates(model: &Model, cx: &PassContext<'_>, choices: &[u32], weights: WeightScale) -> Vec<Candidate> {
     let graph = model.graph();
+    let users = Users::of(graph);
     let nodes: Vec<NodeId> = graph.nodes().map(|(id, _)| id).collect();
     let found = parallel::map(&nodes, |&node| {
         let roles = ops::linear(graph, node)?;
         let site = Site::Use { node, input: roles.weight };
         model.plan().encoding(site)?;
         let value = graph.node(node)?.input(roles.weight.into())?;
+        users.only_input(value)?;
         let named = |name: &str| cx.schemes.contains_key(name);
         if named(&graph.node(node)?.name) || named(&graph.value(value).name) {
             return None;
         }
         let tensor = graph.constant(value)?;
         let values = tensor.floats()?;
-        let noise = choices.iter().map(|&bits| {
+        let encoding = |bits: u32| {
             let edits = reencode(model, node, in_bits(cx.scheme, bits), weights)?;
-            let encoding = edits.iter().find_map(|edit| encoding_at(edit, site))?;
+            edits.iter().find_map(|edit| encoding_at(edit, site)).cloned()
+        };
+        let noise = choices.iter().map(|&bits| {
+            let encoding = encoding(bits)?;
             let mut rounded = values.to_vec();
             encoding.simulate(&mut rounded, tensor.shape()).ok()?;
             Some(rounded.iter().zip(values.iter()).map(|(a, b)| f64::from(a - b).powi(2)).sum())
         });
-        Some(Candidate { node, site, size: tensor.len(), noise: noise.collect::<Option<_>>()? })
+        let noise = noise.collect::<Option<_>>()?;
+        Some(Candidate { node, site, size: tensor.len(), noise, lowest: encoding(*choices.first()?)? })
     });
     found.into_iter().flatten().collect()
 }
@@ -161,20 +178,19 @@ impl Pass for AllocateBits {
             return Ok(patch);
         }
         let probe = Probe::new(model.graph(), cx, self.samples, self.metric)?;
-        let alone: Vec<_> = candidates.iter().map(|c| model.plan().only(|site| *site == c.site)).collect();
+        let alone: Vec<Plan> = candidates.iter().map(|c| Plan::of(c.site, c.lowest.clone())).collect();
         let losses = probe.losses(&alone, cx, INFO.about.name)?;
         let rows: Vec<hull::Row> = candidates
             .iter()
             .zip(&losses)
             .map(|(candidate, loss)| {
-                let share = |noise: &f64| if candidate.noise[base] > 0.0 { noise / candidate.noise[base] } else { 0.0 };
                 let cost =
-                    |(&bits, noise): (&u32, &f64)| (f64::from(bits) * candidate.size as f64, loss * share(noise));
-                hull::Row(choices.iter().zip(&candidate.noise).map(cost).collect())
+                    |(at, &bits): (usize, &u32)| (f64::from(bits) * candidate.size as f64, loss * candidate.share(at));
+                hull::Row(choices.iter().enumerate().map(cost).collect())
             })
             .collect();
         let elements: f64 = candidates.iter().map(|candidate| candidate.size as f64).sum();
-        let limits = hull::Limits { cost: self.budget.map(|bits| bits * elements), loss: self.max_drop };
+        let limits = hull::Limits { cost: self.budget.map(|bits| bits * elements), loss: self.max_drop, usual: base };
         let chosen = hull::allocate(&rows, limits).map_err(|least| {
             PassError::Model(format!(
                 "a budget of {} bits per weight cannot be met: {} bits are the fewest with a choice of {choices:?}; take a scheme \
@@ -193,9 +209,9 @@ impl Pass for AllocateBits {
             }
             let old = model.plan().decision(candidate.node).map_or("", |decision| &decision.reason);
             let share = loss / losses.iter().sum::<f64>().max(f64::MIN_POSITIVE) * 100.0;
-            let (bits, usual) = (choices[at], choices[base]);
+            let (bits, fewest) = (choices[at], choices[0]);
             let reason =
-                format!("{old}; its weight has {bits} bits: in {usual} it alone makes {share:.2} % of the loss");
+                format!("{old}; its weight has {bits} bits: in {fewest} it alone makes {share:.2} % of the loss");
             patch.edit(Edit::Decide { node: candidate.node, decision: Decision { quantized: true, reason } });
         }
         let message = format!("its weights take {spent:.3} bits each; rounded to nearest they should cost {total:.3e}");

@@ -73,6 +73,12 @@ impl Plan {
         self.substitutes.get(&site)
     }
 
+    /// A plan of one encoding.
+    #[must_use]
+    pub fn of(site: Site, encoding: Encoding) -> Self {
+        Self { encodings: BTreeMap::from([(site, encoding)]), ..Self::default() }
+    }
+
     /// What this plan says about the tensors that `node` reads and writes, and nothing else.
     #[must_use]
     pub fn only_about(&self, graph: &Graph, node: NodeId) -> Self {

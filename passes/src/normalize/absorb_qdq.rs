@@ -55,8 +55,9 @@ impl Pass for AbsorbQdq {
                 pairs.entry(pair.source).or_default().push(pair);
             }
         }
+        let mut made = BTreeMap::new();
         for (id, node) in graph.nodes() {
-            super::absorb_nbits::absorb(graph, id, node, model.meta.opset(), &mut patch);
+            super::absorb_nbits::absorb(graph, id, node, model.meta.opset(), &mut made, &mut patch);
         }
         for (source, pairs) in pairs {
             absorb_pairs(graph, &users, source, &pairs, &mut patch);

@@ -9,6 +9,7 @@ mod enumerate;
 mod gptq;
 mod layer;
 mod nearest;
+mod norms;
 mod prefix;
 mod refit_scales;
 mod round;

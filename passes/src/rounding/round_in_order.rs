@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::descend::descend;
 use super::layer::{self, Layer};
+use super::norms::{self, Norm};
 use super::prefix::{self, Inputs, Measured, Reading};
 use super::refit_scales::refit;
 use super::{Method, round, work};
@@ -35,11 +36,11 @@ crate::declare_pass! {
     /// addition right after it, have their mean error taken back in it; where that bias is in float, the plan notes the
     /// corrected one. Two runs of the model where memory holds the tensors between stages; samples for which it does not
     /// run again from their inputs. Everything that is no such layer goes to nearest, and so does everything where there are no
-    /// samples.
+    /// samples. With `norms=1` the scales and shifts of norms that compute in float are fitted too, where they stand in the order.
     INFO {
         name: "round-in-order",
         source: "order: Frantar et al. 2022, arXiv:2210.17323, section 5; target: Zhong et al. 2024 (ERQ), arXiv:2407.06794, \
-                 section 3.2; the sum's error ours",
+                 section 3.2; norms: Li et al. 2023, arXiv:2309.02784, in closed form; the sum's error ours",
         requires: Facts::ENCODED,
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,
@@ -50,6 +51,7 @@ crate::declare_pass! {
             OptionInfo { name: "damping", doc: "λ of the regression in mean diagonals of the moments, 1 by default" },
             OptionInfo { name: "sweeps", doc: "sweeps of coordinate descent after it, 0 by default" },
             OptionInfo { name: "refit", doc: "rounds of fitting scales, with two sweeps each, 0 by default" },
+            OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers; 0 by default" },
         ],
     }
 }
@@ -73,6 +75,7 @@ struct RoundInOrder {
     damping: f64,
     sweeps: usize,
     refit: usize,
+    norms: bool,
 }
 
 impl RoundInOrder {
@@ -99,6 +102,7 @@ impl RoundInOrder {
             },
             sweeps: options.count("sweeps", 0)?,
             refit: options.count("refit", 0)?,
+            norms: options.count("norms", 0)? > 0,
         })
     }
 
@@ -187,9 +191,11 @@ impl Pass for RoundInOrder {
         let mut work = model.clone();
         let users = Users::of(model.graph());
         let layers = layers(model, &users);
-        let stops: BTreeSet<NodeId> = layers.iter().map(|layer| layer.node).collect();
+        let norms = if self.norms { norms::find(model.graph(), model.plan()) } else { Vec::new() };
+        let stops: BTreeSet<NodeId> =
+            layers.iter().map(|layer| layer.node).chain(norms.iter().map(|norm| norm.node)).collect();
         let mut walk = Lockstep::new(model.graph(), model.plan(), cx, &stops)?;
-        let last = layers.iter().map(|layer| walk.stage_of(layer.node)).max().unwrap_or(0);
+        let last = stops.iter().map(|node| walk.stage_of(*node)).max().unwrap_or(0);
         let samples = cx.dataset.map_or(0, Dataset::len);
         cx.progress.begin(INFO.about.name, layers.len() as u64);
         for stage in 1..=last {
@@ -208,20 +214,28 @@ impl Pass for RoundInOrder {
                 let bias = ops::bias_site(model.graph(), &users, inputs.node);
                 let edits = self.layer(&work, inputs, &measured, bias, &cx.scheme).unwrap_or_default();
                 patch.count("rounded in order", u64::from(!edits.is_empty()));
-                let mut step = Patch::on(&work);
-                for edit in edits {
-                    patch.edit(edit.clone());
-                    step.edit(edit);
-                }
-                let bug = |error| PassError::Model(format!("a bug in onnx-quant: {error}"));
-                work.apply(step).map_err(bug)?;
+                record(edits, &mut work, &mut patch)?;
                 cx.progress.step();
             }
+            let norms: Vec<Norm> = norms.iter().filter(|norm| walk.stage_of(norm.node) == stage).copied().collect();
+            let fitted = norms::fit(&walk, model.graph(), work.plan(), &norms)?;
+            patch.count("norms fitted", fitted.iter().filter(|edit| norms::is_scale(edit, &norms)).count() as u64);
+            record(fitted, &mut work, &mut patch)?;
         }
         cx.progress.end();
         round::to_nearest(&work, &BTreeSet::new(), &mut patch)?;
         Ok(patch)
     }
+}
+
+/// Adds `edits` to `patch`, and makes them in `work`.
+fn record(edits: Vec<Edit>, work: &mut Model, patch: &mut Patch) -> Result<(), PassError> {
+    let mut step = Patch::on(work);
+    for edit in edits {
+        patch.edit(edit.clone());
+        step.edit(edit);
+    }
+    work.apply(step).map_err(|error| PassError::Model(format!("a bug in onnx-quant: {error}")))
 }
 
 /// The encoded layers with a weight of their own, in graph order.

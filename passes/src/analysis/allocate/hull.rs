@@ -11,6 +11,8 @@ pub(super) struct Limits {
     pub(super) cost: Option<f64>,
     /// No more is spent once all rows together lose no more than this.
     pub(super) loss: Option<f64>,
+    /// The choice that rows take which lose nothing that could be measured, as far as the cost allows.
+    pub(super) usual: usize,
 }
 
 /// A step of one row along its hull.
@@ -51,6 +53,14 @@ pub(super) fn allocate(rows: &[Row], limits: Limits) -> Result<Vec<usize>, f64> 
         chosen[step.row] = step.to;
         cost += step.cost;
         loss -= step.gain;
+    }
+    for (choice, row) in chosen.iter_mut().zip(rows) {
+        let usual = limits.usual.min(row.0.len() - 1);
+        let more = row.0[usual].0 - row.0[*choice].0;
+        if *choice < usual && limits.loss.is_none() && cost + more <= most {
+            *choice = usual;
+            cost += more;
+        }
     }
     Ok(chosen)
 }
@@ -99,19 +109,26 @@ mod tests {
     fn budgets_hold_and_more_never_loses_more() {
         let mut last = f64::INFINITY;
         for budget in 24..=96 {
-            let limits = Limits { cost: Some(f64::from(budget)), loss: None };
+            let limits = Limits { cost: Some(f64::from(budget)), ..Limits::default() };
             let (cost, loss) = spent(&allocate(&rows(), limits).unwrap());
             assert!(cost <= f64::from(budget) && loss <= last, "{budget}: {cost} {loss}");
             last = loss;
         }
         assert!(last < 0.31);
-        let too_little = Limits { cost: Some(23.0), loss: None };
+        let too_little = Limits { cost: Some(23.0), ..Limits::default() };
         assert_eq!(allocate(&rows(), too_little), Err(24.0));
     }
 
     #[test]
+    fn rows_that_lose_nothing_keep_the_usual_choice_where_it_fits() {
+        let idle = vec![Row(vec![(4.0, 0.0), (8.0, 0.0)]), Row(vec![(4.0, 1.0), (8.0, 0.1)])];
+        let within = |cost: f64| allocate(&idle, Limits { cost: Some(cost), loss: None, usual: 1 }).unwrap();
+        assert_eq!((within(16.0), within(12.0), within(8.0)), (vec![1, 1], vec![0, 1], vec![0, 0]));
+    }
+
+    #[test]
     fn spending_stops_when_little_is_lost() {
-        let limits = Limits { cost: None, loss: Some(10.5) };
+        let limits = Limits { loss: Some(10.5), ..Limits::default() };
         assert_eq!(spent(&allocate(&rows(), limits).unwrap()), (26.0, 10.5));
     }
 }

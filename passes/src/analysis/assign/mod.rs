@@ -5,6 +5,7 @@ mod select;
 mod weights;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::sync::Arc;
 
 use crate::diag::{self, Diagnostic, Place, Severity};
@@ -180,7 +181,11 @@ impl Pass for AssignEncodings {
                 let name = model.graph().node(*node).map(|n| Arc::clone(&n.name)).unwrap_or_default();
                 patch.note(Diagnostic::new(diag::KEPT_FLOAT, Severity::Note, Place::Node(name), reason.clone()));
             }
-            patch.edit(Edit::Decide { node: *node, decision: Decision { quantized, reason: choice.reason() } });
+            let mut reason = choice.reason();
+            if let Some(goal) = goals.by_node.get(node).filter(|_| quantized) {
+                let _ = write!(reason, "; {} by `--set`", goal.scheme);
+            }
+            patch.edit(Edit::Decide { node: *node, decision: Decision { quantized, reason } });
         }
         Ok(patch)
     }
