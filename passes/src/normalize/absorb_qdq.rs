@@ -55,10 +55,7 @@ impl Pass for AbsorbQdq {
                 pairs.entry(pair.source).or_default().push(pair);
             }
         }
-        let mut made = BTreeMap::new();
-        for (id, node) in graph.nodes() {
-            super::absorb_nbits::absorb(graph, id, node, model.meta.opset(), &mut made, &mut patch);
-        }
+        super::absorb_nbits::absorb(graph, model.meta.opset(), &mut patch);
         for (source, pairs) in pairs {
             absorb_pairs(graph, &users, source, &pairs, &mut patch);
         }
