@@ -203,6 +203,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let graph = imported.model.graph();
     let overrides = overrides(&request.keep_float, &request.set, graph, request.scheme, request.target)?;
     let text = pipeline_text(request);
+    check_budget(request, &text)?;
     let catalogue = passes::catalogue::passes();
     let pipeline = Pipeline::parse(&text, &catalogue).map_err(Error::input)?;
     pipeline.check(imported.model.facts(), &catalogue).map_err(Error::input)?;
@@ -232,11 +233,8 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         model = stats::attach(model, path)?;
     }
     let mut planned = manager.run(&rest, model, &mut cx)?;
-    if let (Some(allowed), Some(measured)) = (request.max_drop, checkpoint.take()) {
-        let tail = |text: &String| Pipeline::parse(text, &catalogue).map(Pipeline::after_last_calibration);
-        let tails = pipelines(request).iter().map(tail).collect::<Result<_, _>>().map_err(Error::input)?;
-        let search = Search { measured, tails, allowed, keep_float: &overrides.keep_float };
-        planned = max_drop::keep_within(&search, planned, &cx)?;
+    if let Some(allowed) = request.max_drop {
+        planned = within_drop(request, allowed, (checkpoint.take(), planned), &overrides, &cx)?;
     }
     let (mut model, more) = planned;
     model.drop_moments();
@@ -341,6 +339,33 @@ fn check_request(request: &Request) -> Result<(), Error> {
         )));
     }
     Ok(())
+}
+
+/// Refuses a budget that the pipeline `text` has no place for.
+fn check_budget(request: &Request, text: &str) -> Result<(), Error> {
+    if request.budget.is_none() || text.contains("allocate-bits") {
+        return Ok(());
+    }
+    let problem = "--budget gives weights their bits behind `assign-encodings`, which the pipeline does not have";
+    Err(Error::Input(problem.into()))
+}
+
+/// `planned`, or what is planned instead from what was `measured`, so that no more is lost than `allowed`.
+fn within_drop(
+    request: &Request,
+    allowed: f64,
+    (measured, planned): (Option<Model>, max_drop::Planned),
+    overrides: &Overrides,
+    cx: &PassContext<'_>,
+) -> Result<max_drop::Planned, Error> {
+    let measured = measured.ok_or_else(|| {
+        Error::Input("--max-drop plans again behind the last `calibrate`, which the pipeline does not have".into())
+    })?;
+    let catalogue = passes::catalogue::passes();
+    let tail = |text: &String| Pipeline::parse(text, &catalogue).map(Pipeline::after_last_calibration);
+    let tails = pipelines(request).iter().map(tail).collect::<Result<_, _>>().map_err(Error::input)?;
+    let search = Search { measured, tails, allowed, keep_float: &overrides.keep_float };
+    max_drop::keep_within(&search, planned, cx)
 }
 
 /// Refuses an output that would replace the input model at `input` or one of its external files.

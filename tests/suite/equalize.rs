@@ -1,7 +1,7 @@
 //! Equalization keeps the function.
 
 use onnx_quant::{exec, targets};
-use passes::exec::{DataError, Dataset};
+use passes::exec::{DataError, Dataset, Executor};
 use passes::model::{Model, Plan};
 use passes::pass::{PassContext, PassManager, Pipeline};
 use passes::simulate::Simulation;
@@ -42,6 +42,17 @@ fn smoothed(source: &str, data: &Rows) -> (Model, Model, String) {
     divided(source, data, "smooth", "w8a8")
 }
 
+/// Both float models compute the same first output from `feeds`, to 1e-5 of its largest value.
+fn check_same(before: &Model, after: &Model, executor: &dyn Executor, feeds: &[Tensor], what: &str) {
+    let [a, b] = [before, after].map(|model| {
+        let graph = model.graph();
+        let run = Simulation::prepare(graph, &Plan::default(), executor, graph.outputs()).unwrap();
+        run.run(feeds).unwrap().remove(0).floats().unwrap().into_owned()
+    });
+    let top = a.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() <= 1e-5 * top), "{what}: the function changed");
+}
+
 /// The model before and after `pass`, which must keep its function, and what the pass counted.
 fn divided(source: &str, data: &Rows, pass: &str, scheme: &str) -> (Model, Model, String) {
     let catalogue = passes::catalogue::passes();
@@ -57,14 +68,7 @@ fn divided(source: &str, data: &Rows, pass: &str, scheme: &str) -> (Model, Model
     let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
     let counts = trace.steps.iter().find(|(name, _)| *name == pass).unwrap().1.counts.clone();
     for index in 0..data.len() {
-        let feeds = data.sample(index).unwrap();
-        let [a, b] = [&plain, &after].map(|model| {
-            let graph = model.graph();
-            let run = Simulation::prepare(graph, &Plan::default(), executor.as_ref(), graph.outputs()).unwrap();
-            run.run(&feeds).unwrap().remove(0).floats().unwrap().into_owned()
-        });
-        let top = a.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-        assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() <= 1e-5 * top), "the function changed");
+        check_same(&plain, &after, executor.as_ref(), &data.sample(index).unwrap(), pass);
     }
     (plain, after, format!("{counts:?}"))
 }
@@ -136,14 +140,7 @@ fn equalized_layers_keep_the_function() {
         let counts = &trace.steps.iter().find(|(name, _)| *name == "equalize-layers").unwrap().1.counts;
         assert!(counts.get("regions").copied().unwrap_or(0) >= at_least, "{name}: {counts:?}");
         for index in 0..3 {
-            let feeds = data.sample(index).unwrap();
-            let [a, b] = [&plain, &after].map(|model| {
-                let graph = model.graph();
-                let run = Simulation::prepare(graph, &Plan::default(), executor.as_ref(), graph.outputs()).unwrap();
-                run.run(&feeds).unwrap().remove(0).floats().unwrap().into_owned()
-            });
-            let top = a.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-            assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() <= 1e-5 * top), "{name}: the function changed");
+            check_same(&plain, &after, executor.as_ref(), &data.sample(index).unwrap(), name);
         }
     }
 }

@@ -76,6 +76,18 @@ fn a_budget_that_cannot_be_met_names_the_least() {
     assert!(code == Some(2) && error.contains("only integer weights"), "{code:?} {error}");
 }
 
+/// What a pipeline has no place for is refused, not left out.
+#[test]
+fn pipelines_without_a_place_for_it_are_refused() {
+    let plain = "infer-shapes, fold-batch-norm, drop-dead";
+    for (options, wanted) in
+        [(["--budget", "5"], "behind `assign-encodings`"), (["--max-drop", "1%"], "behind the last `calibrate`")]
+    {
+        let (code, _, error) = run(&[&["--pipeline", plain], &options[..]].concat());
+        assert!(code == Some(2) && error.contains(wanted), "{options:?}: {code:?} {error}");
+    }
+}
+
 #[test]
 fn what_may_be_lost_is_not_exceeded() {
     // 0.01 % is 40 dB: more than eight bits everywhere give.

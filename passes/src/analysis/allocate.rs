@@ -180,15 +180,7 @@ impl Pass for AllocateBits {
         let probe = Probe::new(model.graph(), cx, self.samples, self.metric)?;
         let alone: Vec<Plan> = candidates.iter().map(|c| Plan::of(c.site, c.lowest.clone())).collect();
         let losses = probe.losses(&alone, cx, INFO.about.name)?;
-        let rows: Vec<hull::Row> = candidates
-            .iter()
-            .zip(&losses)
-            .map(|(candidate, loss)| {
-                let cost =
-                    |(at, &bits): (usize, &u32)| (f64::from(bits) * candidate.size as f64, loss * candidate.share(at));
-                hull::Row(choices.iter().enumerate().map(cost).collect())
-            })
-            .collect();
+        let rows = rows(&candidates, &choices, &losses);
         let elements: f64 = candidates.iter().map(|candidate| candidate.size as f64).sum();
         let limits = hull::Limits { cost: self.budget.map(|bits| bits * elements), loss: self.max_drop, usual: base };
         let chosen = hull::allocate(&rows, limits).map_err(|least| {
@@ -201,6 +193,8 @@ impl Pass for AllocateBits {
         })?;
         let total: f64 = chosen.iter().zip(&rows).map(|(&at, row)| row.0[at].1).sum();
         let spent: f64 = chosen.iter().zip(&rows).map(|(&at, row)| row.0[at].0).sum::<f64>() / elements;
+        let message = format!("its weights take {spent:.3} bits each; rounded to nearest they should cost {total:.3e}");
+        patch.note(Diagnostic::new(diag::ALLOCATED, Severity::Note, Place::Model, message));
         for ((candidate, &at), loss) in candidates.iter().zip(&chosen).zip(&losses) {
             if at != base {
                 let edits = reencode(model, candidate.node, in_bits(cx.scheme, choices[at]), self.weights);
@@ -214,15 +208,15 @@ impl Pass for AllocateBits {
                 format!("{old}; its weight has {bits} bits: in {fewest} it alone makes {share:.2} % of the loss");
             patch.edit(Edit::Decide { node: candidate.node, decision: Decision { quantized: true, reason } });
         }
-        let message = format!("its weights take {spent:.3} bits each; rounded to nearest they should cost {total:.3e}");
-        patch.note(Diagnostic::new(diag::ALLOCATED, Severity::Note, Place::Model, message));
-        if let Some(allowed) = self.max_drop.filter(|allowed| total > *allowed) {
-            let message = format!(
-                "its weights should cost {total:.3e}, over the {allowed:.3e} allowed, with all the bits there are"
-            );
-            let help = "keep the worst layers of the summary in float with --keep-float, or allow more";
-            patch.note(Diagnostic::new(diag::ALLOCATED, Severity::Warning, Place::Model, message).help(help));
-        }
         Ok(patch)
     }
+}
+
+/// What every choice costs in bits, and loses: as much of the measured loss of the fewest bits as its rounding error is of theirs.
+fn rows(candidates: &[Candidate], choices: &[u32], losses: &[f64]) -> Vec<hull::Row> {
+    let row = |(candidate, loss): (&Candidate, &f64)| {
+        let point = |(at, &bits): (usize, &u32)| (f64::from(bits) * candidate.size as f64, loss * candidate.share(at));
+        hull::Row(choices.iter().enumerate().map(point).collect())
+    };
+    candidates.iter().zip(losses).map(row).collect()
 }

@@ -2,15 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use super::divided::{Group, groups, last_axis};
-use super::scaled::Folder;
+use super::divided::{self, Choice, Group, groups, last_axis};
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, ValueId};
 use crate::ir::Graph;
-use crate::ir::walk::Users;
 use crate::model::{Model, Patch};
 use crate::ops;
-use crate::parallel;
 use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 
 crate::declare_pass! {
@@ -58,27 +55,12 @@ impl Pass for Awq {
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
-        let axis = |group: Group| Some((group.value, Wish::Peaks { axis: last_axis(model.graph(), group.value)? }));
-        wanted(model.graph(), cx).into_iter().filter_map(axis).collect()
+        divided::wishes(model.graph(), wanted(model.graph(), cx))
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
-        let mut patch = Patch::on(model);
-        let graph = model.graph();
-        let users = Users::of(graph);
-        let folder = Folder { graph, users: &users };
-        let groups = wanted(graph, cx);
-        let choices = parallel::map(&groups, |group| choose(model, group, cx));
-        for (group, choice) in groups.iter().zip(choices).rev() {
-            // A product that takes a division into its weight waits with its own input for the next round.
-            let Some((divisor, left)) = choice.filter(|_| !group.sinks.iter().any(|id| patch.touches(*id))) else {
-                continue;
-            };
-            if let Some(how) = folder.divide(group, &divisor, left < INSERTED, &mut patch) {
-                patch.count(how, 1);
-            }
-        }
-        Ok(patch)
+        let groups = wanted(model.graph(), cx);
+        Ok(divided::divide_all(model, &groups, INSERTED, |group| choose(model, group, cx)))
     }
 }
 
@@ -91,8 +73,8 @@ fn divisors(powers: &[f64], alpha: f64) -> Vec<f64> {
     raw.iter().map(|s| if middle.is_normal() { (s / middle).clamp(1e-4, 1e4) } else { 1.0 }).collect()
 }
 
-/// The best division for `group` and the share of the error that it leaves, when that is worth it.
-fn choose(model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<(Vec<f64>, f64)> {
+/// The best division for `group`, when it is worth it.
+fn choose(model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<Choice> {
     let graph = model.graph();
     let powers = model.stats().peaks(group.value, last_axis(graph, group.value)?)?.powers();
     let grid = grid::find(&format!("int{}", cx.scheme.weight_bits))?;
@@ -105,7 +87,7 @@ fn choose(model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<(Vec<f64
     let nothing = error(&vec![1.0; powers.len()]);
     let candidates = (1..20).map(|step| divisors(&powers, f64::from(step) / 20.0));
     let (best, divisor) = candidates.map(|d| (error(&d), d)).min_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best < FOLDED * nothing).then(|| (divisor, best / nothing))
+    (best < FOLDED * nothing).then(|| Choice { divisor, left: best / nothing })
 }
 
 /// The rows of the weight of the product `id`, one per output.

@@ -1,15 +1,16 @@
 //! A tensor that matrix products read, divided channel by channel, with weights that make up for it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::scaled::{Folder, scaled_weight};
 use crate::id::{NodeId, ValueId};
 use crate::ir::walk::{User, Users};
 use crate::ir::{Attrs, Graph, Node, OpKey};
-use crate::model::Patch;
+use crate::model::{Model, Patch};
 use crate::ops;
-use crate::pass::PassContext;
+use crate::parallel;
+use crate::pass::{PassContext, Wish};
 use crate::tensor::{DType, Tensor};
 
 /// The products that read one tensor.
@@ -47,16 +48,45 @@ pub(super) fn groups(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
     sinks.into_iter().filter(|(value, _)| is_activation(value)).map(group).collect()
 }
 
+/// A division that was found to pay.
+pub(super) struct Choice {
+    /// What every channel is divided by.
+    pub(super) divisor: Vec<f64>,
+    /// The expected error over that of doing nothing.
+    pub(super) left: f64,
+}
+
+/// The largest magnitude and the power of every channel of what `groups` read.
+pub(super) fn wishes(graph: &Graph, groups: Vec<Group>) -> BTreeSet<(ValueId, Wish)> {
+    let peaks = |group: Group| Some((group.value, Wish::Peaks { axis: last_axis(graph, group.value)? }));
+    groups.into_iter().filter_map(peaks).collect()
+}
+
+/// The patch that divides `groups` as `choose` says; a node is inserted only where less than the share `inserted` of the error is left.
+pub(super) fn divide_all(
+    model: &Model,
+    groups: &[Group],
+    inserted: f64,
+    choose: impl Fn(&Group) -> Option<Choice> + Sync + Send,
+) -> Patch {
+    let mut patch = Patch::on(model);
+    let users = Users::of(model.graph());
+    let folder = Folder { graph: model.graph(), users: &users };
+    let choices = parallel::map(groups, choose);
+    // From the outputs on: a product that takes a division into its weight waits with its own input for the next round.
+    for (group, choice) in groups.iter().zip(choices).rev() {
+        let Some(choice) = choice.filter(|_| !group.sinks.iter().any(|id| patch.touches(*id))) else { continue };
+        if let Some(how) = folder.divide(group, &choice.divisor, choice.left < inserted, &mut patch) {
+            patch.count(how, 1);
+        }
+    }
+    patch
+}
+
 impl Folder<'_> {
     /// Divides what the products of `group` read by `divisor`: folded into what makes it where that is possible, otherwise, with
     /// `insert`, by a `Mul` before them. Says which, or does nothing.
-    pub(super) fn divide(
-        &self,
-        group: &Group,
-        divisor: &[f64],
-        insert: bool,
-        patch: &mut Patch,
-    ) -> Option<&'static str> {
+    fn divide(&self, group: &Group, divisor: &[f64], insert: bool, patch: &mut Patch) -> Option<&'static str> {
         let mark = patch.mark();
         let folded = if group.alone { self.divided(group.value, divisor, patch) } else { None };
         let (divided, how) = if let Some(value) = folded {

@@ -2,15 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use super::divided::{Group, groups, last_axis};
-use super::scaled::Folder;
+use super::divided::{self, Choice, Group, groups, last_axis};
 use crate::id::{NodeId, ValueId};
 use crate::ir::Graph;
-use crate::ir::walk::Users;
 use crate::model::{Model, Patch};
 use crate::observe::Peaks;
 use crate::ops;
-use crate::parallel;
 use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 
 crate::declare_pass! {
@@ -45,12 +42,8 @@ pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::
 #[derive(Debug)]
 struct Smooth;
 
-/// A division that was found to pay.
-struct Choice {
-    divisor: Vec<f64>,
-    /// Expected error over that of doing nothing.
-    gain: f64,
-}
+/// A node is worth it where it takes two thirds of the error away.
+const INSERTED: f64 = 1.0 / 3.0;
 
 impl Pass for Smooth {
     fn info(&self) -> &'static PassInfo {
@@ -58,25 +51,12 @@ impl Pass for Smooth {
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
-        let axis = |group: Group| Some((group.value, Wish::Peaks { axis: last_axis(model.graph(), group.value)? }));
-        wanted(model.graph(), cx).into_iter().filter_map(axis).collect()
+        divided::wishes(model.graph(), wanted(model.graph(), cx))
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
-        let mut patch = Patch::on(model);
-        let graph = model.graph();
-        let users = Users::of(graph);
-        let folder = Folder { graph, users: &users };
-        let groups = wanted(graph, cx);
-        let choices = parallel::map(&groups, |group| choose(model, group, cx));
-        // From the outputs on: a product that takes a division into its weight waits with its own input for the next round.
-        for (group, choice) in groups.iter().zip(choices).rev() {
-            let Some(choice) = choice.filter(|_| !group.sinks.iter().any(|id| patch.touches(*id))) else { continue };
-            if let Some(how) = folder.divide(group, &choice.divisor, choice.gain < 1.0 / 3.0, &mut patch) {
-                patch.count(how, 1);
-            }
-        }
-        Ok(patch)
+        let groups = wanted(model.graph(), cx);
+        Ok(divided::divide_all(model, &groups, INSERTED, |group| choose(model, group, cx)))
     }
 }
 
@@ -128,7 +108,7 @@ fn choose(model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<Choice> 
     let nothing = error(&vec![1.0; channels]);
     let candidates = (0..=20).map(|step| divisors(peaks.values(), &largest, f64::from(step) / 20.0, 1e3));
     let (best, divisor) = candidates.map(|d| (error(&d), d)).min_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best < 0.9 * nothing).then(|| Choice { divisor, gain: best / nothing })
+    (best < 0.9 * nothing).then(|| Choice { divisor, left: best / nothing })
 }
 
 /// s for exponent `alpha`, with geometric mean 1 and within `reach` of it; 1 for dead channels.
