@@ -35,13 +35,13 @@ pub(crate) struct Layout {
 impl Layout {
     /// Whether the operator takes it: 2, 4 or 8 bits, blocks of a power of two from 16 to 256, and sizes that are no lies.
     pub(crate) fn is_sound(self) -> bool {
-        let padded = self.blocks().checked_mul(self.block).and_then(|k| k.checked_mul(self.n));
-        matches!(self.bits, 2 | 4 | 8)
+        let shaped = matches!(self.bits, 2 | 4 | 8)
             && (16..=256).contains(&self.block)
             && self.block.is_power_of_two()
             && self.k > 0
-            && self.n > 0
-            && padded.is_some_and(|elements| elements < usize::MAX / 8)
+            && self.n > 0;
+        let padded = || self.blocks().checked_mul(self.block)?.checked_mul(self.n);
+        shaped && padded().is_some_and(|elements| elements < usize::MAX / 8)
     }
 
     /// Blocks per output.
@@ -274,6 +274,9 @@ mod tests {
             Layout { bits: 3, ..sound },
             Layout { block: 24, ..sound },
             Layout { block: 8, ..sound },
+            Layout { block: 0, ..sound },
+            Layout { bits: 0, ..sound },
+            Layout { k: 0, ..sound },
             Layout { n: 0, ..sound },
             Layout { k: usize::MAX, ..sound },
             Layout { n: usize::MAX / 2, ..sound },
