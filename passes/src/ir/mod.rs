@@ -5,6 +5,7 @@
 
 mod attr;
 mod builder;
+mod capture;
 pub mod check;
 mod order;
 mod types;
@@ -249,22 +250,6 @@ impl Graph {
     /// The value called `name`. Linear: for single look-ups.
     pub fn find(&self, name: &str) -> Option<ValueId> {
         self.value_ids().find(|&id| &*self.value(id).name == name)
-    }
-
-    /// Gives every captured value in every body the name that it has outside: bodies refer to their surroundings by name.
-    pub(crate) fn sync_captures(&mut self) {
-        for node in self.nodes.iter_mut().flatten() {
-            for body in &mut node.bodies {
-                for inner in &mut body.graph.values {
-                    if let Def::Capture(outer) = inner.def
-                        && let Some(outer) = self.values.get(outer.index())
-                    {
-                        inner.name = Name::clone(&outer.name);
-                    }
-                }
-                body.graph.sync_captures();
-            }
-        }
     }
 
     /// The bytes of all constants, each counted once.

@@ -427,17 +427,9 @@ fn redirect(next: &mut Graph, redirects: &BTreeMap<ValueId, ValueId>) -> Result<
     }
     for node in next.nodes.iter_mut().flatten() {
         node.inputs.iter_mut().flatten().for_each(|input| *input = end(*input));
-        node.bodies.iter_mut().for_each(|body| redirect_captures(body, &end));
+        node.bodies.iter_mut().for_each(|body| body.graph.recapture(end));
     }
     Ok(())
-}
-
-fn redirect_captures(body: &mut Body, end: &impl Fn(ValueId) -> ValueId) {
-    for value in &mut body.graph.values {
-        if let Def::Capture(outer) = &mut value.def {
-            *outer = end(*outer);
-        }
-    }
 }
 
 /// Makes `to` the graph output at `place`, under the name that people know it by.
