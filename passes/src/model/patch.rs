@@ -7,7 +7,7 @@ use super::{Decision, Model, Statistic};
 use crate::diag::Diagnostic;
 use crate::encoding::Encoding;
 use crate::id::{Name, NodeId, Site, ValueId};
-use crate::ir::{Body, Def, Graph, Node, TensorType, Type, Value, check};
+use crate::ir::{Def, Graph, Node, TensorType, Type, Value, check};
 use crate::tensor::Tensor;
 
 /// One change. Graph edits keep the function that every surviving value id stands for.
@@ -421,8 +421,8 @@ fn redirect(next: &mut Graph, redirects: &BTreeMap<ValueId, ValueId>) -> Result<
         value
     };
     for &from in redirects.keys() {
-        if let Some(place) = next.outputs.iter().position(|&output| output == from) {
-            take_over_output(next, place, from, end(from))?;
+        if next.outputs.contains(&from) {
+            take_over_output(next, from, end(from))?;
         }
     }
     for node in next.nodes.iter_mut().flatten() {
@@ -432,13 +432,14 @@ fn redirect(next: &mut Graph, redirects: &BTreeMap<ValueId, ValueId>) -> Result<
     Ok(())
 }
 
-/// Makes `to` the graph output at `place`, under the name that people know it by.
-fn take_over_output(next: &mut Graph, place: usize, from: ValueId, to: ValueId) -> Result<(), PatchError> {
+/// Makes `to` the graph output that `from` is, under the name that people know it by.
+fn take_over_output(next: &mut Graph, from: ValueId, to: ValueId) -> Result<(), PatchError> {
     if !can_redirect(next, from, to) {
         let name = |id: ValueId| Arc::clone(&next.value(id).name);
         return Err(PatchError::Output { from: name(from), to: name(to) });
     }
-    next.outputs[place] = to;
+    // An output can be listed more than once.
+    next.outputs.iter_mut().filter(|output| **output == from).for_each(|output| *output = to);
     let name = Arc::clone(&next.values[from.index()].name);
     next.values[from.index()].name = std::mem::replace(&mut next.values[to.index()].name, name);
     if let (Type::Tensor(old), Type::Tensor(new)) =
