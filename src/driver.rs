@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use passes::diag::{self, Diagnostic, Place, Severity};
-use passes::exec::{Executor, Progress};
+use passes::exec::{Dataset, Executor, Progress};
 use passes::ir::Graph;
 use passes::model::Model;
-use passes::pass::{Instrument, PassContext, PassError, PassManager, Pipeline, RunError, Trace};
+use passes::pass::{Instrument, Pass, PassContext, PassError, PassManager, Pipeline, RunError, Trace};
 use passes::target::{Goal, Scheme, Target};
 
 use crate::dataset::{Files, ImageOptions, Slot};
@@ -18,7 +18,7 @@ use crate::memory::Needs;
 use crate::overrides::{Overrides, Set, overrides};
 use crate::recipe::{pipeline_text, pipelines};
 use crate::verify::{self, Fidelity, Verdict};
-use crate::{exec, import, stats};
+use crate::{exec, import, samples, stats};
 
 /// How samples are chosen out of more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -47,6 +47,8 @@ pub struct Request {
     pub samples: Option<usize>,
     /// How those are chosen.
     pub select: Select,
+    /// So many samples are left out of everything but judging.
+    pub hold_out: usize,
     /// Statistics measured before, instead of samples.
     pub stats: Option<PathBuf>,
     /// Where it will run.
@@ -153,8 +155,10 @@ pub struct Outcome {
     pub pipeline: String,
     /// What ran the float model.
     pub executor: String,
-    /// How many samples there were.
+    /// How many samples it was fitted to.
     pub samples: usize,
+    /// Whether `fidelity` is about other samples than those.
+    pub held_out: bool,
     /// The peak memory that was expected before the first sample ran; `None` without samples.
     pub estimated_bytes: Option<u64>,
 }
@@ -208,7 +212,8 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let pipeline = Pipeline::parse(&text, &catalogue).map_err(Error::input)?;
     pipeline.check(imported.model.facts(), &catalogue).map_err(Error::input)?;
     clock.lap("import");
-    let mut dataset = open_data(request, slots)?;
+    let mut dataset = samples::open(request, slots)?;
+    let held_out = samples::hold_out(request, dataset.as_mut())?;
     let executor = executor(&request.executor, &imported.model)?;
     clock.lap("data");
     let mut cx = context(request, executor.as_ref(), None, &overrides, progress);
@@ -223,18 +228,19 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let (mut model, mut trace) = manager.run(&plain, imported.model, &mut cx)?;
     if let Some(files) = dataset.as_mut().filter(|_| request.select == Select::Herding) {
         let mut pool = context(request, executor.as_ref(), Some(&*files), &overrides, progress);
-        fit_memory(request, &model, &mut pool)?;
-        let chosen = chosen(request, &model, files, &pool)?;
+        fit_memory(request, &model, &mut pool, false)?;
+        let chosen = samples::herded(request, &model, files, &pool)?;
         files.keep(&chosen);
     }
     let mut cx = context(request, executor.as_ref(), dataset.as_ref(), &overrides, progress);
-    let estimated_bytes = fit_memory(request, &model, &mut cx)?;
+    let estimated_bytes = fit_memory(request, &model, &mut cx, rest.passes().any(Pass::keeps_samples))?;
     if let Some(path) = &request.stats {
         model = stats::attach(model, path)?;
     }
+    let judge = held_out.as_ref().or(dataset.as_ref()).map(|files| files as &dyn Dataset);
     let mut planned = manager.run(&rest, model, &mut cx)?;
     if let Some(allowed) = request.max_drop {
-        planned = within_drop(request, allowed, (checkpoint.take(), planned), &overrides, &cx)?;
+        planned = within_drop(request, allowed, (checkpoint.take(), planned), judge, &cx)?;
     }
     let (mut model, more) = planned;
     model.drop_moments();
@@ -266,8 +272,8 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         return Err(Error::Interrupted);
     }
     let path = staged.as_ref().map(Staged::path);
-    let (verdict, fidelity) = on_a_worker(|| check(path.as_deref(), &model, &mut cx, &mut clock))?;
-    let samples = dataset.as_ref().map(|d| d as &dyn passes::exec::Dataset);
+    cx.dataset = judge;
+    let (verdict, fidelity) = on_a_worker(|| check(path.as_deref(), &model, &mut cx, held_out.is_some(), &mut clock))?;
     if progress.cancelled() {
         return Err(Error::Interrupted);
     }
@@ -276,7 +282,6 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     notes.extend(outcome_notes(&sizes, fidelity.as_ref()));
     notes.extend(body_notes(model.graph()));
     notes.sort_by_key(|note| std::cmp::Reverse(note.severity));
-    let n_samples = samples.map_or(0, passes::exec::Dataset::len);
     let (executor, stages) = (executor.describe(), clock.stages);
     Ok(Outcome {
         model,
@@ -288,7 +293,8 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         sizes,
         pipeline: text,
         executor,
-        samples: n_samples,
+        samples: dataset.as_ref().map_or(0, Files::n_samples),
+        held_out: held_out.is_some(),
         estimated_bytes,
     })
 }
@@ -305,11 +311,13 @@ fn check(
     path: Option<&Path>,
     model: &Model,
     cx: &mut PassContext<'_>,
+    held_out: bool,
     clock: &mut Clock,
 ) -> Result<(Option<Verdict>, Option<Fidelity>), Error> {
     let verdict = path.map(|path| verify::artifact(path, model, cx)).transpose()?;
     clock.lap("verify");
-    let fidelity = cx.dataset.map(|samples| verify::fidelity(model, cx.executor, samples)).transpose()?;
+    let most = if held_out { verify::HELD_OUT } else { verify::SAMPLES };
+    let fidelity = cx.dataset.map(|samples| verify::fidelity(model, cx.executor, samples, most)).transpose()?;
     clock.lap("compare");
     Ok((verdict, fidelity))
 }
@@ -355,7 +363,7 @@ fn within_drop(
     request: &Request,
     allowed: f64,
     (measured, planned): (Option<Model>, max_drop::Planned),
-    overrides: &Overrides,
+    judge: Option<&dyn Dataset>,
     cx: &PassContext<'_>,
 ) -> Result<max_drop::Planned, Error> {
     let measured = measured.ok_or_else(|| {
@@ -364,7 +372,7 @@ fn within_drop(
     let catalogue = passes::catalogue::passes();
     let tail = |text: &String| Pipeline::parse(text, &catalogue).map(Pipeline::after_last_calibration);
     let tails = pipelines(request).iter().map(tail).collect::<Result<_, _>>().map_err(Error::input)?;
-    let search = Search { measured, tails, allowed, keep_float: &overrides.keep_float };
+    let search = Search { measured, tails, allowed, judge };
     max_drop::keep_within(&search, planned, cx)
 }
 
@@ -391,50 +399,6 @@ pub(crate) fn guard_inputs(output: &Path, input: &Path, external: &[Source]) -> 
 fn output_name(request: &Request) -> String {
     let path = request.output.as_deref().unwrap_or(&request.input);
     path.file_name().map_or_else(|| "model.onnx".to_owned(), |name| name.to_string_lossy().into_owned())
-}
-
-/// The samples of a request, when it names any.
-pub(crate) fn open_data(request: &Request, slots: Vec<Slot>) -> Result<Option<Files>, Error> {
-    if request.select != Select::First && request.samples.is_none_or(|n| n == 0) {
-        return Err(Error::Input("--select says how samples are chosen: say how many with --samples".into()));
-    }
-    let limit = request.samples.filter(|_| request.select == Select::First);
-    let open = |path: &Path| Files::open(path, slots, request.image.clone(), limit).map_err(Error::input);
-    let mut files = request.data.as_deref().map(open).transpose()?;
-    if let (Some(files), Select::Random, Some(n)) = (&mut files, request.select, request.samples) {
-        files.keep(&drawn(files.n_samples(), n));
-    }
-    Ok(files)
-}
-
-/// Refuses what only `quantize` can do with samples.
-///
-/// # Errors
-/// [`Error::Input`].
-pub(crate) fn refuse_herding(request: &Request) -> Result<(), Error> {
-    if request.select == Select::Herding {
-        return Err(Error::Input("--select herding runs the model to choose: only `quantize` does that".into()));
-    }
-    Ok(())
-}
-
-/// The numbers of as many samples of `files` as were asked for, by herding.
-///
-/// # Errors
-/// [`Error`] when a sample cannot be read or run.
-fn chosen(request: &Request, model: &Model, files: &Files, cx: &PassContext<'_>) -> Result<Vec<usize>, Error> {
-    let n = request.samples.unwrap_or(usize::MAX);
-    let chosen = passes::herding::select(model.graph(), files, cx, n);
-    Ok(chosen.map_err(|error| RunError::Pass { pass: "select", error })?)
-}
-
-/// `n` of the numbers below `all`, ascending, by a draw that is always the same.
-fn drawn(all: usize, n: usize) -> Vec<usize> {
-    let mut numbers: Vec<usize> = (0..all).collect();
-    numbers.sort_by_key(|&i| passes::seed::mixed(i as u64));
-    numbers.truncate(n);
-    numbers.sort_unstable();
-    numbers
 }
 
 /// The executor called `name`.
@@ -464,17 +428,24 @@ fn context<'a>(
     }
 }
 
-/// Fits the run of `cx` into the memory that `request` allows or the machine has, going by its first sample.
+/// Fits the run of `cx` into the memory that `request` allows or the machine has, going by its first sample; returns what it will
+/// take. `keeps_samples`: see [`Pass::keeps_samples`].
 ///
 /// # Errors
 /// [`Error::Resources`] when it does not fit, [`Error::Input`] when the sample cannot be read.
-pub(crate) fn fit_memory(request: &Request, model: &Model, cx: &mut PassContext<'_>) -> Result<Option<u64>, Error> {
+pub(crate) fn fit_memory(
+    request: &Request,
+    model: &Model,
+    cx: &mut PassContext<'_>,
+    keeps_samples: bool,
+) -> Result<Option<u64>, Error> {
     let Some(dataset) = cx.dataset.filter(|d| !d.is_empty()) else { return Ok(None) };
     let needs = Needs::of(model, &dataset.sample(0).map_err(Error::input)?, request.target, cx.executor);
     let budget = needs.budget(request.max_memory, request.threads)?;
     tracing::info!(estimate = budget.estimate, threads = budget.threads, taps = budget.taps, "memory");
+    let waiting = if keeps_samples { needs.waiting(budget.pairs, dataset.len()) } else { 0 };
     (cx.threads, cx.tap_budget, cx.pair_budget, cx.sizes) = (budget.threads, budget.taps, budget.pairs, needs.sizes);
-    Ok(Some(budget.estimate))
+    Ok(Some(budget.estimate + waiting))
 }
 
 /// The bytes of the model at `path` and of its external files.

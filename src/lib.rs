@@ -16,6 +16,7 @@ mod memory;
 pub mod overrides;
 mod recipe;
 pub mod report;
+mod samples;
 pub mod stats;
 pub mod targets;
 pub mod verify;

@@ -4,13 +4,13 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use passes::diag::{self, Diagnostic, Place, Severity};
+use passes::exec::Dataset;
 use passes::id::NodeId;
 use passes::model::{Model, Plan};
 use passes::pass::{
     Facts, Instrument, PassContext, PassError, PassInfo, PassManager, Pipeline, RunError, StepRecord, Trace,
 };
 use passes::sensitivity::{Metric, Probe};
-use passes::target::KeepFloat;
 
 use crate::driver::Error;
 use crate::overrides::kept_for_drop;
@@ -47,14 +47,8 @@ pub(crate) struct Search<'a> {
     pub(crate) tails: Vec<Pipeline>,
     /// The loss allowed.
     pub(crate) allowed: f64,
-    /// What stays in float anyway.
-    pub(crate) keep_float: &'a KeepFloat,
-}
-
-/// The squared error of the outputs over their square.
-fn drop_of(model: &Model, cx: &PassContext<'_>) -> Result<f64, Error> {
-    let probe = Probe::new(model.graph(), cx, SAMPLES, Metric::Error).map_err(failed)?;
-    probe.loss(model.plan()).map_err(failed)
+    /// The samples by which losses are judged.
+    pub(crate) judge: Option<&'a dyn Dataset>,
 }
 
 fn failed(error: PassError) -> Error {
@@ -68,14 +62,14 @@ fn failed(error: PassError) -> Error {
 /// [`Error`] when a run fails or is interrupted.
 pub(crate) fn keep_within(search: &Search<'_>, planned: Planned, cx: &PassContext<'_>) -> Result<Planned, Error> {
     let before = of_measuring(&planned.1);
-    let first = drop_of(&planned.0, cx)?;
+    let first = search.drop_of(&planned.0, cx)?;
     if first <= search.allowed {
         return Ok(planned);
     }
     let (mut best, mut best_drop, mut best_kept) = (planned, first, 0);
     for tail in search.tails.iter().skip(1) {
         let trial = search.plan_with(tail, &[], cx)?;
-        let drop = drop_of(&trial.0, cx)?;
+        let drop = search.drop_of(&trial.0, cx)?;
         if drop < best_drop {
             (best, best_drop) = (trial, drop);
         }
@@ -84,14 +78,14 @@ pub(crate) fn keep_within(search: &Search<'_>, planned: Planned, cx: &PassContex
         }
     }
     let Some(tail) = search.tails.last() else { return Ok(best) };
-    let worst = by_cost(&best.0, cx)?;
+    let worst = by_cost(&best.0, &search.judging(cx))?;
     let (mut least, mut most) = (0, worst.len());
     let mut next = 1.min(most);
     // Invariant: `least` nodes are too few; `most` are enough, once one was.
     let mut found = false;
     while next > least && next <= most {
         let trial = search.plan_with(tail, &worst[..next], cx)?;
-        let drop = drop_of(&trial.0, cx)?;
+        let drop = search.drop_of(&trial.0, cx)?;
         tracing::info!(kept = next, drop, "max-drop");
         let enough = drop <= search.allowed;
         if enough || (!found && drop < best_drop) {
@@ -158,10 +152,21 @@ fn by_cost(model: &Model, cx: &PassContext<'_>) -> Result<Vec<String>, Error> {
 }
 
 impl Search<'_> {
+    /// The context in which losses are judged.
+    fn judging<'a>(&'a self, cx: &PassContext<'a>) -> PassContext<'a> {
+        PassContext { dataset: self.judge, wishes: cx.wishes.clone(), sizes: cx.sizes.clone(), ..*cx }
+    }
+
+    /// The squared error of the outputs over their square.
+    fn drop_of(&self, model: &Model, cx: &PassContext<'_>) -> Result<f64, Error> {
+        let probe = Probe::new(model.graph(), &self.judging(cx), SAMPLES, Metric::Error).map_err(failed)?;
+        probe.loss(model.plan()).map_err(failed)
+    }
+
     /// Decides again, with the nodes called `names` in float too.
     fn plan_with(&self, tail: &Pipeline, names: &[String], cx: &PassContext<'_>) -> Result<Planned, Error> {
         let mut keep_float = kept_for_drop(names, self.allowed);
-        keep_float.extend(self.keep_float.clone());
+        keep_float.extend(cx.keep_float.clone());
         let mut cx = PassContext { keep_float: &keep_float, wishes: cx.wishes.clone(), sizes: cx.sizes.clone(), ..*cx };
         Ok(PassManager::default().run(tail, self.measured.clone(), &mut cx)?)
     }

@@ -85,6 +85,11 @@ impl Needs {
         BASE.saturating_add(weights).saturating_add(threads.saturating_mul(self.live)).saturating_add(taps)
     }
 
+    /// The bytes of tensors that wait between the stages of a walk over so many samples, both versions of them, within `pairs`.
+    pub(crate) fn waiting(&self, pairs: u64, samples: usize) -> u64 {
+        self.live.saturating_mul(2).saturating_mul(samples as u64).min(pairs)
+    }
+
     /// Threads and tap bytes for a run in `limit` bytes, or in what the machine has free where no limit is given.
     ///
     /// # Errors
@@ -99,7 +104,8 @@ impl Needs {
             let taps = left.min(DEFAULT_TAP_BYTES);
             if taps >= LEAST_TAP_BYTES.min((threads as u64).saturating_mul(self.all)) {
                 let estimate = self.total(threads, taps);
-                let pairs = most.saturating_sub(estimate).min(DEFAULT_PAIR_BYTES);
+                // What freed blocks leave between them is not in any estimate.
+                let pairs = (most.saturating_sub(estimate) / 8 * 7).min(DEFAULT_PAIR_BYTES);
                 return Ok(Budget { threads, taps, pairs, estimate });
             }
         }
@@ -163,6 +169,12 @@ mod tests {
         assert!(tight.estimate <= one);
         let error = needs().budget(Some(one - (1 << 20)), 4).unwrap_err().to_string();
         assert!(error.contains("--max-memory allows"), "{error}");
+    }
+
+    #[test]
+    fn what_waits_between_stages_grows_with_the_samples_up_to_its_budget() {
+        assert_eq!(needs().waiting(1 << 30, 3), 120 << 20);
+        assert_eq!(needs().waiting(1 << 30, 1000), 1 << 30);
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub struct Verdict {
     pub findings: Vec<Diagnostic>,
 }
 
-/// How near the quantized model is to the float model on calibration samples.
+/// How near the quantized model is to the float model.
 #[derive(Clone, Debug, Default)]
 pub struct Fidelity {
     /// Of all float outputs together; infinite where they are equal.
@@ -56,14 +56,17 @@ pub enum VerifyError {
     Passes(#[from] passes::pass::RunError),
 }
 
-/// Samples to compare on, spread over the data.
-const SAMPLES: usize = 4;
+/// Samples to compare on, spread over the data that a model was fitted to.
+pub(crate) const SAMPLES: usize = 4;
+
+/// The same where they were held out.
+pub(crate) const HELD_OUT: usize = 32;
 
 /// The same for models with large weights.
 const SAMPLES_OF_LARGE: usize = 2;
 
-fn chosen(dataset: &dyn Dataset) -> Vec<usize> {
-    let n = SAMPLES.min(dataset.len());
+fn chosen(dataset: &dyn Dataset, most: usize) -> Vec<usize> {
+    let n = most.min(dataset.len());
     (0..n).map(|i| i * dataset.len() / n.max(1)).collect()
 }
 
@@ -100,11 +103,17 @@ impl Noise {
     }
 }
 
-/// Compares the plan's simulation with the float model, at every node that the plan decided about and end to end.
+/// Compares the plan's simulation with the float model, at every node that the plan decided about and end to end, on at most
+/// `most` samples.
 ///
 /// # Errors
 /// [`VerifyError`].
-pub fn fidelity(model: &Model, executor: &dyn Executor, dataset: &dyn Dataset) -> Result<Fidelity, VerifyError> {
+pub fn fidelity(
+    model: &Model,
+    executor: &dyn Executor,
+    dataset: &dyn Dataset,
+    most: usize,
+) -> Result<Fidelity, VerifyError> {
     let graph = model.graph();
     let nodes: Vec<(NodeId, ValueId)> = model
         .plan()
@@ -116,7 +125,7 @@ pub fn fidelity(model: &Model, executor: &dyn Executor, dataset: &dyn Dataset) -
     taps.sort_unstable();
     taps.dedup();
     let feeds: Vec<Vec<Tensor>> =
-        chosen(dataset).into_iter().map(|sample| dataset.sample(sample)).collect::<Result<_, _>>()?;
+        chosen(dataset, most).into_iter().map(|sample| dataset.sample(sample)).collect::<Result<_, _>>()?;
     let large = is_large(graph);
     let feeds = if large { &feeds[..feeds.len().min(SAMPLES_OF_LARGE)] } else { &feeds };
     let mut noise = vec![Noise::default(); taps.len()];

@@ -56,6 +56,7 @@ impl DataArgs {
             image: self.image.clone(),
             samples: self.samples,
             select: self.select,
+            hold_out: 0,
             stats: None,
             target: target_named(target)?,
             scheme: Scheme::W8A8,

@@ -17,6 +17,7 @@ use super::{Ended, print};
 use crate::dataset::Slot;
 use crate::driver::{self, Error};
 use crate::import;
+use crate::samples;
 use crate::verify::Noise;
 
 /// Arguments.
@@ -48,8 +49,8 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let request = args.data.request(&args.float, "ort-cpu")?;
     let float = import::file(&args.float).map_err(Error::input)?.model;
     let quantized = import::file(&args.quantized).map_err(Error::input)?.model;
-    driver::refuse_herding(&request)?;
-    let dataset = driver::open_data(&request, Slot::of(float.graph()))?;
+    samples::refuse_herding(&request)?;
+    let dataset = samples::open(&request, Slot::of(float.graph()))?;
     let dataset = dataset.ok_or_else(|| Error::Input("samples are needed: pass them with --data".into()))?;
     let executor = driver::executor(&request.executor, &float)?;
     let progress = Shown::new(args.data.progress);
@@ -59,7 +60,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
         progress: &progress,
         ..PassContext::new(target_named("ort-cpu")?, executor.as_ref())
     };
-    driver::fit_memory(&request, &float, &mut cx)?;
+    driver::fit_memory(&request, &float, &mut cx, false)?;
     let catalogue = passes::catalogue::passes();
     let mut plain = |model: Model| -> Result<Model, Error> {
         let pipeline = Pipeline::parse(PIPELINE, &catalogue).map_err(Error::input)?;

@@ -15,6 +15,7 @@ use crate::driver::{self, Error};
 use crate::emit::{self, Emit, Staged};
 use crate::import;
 use crate::load::Source;
+use crate::samples;
 
 /// Arguments of `opt`.
 #[derive(Debug, clap::Args)]
@@ -113,8 +114,8 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let pipeline = Pipeline::parse(&args.pipeline, &catalogue).map_err(Error::input)?;
     pipeline.check(model.facts(), &catalogue).map_err(Error::input)?;
     let request = args.data.request(&args.model, &args.target)?;
-    driver::refuse_herding(&request)?;
-    let dataset = driver::open_data(&request, Slot::of(model.graph()))?;
+    samples::refuse_herding(&request)?;
+    let dataset = samples::open(&request, Slot::of(model.graph()))?;
     let executor = driver::executor(&request.executor, &model)?;
     let progress = Shown::new(args.data.progress);
     let mut cx = PassContext {
@@ -123,7 +124,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
         progress: &progress,
         ..PassContext::new(target_named(&args.target)?, executor.as_ref())
     };
-    driver::fit_memory(&request, &model, &mut cx)?;
+    driver::fit_memory(&request, &model, &mut cx, false)?;
     let watch = Watch { before: &args.dump_before, after: &args.dump_after, stop_after: args.stop_after };
     let mut manager = PassManager::new(vec![Box::new(watch)], args.check);
     let (model, trace) = manager.run(&pipeline, model, &mut cx)?;

@@ -28,6 +28,9 @@ pub(crate) struct Args {
     scheme: Option<String>,
     #[command(flatten)]
     data: DataArgs,
+    /// Leave so many samples, spread over all, out of everything but judging: the summary's fidelity and --max-drop go by them.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    hold_out: usize,
     /// Use statistics measured by `onnx-quant stats` instead of samples.
     #[arg(long, value_name = "FILE")]
     stats: Option<PathBuf>,
@@ -142,6 +145,7 @@ fn request(args: &Args) -> Result<Request, Error> {
     Ok(Request {
         set,
         budget: args.budget.or(of_file(&recipe.budget, "budget")?),
+        hold_out: args.hold_out,
         max_drop: args.max_drop.or(of_file(&recipe.max_drop, "max-drop")?),
         output: (!args.dry_run).then_some(output),
         stats: args.stats.clone(),

@@ -12,6 +12,7 @@ use super::{Ended, eprint};
 use crate::dataset::Slot;
 use crate::driver::{self, Error};
 use crate::import;
+use crate::samples;
 use crate::stats::StatsFile;
 
 /// Arguments.
@@ -76,8 +77,8 @@ fn measure(args: &Args) -> Result<Ended, Error> {
     let target = target_named(&args.target)?;
     let request = args.data.request(input, &args.target)?;
     let model = import::file(input).map_err(Error::input)?.model;
-    driver::refuse_herding(&request)?;
-    let dataset = driver::open_data(&request, Slot::of(model.graph()))?;
+    samples::refuse_herding(&request)?;
+    let dataset = samples::open(&request, Slot::of(model.graph()))?;
     let dataset = dataset.ok_or_else(|| Error::Input("samples are needed: pass them with --data".into()))?;
     let executor = driver::executor(&request.executor, &model)?;
     let progress = Shown::new(args.data.progress);
@@ -92,7 +93,7 @@ fn measure(args: &Args) -> Result<Ended, Error> {
         progress: &progress,
         ..PassContext::new(target, executor.as_ref())
     };
-    driver::fit_memory(&request, &model, &mut cx)?;
+    driver::fit_memory(&request, &model, &mut cx, false)?;
     let (model, _) = PassManager::default().run(&pipeline, model, &mut cx)?;
     let file = StatsFile::of(dataset.len() as u64, &model);
     file.write(output)?;

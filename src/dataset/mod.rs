@@ -129,6 +129,14 @@ impl Files {
         self.samples = chosen.iter().filter_map(|&at| self.samples.get(at).copied()).collect();
     }
 
+    /// Another view of the same files with only the samples with the numbers `chosen`.
+    #[must_use]
+    pub fn only(&self, chosen: &[usize]) -> Self {
+        let (slots, sources, image) = (self.slots.clone(), self.sources.clone(), self.image.clone());
+        let samples = chosen.iter().filter_map(|&at| self.samples.get(at).copied()).collect();
+        Self { slots, sources, image, samples, split: self.split, kept: Mutex::new(Vec::new()) }
+    }
+
     fn feed(&self, index: usize) -> Result<Arc<Vec<Tensor>>, DataError> {
         let kept = || self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, feed)) = kept().iter().find(|(at, _)| *at == index) {

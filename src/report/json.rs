@@ -54,6 +54,7 @@ pub fn summary(request: &Request, outcome: &Outcome) -> Value {
             "cosine": number(f.cosine),
             "kl_top": Value::Null,
             "samples": f.samples,
+            "held_out": outcome.held_out,
         })),
         "verify": outcome.verdict.as_ref().map(|v| json!({ "passed": v.passed, "max_steps": v.max_steps.map_or(Value::Null, number) })),
         "stages": outcome.stages.iter().map(|s| json!({ "name": s.name, "seconds": s.time.as_secs_f64() })).collect::<Vec<_>>(),

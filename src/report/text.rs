@@ -88,10 +88,11 @@ fn numbers(text: &mut String, request: &Request, outcome: &Outcome) {
         size(sizes.output_bytes)
     );
     if let Some(fidelity) = &outcome.fidelity {
+        let of = if outcome.held_out { "held-out samples" } else { "of the samples it was fitted to" };
         let n = fidelity.samples;
         let _ = writeln!(
             text,
-            "fidelity   {:.2} dB, cosine {:.5} to the float model on {n} samples",
+            "fidelity   {:.2} dB, cosine {:.5} to the float model on {n} {of}",
             fidelity.sqnr_db, fidelity.cosine
         );
     }

@@ -46,6 +46,34 @@ fn json_goes_to_standard_output_alone() {
 }
 
 #[test]
+fn held_out_samples_judge_and_are_not_fitted_to() {
+    let (model, data) = (fixture("models/digits-mobilenet.onnx"), fixture("data/digits"));
+    let base = [
+        "quantize",
+        text(&model),
+        "--data",
+        text(&data),
+        "--scheme",
+        "w3a8",
+        "--recipe",
+        "best",
+        "--dry-run",
+        "--json",
+    ];
+    let run = |more: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&tool_ok(&[&base[..], &["--samples", "32"], more].concat())).unwrap()
+    };
+    let (fitted, judged) = (run(&[]), run(&["--hold-out", "8"]));
+    let fidelity = |json: &serde_json::Value| json["fidelity"]["sqnr_db"].as_f64().unwrap();
+    assert_eq!((&fitted["samples"], &fitted["fidelity"]["held_out"]), (&32.into(), &false.into()));
+    assert_eq!((&judged["samples"], &judged["fidelity"]["held_out"]), (&24.into(), &true.into()));
+    assert_eq!(judged["fidelity"]["samples"], 8);
+    assert!(fidelity(&judged) < fidelity(&fitted), "what was fitted flatters: {fitted:#} {judged:#}");
+    refused(&[&base[..], &["--samples", "32", "--hold-out", "32"]].concat(), 2, &["leaves none of the 32 samples"]);
+    refused(&["quantize", text(&model), "--scheme", "w8a16", "--hold-out", "2", "--dry-run"], 2, &["--data"]);
+}
+
+#[test]
 fn what_stays_in_float_has_a_reason() {
     let folder = tempfile::tempdir().unwrap();
     let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));

@@ -31,6 +31,10 @@ pub trait Pass: Debug + Send + Sync {
     fn wishes(&self, _model: &Model, _cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
         BTreeSet::new()
     }
+    /// Whether tensors of both models, float and as planned, wait between its steps for every sample.
+    fn keeps_samples(&self) -> bool {
+        false
+    }
     /// The patch that does the work. An empty patch says that nothing is left to do.
     ///
     /// # Errors

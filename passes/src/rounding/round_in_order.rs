@@ -181,6 +181,10 @@ impl Pass for RoundInOrder {
         &INFO
     }
 
+    fn keeps_samples(&self) -> bool {
+        true
+    }
+
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         let mut patch = Patch::on(model);
         if cx.dataset.is_none_or(Dataset::is_empty) {

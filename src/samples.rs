@@ -1,0 +1,79 @@
+//! Which samples a run is fitted to, and which it is judged by.
+
+use std::path::Path;
+
+use passes::model::Model;
+use passes::pass::{PassContext, RunError};
+
+use crate::dataset::{Files, Slot};
+use crate::driver::{Error, Request, Select};
+
+/// The samples of a request, when it names any.
+pub(crate) fn open(request: &Request, slots: Vec<Slot>) -> Result<Option<Files>, Error> {
+    if request.select != Select::First && request.samples.is_none_or(|n| n == 0) {
+        return Err(Error::Input("--select says how samples are chosen: say how many with --samples".into()));
+    }
+    let limit = request.samples.filter(|_| request.select == Select::First);
+    let open = |path: &Path| Files::open(path, slots, request.image.clone(), limit).map_err(Error::input);
+    let mut files = request.data.as_deref().map(open).transpose()?;
+    if let (Some(files), Select::Random, Some(n)) = (&mut files, request.select, request.samples) {
+        files.keep(&drawn(files.n_samples(), n));
+    }
+    Ok(files)
+}
+
+/// Takes the samples out of `files` that nothing is fitted to, spread over all of them.
+///
+/// # Errors
+/// [`Error::Input`] where none would be left.
+pub(crate) fn hold_out(request: &Request, files: Option<&mut Files>) -> Result<Option<Files>, Error> {
+    let wanted = request.hold_out;
+    let Some(files) = files.filter(|_| wanted > 0) else {
+        let problem = "--hold-out takes samples away from --data, and there are none";
+        return if wanted > 0 { Err(Error::Input(problem.into())) } else { Ok(None) };
+    };
+    let all = files.n_samples();
+    if wanted >= all {
+        return Err(Error::Input(format!("--hold-out {wanted} leaves none of the {all} samples to calibrate with")));
+    }
+    let held: Vec<usize> = (0..wanted).map(|i| (2 * i + 1) * all / (2 * wanted)).collect();
+    let rest: Vec<usize> = (0..all).filter(|index| held.binary_search(index).is_err()).collect();
+    let judge = files.only(&held);
+    files.keep(&rest);
+    Ok(Some(judge))
+}
+
+/// Refuses what only `quantize` can do with samples.
+///
+/// # Errors
+/// [`Error::Input`].
+pub(crate) fn refuse_herding(request: &Request) -> Result<(), Error> {
+    if request.select == Select::Herding {
+        return Err(Error::Input("--select herding runs the model to choose: only `quantize` does that".into()));
+    }
+    Ok(())
+}
+
+/// The numbers of as many samples of `files` as were asked for, by herding.
+///
+/// # Errors
+/// [`Error`] when a sample cannot be read or run.
+pub(crate) fn herded(
+    request: &Request,
+    model: &Model,
+    files: &Files,
+    cx: &PassContext<'_>,
+) -> Result<Vec<usize>, Error> {
+    let n = request.samples.unwrap_or(usize::MAX);
+    let chosen = passes::herding::select(model.graph(), files, cx, n);
+    Ok(chosen.map_err(|error| RunError::Pass { pass: "select", error })?)
+}
+
+/// `n` of the numbers below `all`, ascending, by a draw that is always the same.
+fn drawn(all: usize, n: usize) -> Vec<usize> {
+    let mut numbers: Vec<usize> = (0..all).collect();
+    numbers.sort_by_key(|&i| passes::seed::mixed(i as u64));
+    numbers.truncate(n);
+    numbers.sort_unstable();
+    numbers
+}
