@@ -142,6 +142,8 @@ codes! {
         "Little of the model is weights that could be quantized. The summary says what was quantized and what was not.";
     NOT_WRITABLE = "OQ6003", "a number format has no ONNX operator that reads it",
         "Weights in it are written as float constants that hold exactly the numbers which their codes stand for: the model computes what the format would, but is not smaller. Formats with an operator are integers of up to 8 bits and the four 8-bit floats.";
+    NEWER_RUNTIME = "OQ6004", "what was written needs a newer runtime than the oldest that is still common",
+        "The message names what older runtimes lack. Where the file must run there, take the bits that they have, or --target onnx-qdq, which writes plain operators.";
     VERIFY_STRUCTURE = "OQ7001", "the written model does not read back as what was planned",
         "The file was imported again and differs from the plan it was written from. This is a bug in onnx-quant: please report it with the model.";
     VERIFY_NUMBERS = "OQ7002", "the written model does not compute what was simulated",

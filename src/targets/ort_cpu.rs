@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use passes::about::About;
+use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::model::Model;
 use passes::target::{Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo, When};
 
@@ -110,7 +111,19 @@ impl Target for OrtCpu {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq_and_nbits(model)
+        let mut lowered = passes::lower::qdq_and_nbits(model)?;
+        let products = lowered.graph.nodes().filter(|(_, node)| &*node.op.name == "MatMulNBits");
+        let newer = products.filter(|(_, node)| node.int("bits", 4) != 4).count();
+        if newer > 0 {
+            let message = format!(
+                "{newer} MatMulNBits of 2 or 8 bits: ONNX Runtime 1.22 computes those of 4 bits only, 1.31 all of them"
+            );
+            lowered.notes.push(
+                Diagnostic::new(diag::NEWER_RUNTIME, Severity::Note, Place::Model, message)
+                    .help("for 1.22 take w3 or w4, or --target onnx-qdq"),
+            );
+        }
+        Ok(lowered)
     }
 }
 

@@ -15,6 +15,8 @@ import onnx
 import onnxruntime as ort
 
 ROOT = Path(__file__).resolve().parents[2]
+# ONNX Runtime 1.22 computes MatMulNBits in float for 4 bits only, and says so.
+ONLY_FOUR_BITS = tuple(map(int, ort.__version__.split('.')[:2])) <= (1, 22)
 
 
 def session(path, optimized=True, dump=None):
@@ -80,8 +82,13 @@ def packed(tool, tmp):
             out = Path(tmp) / f'{target}.onnx'
             subprocess.run([tool, 'quantize', str(model), '-o', str(out), '--scheme', scheme, '--target', target, '--recipe', 'fast', '--progress', 'none'], check=True, stdout=subprocess.DEVNULL)
             onnx.checker.check_model(str(out), full_check=True)
-            outs[target] = session(out, optimized=target == 'ort-cpu').run(None, {'x': x})[0]
             assert (target == 'ort-cpu') == any(n.op_type == 'MatMulNBits' for n in onnx.load(str(out)).graph.node)
+            newer = ONLY_FOUR_BITS and scheme[1] not in '34'
+            if target == 'ort-cpu' and not newer: outs[target] = session(out).run(None, {'x': x})[0]
+            if target == 'onnx-qdq': outs[target] = session(out, optimized=newer).run(None, {'x': x})[0]
+        if newer:
+            print(f'{scheme}: packed is for a newer ONNX Runtime than {ort.__version__}; plain keeps {sqnr(x @ w, outs["onnx-qdq"]):.1f} dB')
+            continue
         difference = np.abs(outs['ort-cpu'] - outs['onnx-qdq']).max()
         print(f'{scheme}: packed and plain differ by {difference:.1e}, {sqnr(x @ w, outs["ort-cpu"]):.1f} dB')
         assert difference <= 1e-4, 'packing changed the weight'
