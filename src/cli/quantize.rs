@@ -37,7 +37,7 @@ pub(crate) struct Args {
     /// fast, balanced, best, or a TOML file.
     #[arg(long, default_value = "balanced")]
     recipe: String,
-    /// How activation ranges are chosen: min-max, percentile, mse, entropy.
+    /// How activation ranges are chosen: min-max, percentile, mse, entropy, cfp.
     #[arg(long)]
     observer: Option<String>,
     /// How weights are rounded: any of `list roundings`.

@@ -38,7 +38,7 @@ crate::declare_pass! {
             OptionInfo { name: "bits", doc: "the bits to choose from, such as 2+3+4+8; those of the scheme, 4 and 8 by default" },
             OptionInfo { name: "metric", doc: "error (default): squared error of the outputs over their square; kl-top: divergence of the likeliest classes" },
             OptionInfo { name: "samples", doc: "so many samples are run for every weight, 4 by default" },
-            OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max or mse (default)" },
+            OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max, mse (default) or cfp" },
         ],
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Calibration keeps one [`Sketch`] per tensor, whatever the number of samples; every observer is a function of it.
 
+mod cfp;
 mod cross;
 mod entropy;
 mod gram;
@@ -13,6 +14,7 @@ mod percentile;
 mod rows;
 mod sketch;
 
+pub(crate) use cfp::inliers_end;
 pub use cross::{Cross, CrossSums};
 pub use gram::{Gram, GramSums};
 pub use means::Means;
@@ -58,6 +60,7 @@ pub static OBSERVERS: &[ObserverEntry] = &[
     ObserverEntry { about: &percentile::ABOUT, build: |keep| Box::new(percentile::Percentile::new(keep)) },
     ObserverEntry { about: &mse::ABOUT, build: |_| Box::new(mse::Mse) },
     ObserverEntry { about: &entropy::ABOUT, build: |_| Box::new(entropy::Entropy) },
+    ObserverEntry { about: &cfp::ABOUT, build: |_| Box::new(cfp::Cfp) },
 ];
 
 /// The observer called `name`; `keep` is its option.
@@ -140,7 +143,7 @@ mod tests {
         values.push(100.0);
         let data = sketch(&values);
         let purpose = Purpose { levels: 256.0, symmetric: true };
-        for name in ["mse", "entropy", "percentile"] {
+        for name in ["mse", "entropy", "percentile", "cfp"] {
             let (_, high) = find(name, None).unwrap().range(&data, purpose);
             assert!(high < 60.0, "{name} {high}");
         }

@@ -46,13 +46,13 @@ impl Observer for Mse {
 }
 
 /// Values and their counts, zeros left out: 0 is a point of every grid.
-fn points(sketch: &Sketch) -> Vec<(f64, f64)> {
+pub(super) fn points(sketch: &Sketch) -> Vec<(f64, f64)> {
     sketch.buckets().filter(|b| b.center() != 0.0).map(|b| (b.center(), b.count as f64)).collect()
 }
 
 /// The expected squared error, summed over all values: what is clipped exactly, what is rounded by its expectation of a
 /// twelfth of the squared step, and no more than rounding to 0 costs.
-fn expected_error(points: &[(f64, f64)], low: f64, high: f64, levels: f64) -> f64 {
+pub(super) fn expected_error(points: &[(f64, f64)], low: f64, high: f64, levels: f64) -> f64 {
     let step = (high - low) / (levels - 1.0);
     let rounding = step * step / 12.0;
     let of_value = |x: f64| {

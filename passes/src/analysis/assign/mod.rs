@@ -38,7 +38,7 @@ crate::declare_pass! {
             OptionInfo { name: "products", doc: "the same for what matrix products read, where outliers carry meaning; as observer by default" },
             OptionInfo { name: "keep", doc: "the share that percentile keeps, 0.9999 by default" },
             OptionInfo { name: "least-db", doc: "matrix products whose activation would keep fewer decibels of its usual values stay in float; off by default" },
-            OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max or mse (default)" },
+            OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max, mse (default), or cfp, which cuts outliers off long rows" },
         ],
     }
 }

@@ -16,6 +16,8 @@ pub(in super::super) enum WeightScale {
     MinMax,
     /// The smallest squared error of rounding to nearest.
     Mse,
+    /// The largest magnitude that is no outlier at the largest code, where that lowers the squared error.
+    Cfp,
 }
 
 impl WeightScale {
@@ -24,8 +26,9 @@ impl WeightScale {
         match options.text("weights", "mse") {
             "min-max" => Ok(Self::MinMax),
             "mse" => Ok(Self::Mse),
+            "cfp" => Ok(Self::Cfp),
             other => {
-                let problem = format!("`{other}` is neither min-max nor mse");
+                let problem = format!("`{other}` is none of min-max, mse, cfp");
                 Err(OptionError { option: "weights".into(), problem })
             }
         }
@@ -74,8 +77,23 @@ fn scale_of(channel: &[f32], grid: &dyn Grid, how: WeightScale) -> f64 {
     let best = match how {
         WeightScale::MinMax => widest,
         WeightScale::Mse => least_squares_scale(channel, grid, widest),
+        WeightScale::Cfp => truncated_scale(channel, grid, widest),
     };
     best.max(f64::from(f32::MIN_POSITIVE))
+}
+
+/// Rows shorter than this have no tail to speak of.
+const FEWEST_WITH_OUTLIERS: usize = 256;
+
+/// The scale that leaves outliers out, where its squared rounding error is smaller than that of `widest`.
+fn truncated_scale(channel: &[f32], grid: &dyn Grid, widest: f64) -> f64 {
+    if channel.len() < FEWEST_WITH_OUTLIERS {
+        return widest;
+    }
+    let mut magnitudes: Vec<(f64, u64)> = channel.iter().map(|v| (f64::from(v.abs()), 1)).collect();
+    let error = |scale: f64| squared_error(channel, grid, scale, 0.0);
+    let cut = crate::observe::inliers_end(&mut magnitudes).map(|end| end / grid.range().1);
+    cut.filter(|&cut| error(cut) < error(widest)).unwrap_or(widest)
 }
 
 /// Of scales from the widest down to a share of it that falls with the bits, the one with the smallest squared rounding error.
@@ -144,7 +162,8 @@ fn signed_block(block: &[f32], goals: &Goal) -> (f32, i32) {
         (_, high) => f64::from(longest.abs()) / high,
     };
     let scale = match goals.weights {
-        WeightScale::MinMax => widest,
+        // A block is too short for outliers.
+        WeightScale::MinMax | WeightScale::Cfp => widest,
         WeightScale::Mse => {
             let candidates = (0..=25).map(|step| widest * (1.05 - 0.02 * f64::from(step)));
             let error = |scale: &f64| squared_error(block, grid, *scale, 0.0);
@@ -177,6 +196,19 @@ mod tests {
         assert!(scales[1] > 0.05, "{scales:?}");
         let dead = Tensor::of([2, 1], vec![0.0_f32; 2]);
         assert_eq!(channel_scales(&dead, 0, &goals(8, WeightScale::Mse)).unwrap(), [1.0, 1.0]);
+    }
+
+    #[test]
+    fn outliers_are_cut_where_codes_are_few() {
+        let mut channel: Vec<f32> = (0..512).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect();
+        channel[7] = 2.5;
+        let scale = |bits: u32, how: WeightScale| scale_of(&channel, goals(bits, how).weight_grid, how);
+        assert!(scale(4, WeightScale::Cfp) < 0.3 * scale(4, WeightScale::MinMax));
+        let differ = scale(8, WeightScale::Cfp) - scale(8, WeightScale::MinMax);
+        assert!(differ.abs() < 1e-12, "with 8 bits cutting costs more");
+        channel.truncate(255);
+        let short = truncated_scale(&channel, goals(4, WeightScale::Cfp).weight_grid, 8.0);
+        assert!((short - 8.0).abs() < 1e-12, "a short row keeps its range");
     }
 
     #[test]
