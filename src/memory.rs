@@ -104,8 +104,7 @@ impl Needs {
             let taps = left.min(DEFAULT_TAP_BYTES);
             if taps >= LEAST_TAP_BYTES.min((threads as u64).saturating_mul(self.all)) {
                 let estimate = self.total(threads, taps);
-                // What freed blocks leave between them is not in any estimate.
-                let pairs = (most.saturating_sub(estimate) / 8 * 7).min(DEFAULT_PAIR_BYTES);
+                let pairs = most.saturating_sub(estimate).min(DEFAULT_PAIR_BYTES);
                 return Ok(Budget { threads, taps, pairs, estimate });
             }
         }
