@@ -10,7 +10,7 @@ use passes::model::Model;
 use passes::pass::{Instrument, Pass, PassContext, PassError, PassManager, Pipeline, RunError, Trace};
 use passes::target::{Goal, Scheme, Target};
 
-use crate::dataset::{Files, ImageOptions, Slot};
+use crate::dataset::{ImageOptions, Slot};
 use crate::emit::{self, Emit, Staged};
 use crate::load::Source;
 use crate::max_drop::{self, Checkpoint, Search};
@@ -49,6 +49,8 @@ pub struct Request {
     pub select: Select,
     /// So many samples are left out of everything but judging.
     pub hold_out: usize,
+    /// So many variants of every sample join it in what weights and ranges are fitted to.
+    pub augment: usize,
     /// Statistics measured before, instead of samples.
     pub stats: Option<PathBuf>,
     /// Where it will run.
@@ -203,7 +205,6 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     if let Some(output) = &request.output {
         guard_inputs(output, &request.input, &external)?;
     }
-    let slots = Slot::of(imported.model.graph());
     let graph = imported.model.graph();
     let overrides = overrides(&request.keep_float, &request.set, graph, request.scheme, request.target)?;
     let text = pipeline_text(request);
@@ -212,7 +213,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let pipeline = Pipeline::parse(&text, &catalogue).map_err(Error::input)?;
     pipeline.check(imported.model.facts(), &catalogue).map_err(Error::input)?;
     clock.lap("import");
-    let mut dataset = samples::open(request, slots)?;
+    let mut dataset = samples::open(request, Slot::of(imported.model.graph()))?;
     let held_out = samples::hold_out(request, dataset.as_mut())?;
     let executor = executor(&request.executor, &imported.model)?;
     clock.lap("data");
@@ -227,12 +228,14 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let (plain, rest) = pipeline.split_at_calibration();
     let (mut model, mut trace) = manager.run(&plain, imported.model, &mut cx)?;
     if let Some(files) = dataset.as_mut().filter(|_| request.select == Select::Herding) {
-        let mut pool = context(request, executor.as_ref(), Some(&*files), &overrides, progress);
+        let mut pool = context(request, executor.as_ref(), Some(files), &overrides, progress);
         fit_memory(request, &model, &mut pool, false)?;
         let chosen = samples::herded(request, &model, files, &pool)?;
         files.keep(&chosen);
     }
-    let mut cx = context(request, executor.as_ref(), dataset.as_ref(), &overrides, progress);
+    let varied = samples::augmented(request, &model, dataset.as_ref())?;
+    let fitted_to = samples::all(varied.as_ref(), dataset.as_ref());
+    let mut cx = context(request, executor.as_ref(), fitted_to, &overrides, progress);
     let estimated_bytes = fit_memory(request, &model, &mut cx, rest.passes().any(Pass::keeps_samples))?;
     if let Some(path) = &request.stats {
         model = stats::attach(model, path)?;
@@ -279,8 +282,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     }
     finish(staged, verdict.as_ref())?;
     notes.extend(verdict.iter().flat_map(|v| v.findings.iter().cloned()));
-    notes.extend(outcome_notes(&sizes, fidelity.as_ref()));
-    notes.extend(body_notes(model.graph()));
+    notes.extend(outcome_notes(&sizes, fidelity.as_ref(), model.graph()));
     notes.sort_by_key(|note| std::cmp::Reverse(note.severity));
     let (executor, stages) = (executor.describe(), clock.stages);
     Ok(Outcome {
@@ -293,7 +295,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         sizes,
         pipeline: text,
         executor,
-        samples: dataset.as_ref().map_or(0, Files::n_samples),
+        samples: fitted_to.map_or(0, Dataset::len),
         held_out: held_out.is_some(),
         estimated_bytes,
     })
@@ -413,12 +415,12 @@ pub(crate) fn executor(name: &str, model: &Model) -> Result<Box<dyn Executor>, E
 fn context<'a>(
     request: &Request,
     executor: &'a dyn Executor,
-    dataset: Option<&'a Files>,
+    dataset: Option<&'a dyn Dataset>,
     overrides: &'a Overrides,
     progress: &'a dyn Progress,
 ) -> PassContext<'a> {
     PassContext {
-        dataset: dataset.map(|d| d as &dyn passes::exec::Dataset),
+        dataset,
         keep_float: &overrides.keep_float,
         schemes: &overrides.schemes,
         scheme: request.scheme,
@@ -454,8 +456,8 @@ fn input_bytes(path: &Path, external: &[Source]) -> u64 {
     size(path) + external.iter().map(|source| size(&source.path)).sum::<u64>()
 }
 
-fn outcome_notes(sizes: &Sizes, fidelity: Option<&Fidelity>) -> Vec<Diagnostic> {
-    let mut notes = Vec::new();
+fn outcome_notes(sizes: &Sizes, fidelity: Option<&Fidelity>, graph: &Graph) -> Vec<Diagnostic> {
+    let mut notes = body_notes(graph);
     if sizes.output_bytes >= sizes.input_bytes {
         let message = format!("{} bytes became {}", sizes.input_bytes, sizes.output_bytes);
         notes.push(Diagnostic::new(diag::GREW, Severity::Warning, Place::Model, message));

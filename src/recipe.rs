@@ -25,7 +25,7 @@ pub(crate) fn pipelines(request: &Request) -> Vec<String> {
 fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     let text = request.pipeline.clone().unwrap_or_else(|| {
         let scheme = Scheme { weight_bits: fewest_bits(request), ..request.scheme };
-        request.target.pipeline(request.goal, &scheme).into_owned()
+        with_damping(&request.target.pipeline(request.goal, &scheme), request.augment)
     });
     let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
     let text = request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method));
@@ -68,6 +68,26 @@ fn with_allocation(text: &str, budget: Option<f64>, max_drop: Option<f64>) -> St
     format!("{before}, allocate-bits{{{}{}}}{after}", given.join(", "), weights.unwrap_or_default())
 }
 
+/// `text` with less damping where there are `variants` of every sample: what it guards against is few samples.
+fn with_damping(text: &str, variants: usize) -> String {
+    if variants == 0 || text.contains("damping=") {
+        return text.to_owned();
+    }
+    let damping = format!("damping={:.2}", 2.0 / (variants as f64 + 2.0));
+    with_option(text, "round-in-order", &damping)
+}
+
+/// `text` with `option` first among those of the pass `name`, where it is there.
+fn with_option(text: &str, name: &str, option: &str) -> String {
+    match text.split_once(name) {
+        Some((before, after)) => match after.strip_prefix('{') {
+            Some(rest) => format!("{before}{name}{{{option}, {rest}"),
+            None => format!("{before}{name}{{{option}}}{after}"),
+        },
+        None => text.to_owned(),
+    }
+}
+
 /// `text` with another observer in `assign-encodings`.
 fn with_observer(text: &str, observer: &str) -> String {
     with_value(&with_value(text, "observer=", observer), "products=", observer)
@@ -78,11 +98,8 @@ fn with_rounding(text: &str, method: &str) -> String {
     if text.contains("method=") {
         return with_value(text, "method=", method);
     }
-    if let Some((before, after)) = text.split_once("round-in-order") {
-        return match after.strip_prefix('{') {
-            Some(rest) => format!("{before}round-in-order{{method={method}, {rest}"),
-            None => format!("{before}round-in-order{{method={method}}}{after}"),
-        };
+    if text.contains("round-in-order") {
+        return with_option(text, "round-in-order", &format!("method={method}"));
     }
     let is_name = |c: char| c.is_ascii_alphanumeric() || "-{".contains(c);
     let whole = |at: &usize| {
@@ -120,6 +137,8 @@ mod tests {
             "a, round-in-order{method=nearest, refit=3}"
         );
         assert_eq!(with_rounding("a, round-in-order, b", "gptq"), "a, round-in-order{method=gptq}, b");
+        assert_eq!(with_damping("a, round-in-order{refit=3}", 8), "a, round-in-order{damping=0.20, refit=3}");
+        assert_eq!(with_damping("a, round-in-order", 0), "a, round-in-order");
         let budgeted = with_allocation(text, Some(4.5), None);
         assert!(budgeted.contains("min-max}, allocate-bits{budget=4.5}, round, correct-bias"), "{budgeted}");
         let both =

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use passes::exec::Dataset;
 use passes::model::Model;
 use passes::pass::{PassContext, RunError};
 
-use crate::dataset::{Files, Slot};
+use crate::dataset::{Augmented, Files, Slot};
 use crate::driver::{Error, Request, Select};
 
 /// The samples of a request, when it names any.
@@ -41,6 +42,27 @@ pub(crate) fn hold_out(request: &Request, files: Option<&mut Files>) -> Result<O
     let judge = files.only(&held);
     files.keep(&rest);
     Ok(Some(judge))
+}
+
+/// The samples of `files` and the variants of them that `request` asks for.
+///
+/// # Errors
+/// [`Error::Input`] where there are no samples, or `model` takes no token ids.
+pub(crate) fn augmented<'a>(
+    request: &Request,
+    model: &Model,
+    files: Option<&'a Files>,
+) -> Result<Option<Augmented<'a>>, Error> {
+    match (request.augment, files) {
+        (0, _) => Ok(None),
+        (_, None) => Err(Error::Input("--augment makes variants of the samples of --data, and there are none".into())),
+        (times, Some(files)) => Augmented::new(files, model.graph(), times).map(Some).map_err(Error::input),
+    }
+}
+
+/// What a run is fitted to.
+pub(crate) fn all<'a>(varied: Option<&'a Augmented<'a>>, given: Option<&'a Files>) -> Option<&'a dyn Dataset> {
+    varied.map(|all| all as &dyn Dataset).or(given.map(|files| files as &dyn Dataset))
 }
 
 /// Refuses what only `quantize` can do with samples.

@@ -57,6 +57,7 @@ impl DataArgs {
             samples: self.samples,
             select: self.select,
             hold_out: 0,
+            augment: 0,
             stats: None,
             target: target_named(target)?,
             scheme: Scheme::W8A8,

@@ -31,6 +31,9 @@ pub(crate) struct Args {
     /// Leave so many samples, spread over all, out of everything but judging: the summary's fidelity and --max-drop go by them.
     #[arg(long, value_name = "N", default_value_t = 0)]
     hold_out: usize,
+    /// Fit to so many variants of every sample as well, with half of its token ids drawn anew: for text models of few samples.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    augment: usize,
     /// Use statistics measured by `onnx-quant stats` instead of samples.
     #[arg(long, value_name = "FILE")]
     stats: Option<PathBuf>,
@@ -146,6 +149,7 @@ fn request(args: &Args) -> Result<Request, Error> {
         set,
         budget: args.budget.or(of_file(&recipe.budget, "budget")?),
         hold_out: args.hold_out,
+        augment: args.augment,
         max_drop: args.max_drop.or(of_file(&recipe.max_drop, "max-drop")?),
         output: (!args.dry_run).then_some(output),
         stats: args.stats.clone(),

@@ -4,6 +4,7 @@
 //! open, feeds are cut into single samples, so that the result does not depend on how samples were batched. Files are read
 //! when their samples are asked for, and only the last few are kept.
 
+mod augment;
 mod files;
 mod fit;
 mod images;
@@ -15,6 +16,7 @@ use passes::exec::{DataError, Dataset};
 use passes::ir::{Dim, Graph, TensorType};
 use passes::tensor::Tensor;
 
+pub use augment::Augmented;
 pub use images::{ImageError, ImageOptions};
 
 /// Feeds kept in memory: workers ask for neighbors.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What budgets for bits and for loss buy: scores on the zoo, one line per run.
+"""What budgets for bits and for loss buy, and more samples made out of few: scores on the zoo, one line per run.
 
     mixed.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME]
 """
@@ -10,7 +10,8 @@ FILES = {'digits-resnet': 'digits-resnet.onnx', 'efficientnet-lite0': 'efficient
 RUNS = [('digits-resnet', '--scheme w4a8'), ('digits-resnet', '--scheme w4a8 --budget 5'),
         *(('efficientnet-lite0', f'--scheme w4a8 --recipe best{b}') for b in ('', ' --budget 5', ' --budget 5.5', ' --budget 6')),
         *(('efficientnet-lite0', f'--scheme w8a8{d}') for d in ('', ' --max-drop 1%', ' --max-drop 0.5%')),
-        *(('minilm', f'--scheme w4a16g32 --recipe best{b}') for b in ('', ' --budget 5'))]
+        *(('minilm', f'--scheme w4a16g32 --recipe best{b}') for b in ('', ' --budget 5')),
+        *(('minilm', f'--scheme {s} --recipe best --augment {n}') for s in ('w4a16g32', 'w4a16g32asym', 'w3a16g64') for n in (0, 4, 8))]
 
 
 def main():

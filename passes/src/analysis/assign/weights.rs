@@ -131,7 +131,7 @@ pub(super) fn blocked(weight: &Tensor, axis: usize, size: usize, goals: &Goal) -
         let block: Vec<f32> = run.map(at).collect();
         match goals.scheme.block_format() {
             Some(format) => (least_of(&block, format, top), 0),
-            None if goals.scheme.asymmetric => affine_block(&block, goals.weight_grid),
+            None if goals.scheme.asymmetric => affine_block(&block, goals),
             None => signed_block(&block, goals),
         }
     });
@@ -173,10 +173,40 @@ fn signed_block(block: &[f32], goals: &Goal) -> (f32, i32) {
     (if (scale as f32).is_normal() { scale as f32 } else { 1.0 }, 0)
 }
 
-/// Scale and zero point that map the range of `block`, with 0 in it, onto all codes.
-fn affine_block(block: &[f32], grid: &dyn Grid) -> (f32, i32) {
-    let (low, high) = block.iter().fold((0.0_f32, 0.0_f32), |(low, high), &v| (low.min(v), high.max(v)));
-    super::encode::affine((f64::from(low), f64::from(high)), grid.range().0, grid.range().1)
+/// Scale and zero point that map the range of `block`, with 0 in it, onto all codes; for least squares both ends come in together, then
+/// each alone, as long as that lowers the error.
+fn affine_block(block: &[f32], goals: &Goal) -> (f32, i32) {
+    let grid = goals.weight_grid;
+    let (from, to) = block.iter().fold((0.0_f32, 0.0_f32), |(low, high), &v| (low.min(v), high.max(v)));
+    let (from, to) = (f64::from(from), f64::from(to));
+    let encoding =
+        |(low, high): (f64, f64)| super::encode::affine((from * low, to * high), grid.range().0, grid.range().1);
+    if goals.weights != WeightScale::Mse {
+        return encoding((1.0, 1.0));
+    }
+    #[expect(clippy::cast_precision_loss, reason = "zero points of up to 8 bits")]
+    let error = |ends: (f64, f64)| {
+        let (scale, zero) = encoding(ends);
+        squared_error(block, grid, f64::from(scale), zero as f32)
+    };
+    let mut best = ((1.0, 1.0), error((1.0, 1.0)));
+    let mut consider = |ends| {
+        let found = error(ends);
+        if found < best.1 {
+            best = (ends, found);
+        }
+        best.0
+    };
+    let steps = |most: i32| (1..=most).map(|step| 0.04 * f64::from(step));
+    let mut ends = (1.0, 1.0);
+    steps(10).for_each(|s| ends = consider((1.0 - s, 1.0 - s)));
+    let both = ends;
+    steps(3).for_each(|s| ends = consider((both.0 - s, both.1)));
+    steps(3).for_each(|s| ends = consider((both.0 + s, both.1)));
+    let low = ends.0;
+    steps(3).for_each(|s| ends = consider((low, both.1 - s)));
+    steps(3).for_each(|s| ends = consider((low, both.1 + s)));
+    encoding(ends)
 }
 
 #[cfg(test)]
@@ -221,6 +251,23 @@ mod tests {
         let mut values = vec![0.8_f32, -0.3, 0.1, 0.0, -0.4];
         encoding.simulate(&mut values, &[5, 1]).unwrap();
         assert!((values[0] - 0.8).abs() < 1e-6 && (values[4] + 0.4).abs() < 1e-6, "{values:?}");
+    }
+
+    #[test]
+    fn both_ends_of_a_range_come_in_where_that_lowers_the_error() {
+        let scheme = Scheme { asymmetric: true, ..goals(4, WeightScale::Mse).scheme };
+        let of = |weights| Goal { scheme, weights, weight_grid: weight_grid(&scheme).unwrap() };
+        let error = |block: &[f32], goals: &Goal| {
+            let (scale, zero) = affine_block(block, goals);
+            squared_error(block, goals.weight_grid, f64::from(scale), zero as f32)
+        };
+        let mut block: Vec<f32> = (0..32).map(|i| ((i * 37) % 101) as f32 / 101.0 - 0.2).collect();
+        block[5] = -0.9;
+        let (whole, least) = (error(&block, &of(WeightScale::MinMax)), error(&block, &of(WeightScale::Mse)));
+        assert!(least < 0.97 * whole, "{least} {whole}");
+        let exact: Vec<f32> = (0..16).map(|i| 0.25 * (i as f32 - 3.0)).collect();
+        assert_eq!(affine_block(&exact, &of(WeightScale::Mse)), (0.25, 3), "what lies on a grid stays on it");
+        assert_eq!(affine_block(&[0.0; 4], &of(WeightScale::Mse)), (1.0, 0));
     }
 
     #[test]

@@ -1,0 +1,230 @@
+//! More samples out of few: the given ones with tokens replaced by others of the vocabulary.
+//!
+//! Second moments of a few thousand tokens have directions that those tokens hardly visit, and what is rounded by data spends its freedom
+//! there. Sentences with every other word drawn at random visit them, and keep the rest of what makes a sentence: its length, its padding
+//! and its marks. Measured by `tests/bench/mixed.py`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use passes::exec::{DataError, Dataset};
+use passes::id::ValueId;
+use passes::ir::Graph;
+use passes::seed;
+use passes::tensor::{DType, Tensor};
+
+use super::Files;
+
+/// The share of tokens that are replaced.
+const SHARE: f64 = 0.5;
+/// The fewest rows of a table that is taken for a vocabulary: positions, segments and bytes have fewer.
+const LEAST_ROWS: usize = 1000;
+/// What may stand between an input and the table it indexes.
+const CARRIES: &[&str] = &["Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"];
+
+/// An input that holds token ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tokens {
+    /// Its place among the inputs.
+    input: usize,
+    /// How many ids there are.
+    rows: usize,
+}
+
+/// Samples, followed by variants of them.
+#[derive(Debug)]
+pub struct Augmented<'a> {
+    files: &'a Files,
+    tokens: Vec<Tokens>,
+    /// Per entry of `tokens`, ids that stay where they are: those that more than half of the sequences hold.
+    marks: Vec<BTreeSet<i64>>,
+    times: usize,
+}
+
+impl<'a> Augmented<'a> {
+    /// `files`, followed by `times` variants of every sample for the model `graph`.
+    ///
+    /// # Errors
+    /// [`DataError`] where no input of `graph` holds token ids, or a sample cannot be read.
+    pub fn new(files: &'a Files, graph: &Graph, times: usize) -> Result<Self, DataError> {
+        let tokens = find_tokens(graph);
+        if tokens.is_empty() {
+            let problem = format!(
+                "--augment draws token ids anew, and no input of the model indexes a table of {LEAST_ROWS} rows or more: give more \
+                 samples instead"
+            );
+            return Err(DataError { sample: "every sample".into(), problem });
+        }
+        let marks = marks(files, &tokens)?;
+        Ok(Self { files, tokens, marks, times })
+    }
+
+    /// The ids of `tensor` with a share of them drawn anew; the same for the same `variant`.
+    fn varied(&self, which: usize, tensor: &Tensor, variant: usize) -> Option<Tensor> {
+        let (tokens, marks) = (self.tokens[which], &self.marks[which]);
+        let start = seed::mixed(variant as u64 ^ (which as u64) << 48);
+        let draw = |(at, &id): (usize, &i64)| {
+            let x = start.wrapping_add(2 * at as u64);
+            if marks.contains(&id) || seed::uniform(x) >= SHARE {
+                return id;
+            }
+            let new = i64::try_from(seed::mixed(x.wrapping_add(1)) % tokens.rows as u64).unwrap_or(id);
+            if marks.contains(&new) { id } else { new }
+        };
+        let ids: Vec<i64> = tensor.integers()?.iter().enumerate().map(draw).collect();
+        let shape = tensor.shape().to_vec();
+        match tensor.dtype() {
+            DType::I64 => Some(Tensor::of(shape, ids)),
+            DType::I32 => {
+                Some(Tensor::of(shape, ids.iter().map(|&id| i32::try_from(id).ok()).collect::<Option<Vec<_>>>()?))
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Dataset for Augmented<'_> {
+    fn len(&self) -> usize {
+        self.files.len().saturating_mul(self.times.saturating_add(1))
+    }
+
+    fn name(&self, index: usize) -> String {
+        let n = self.files.len().max(1);
+        match index / n {
+            0 => self.files.name(index),
+            variant => format!("{}, variant {variant}", self.files.name(index % n)),
+        }
+    }
+
+    fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
+        let n = self.files.len().max(1);
+        let mut sample = self.files.sample(index % n)?;
+        if index < n {
+            return Ok(sample);
+        }
+        for (which, tokens) in self.tokens.iter().enumerate() {
+            let refuse = || DataError {
+                sample: self.name(index),
+                problem: "its token ids are no 32- or 64-bit integers".into(),
+            };
+            sample[tokens.input] = self.varied(which, &sample[tokens.input], index).ok_or_else(refuse)?;
+        }
+        Ok(sample)
+    }
+}
+
+/// The inputs of `graph` that index the largest table of all that inputs index, when that is as large as a vocabulary.
+fn find_tokens(graph: &Graph) -> Vec<Tokens> {
+    let mut from: BTreeMap<ValueId, usize> = graph.inputs().iter().enumerate().map(|(at, id)| (*id, at)).collect();
+    let mut found: Vec<Tokens> = Vec::new();
+    for (_, node) in graph.nodes() {
+        let read = |input| node.input(input).and_then(|value| from.get(&value).copied());
+        if CARRIES.iter().any(|name| node.op.is(name)) {
+            if let (Some(input), Some(output)) = (read(0), node.output(0)) {
+                from.insert(output, input);
+            }
+        } else if let (true, Some(input)) = (node.op.is("Gather") && node.int("axis", 0) == 0, read(1)) {
+            let rows = graph.constant_input(node, 0).and_then(|table| table.shape().first().copied());
+            found.extend(rows.filter(|&rows| rows >= LEAST_ROWS).map(|rows| Tokens { input, rows }));
+        }
+    }
+    let most = found.iter().map(|tokens| tokens.rows).max();
+    found.retain(|tokens| Some(tokens.rows) == most);
+    found.sort_by_key(|tokens| tokens.input);
+    found.dedup();
+    found
+}
+
+/// Per entry of `tokens`, the ids that more than half of the sequences of `files` hold: padding, starts and ends.
+fn marks(files: &Files, tokens: &[Tokens]) -> Result<Vec<BTreeSet<i64>>, DataError> {
+    let mut seen: Vec<(usize, BTreeMap<i64, usize>)> = vec![(0, BTreeMap::new()); tokens.len()];
+    for index in 0..files.len() {
+        let sample = files.sample(index)?;
+        for (tokens, (sequences, holding)) in tokens.iter().zip(&mut seen) {
+            let ids = sample[tokens.input].integers().unwrap_or_default();
+            let length = sample[tokens.input].shape().last().copied().unwrap_or(1).max(1);
+            for sequence in ids.chunks(length) {
+                *sequences += 1;
+                for id in sequence.iter().collect::<BTreeSet<_>>() {
+                    *holding.entry(*id).or_default() += 1;
+                }
+            }
+        }
+    }
+    let most = |(sequences, holding): (usize, BTreeMap<i64, usize>)| {
+        holding.into_iter().filter(|(_, n)| 2 * n > sequences).map(|(id, _)| id).collect()
+    };
+    Ok(seen.into_iter().map(most).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataset::Slot;
+
+    const MODEL: &str = "graph (%ids: i64[N,20], %segments: i64[N,20]) -> (%y) {
+  %words = const f32[2000,2] rand(seed=1, std=1)
+  %sides = const f32[2,2] [1, 2, 3, 4]
+  %axes = const i64[1] [0]
+  %column = Unsqueeze(%ids, %axes)
+  %w = Gather(%words, %column)
+  %s = Gather(%sides, %segments)
+  %y = Add(%w, %s)
+}";
+
+    /// 30 sentences of 20 ids that start with 1, end with 2 and are padded with 0.
+    fn written(folder: &std::path::Path) -> Vec<i64> {
+        let sentence = |n: i64| {
+            let words = (0..9 + n % 9).map(move |at| 100 + (37 * n + 11 * at) % 1800);
+            std::iter::once(1).chain(words).chain([2]).chain(std::iter::repeat(0)).take(20)
+        };
+        let ids: Vec<i64> = (0..30).flat_map(sentence).collect();
+        for (index, values) in [ids.clone(), vec![0; 600]].into_iter().enumerate() {
+            let tensor = proto::onnx::TensorProto {
+                dims: vec![30, 20],
+                data_type: Some(7),
+                int64_data: values,
+                ..proto::onnx::TensorProto::default()
+            };
+            std::fs::write(folder.join(format!("input_{index}.pb")), proto::encode(&tensor)).unwrap();
+        }
+        ids
+    }
+
+    #[test]
+    fn half_of_the_words_are_drawn_anew_and_marks_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let ids = written(folder.path());
+        let model = passes::text::parse(MODEL).unwrap();
+        let files = Files::open(folder.path(), Slot::of(model.graph()), None, None).unwrap();
+        let augmented = Augmented::new(&files, model.graph(), 3).unwrap();
+        assert_eq!((files.len(), augmented.len()), (30, 120));
+        let (mut words, mut changed) = (0, 0);
+        for index in 0..120 {
+            let sample = augmented.sample(index).unwrap();
+            assert_eq!(sample, augmented.sample(index).unwrap(), "the same whenever it is asked for");
+            assert_eq!(sample[1], files.sample(index % 30).unwrap()[1], "segments stay");
+            let given = &ids[index % 30 * 20..][..20];
+            let found = sample[0].integers().unwrap();
+            assert!(found.iter().all(|id| (0..2000).contains(id)));
+            for (given, found) in given.iter().zip(&found) {
+                if *given < 100 || index < 30 {
+                    assert_eq!(given, found, "marks and given samples stay");
+                } else {
+                    (words, changed) = (words + 1, changed + usize::from(given != found));
+                }
+            }
+        }
+        assert!(changed * 100 > words * 42 && changed * 100 < words * 58, "{changed} of {words}");
+        assert!(augmented.name(45).contains("variant 1"));
+    }
+
+    #[test]
+    fn a_model_without_a_vocabulary_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        written(folder.path());
+        let model = passes::text::parse(&MODEL.replace("2000", "999")).unwrap();
+        let files = Files::open(folder.path(), Slot::of(model.graph()), None, None).unwrap();
+        let error = Augmented::new(&files, model.graph(), 1).unwrap_err();
+        assert!(error.to_string().contains("a table of 1000 rows"), "{error}");
+    }
+}
