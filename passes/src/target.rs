@@ -108,7 +108,7 @@ pub struct LowerError {
     pub problem: String,
 }
 
-/// Weights and activations, in how many bits or in which format: `w8a8`, `w4a16g32`, `wfp8afp8`.
+/// Weights and activations, in how many bits or in which format: `w8a8`, `w4a16g32`, `wfp8afp8`, `w8a8pow2`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scheme {
     /// Bits of weight codes.
@@ -123,6 +123,8 @@ pub struct Scheme {
     pub block: Option<usize>,
     /// Whether weights have zero points.
     pub asymmetric: bool,
+    /// Whether every scale is a power of two: what multiplies by it is a shift.
+    pub power_of_two: bool,
 }
 
 impl Scheme {
@@ -132,7 +134,15 @@ impl Scheme {
     /// Integers of so many bits, one scale per output channel, no zero points for weights.
     pub const fn integers(weight_bits: u32, activation_bits: Option<u32>) -> Self {
         let (weight_format, activation_format) = (None, None);
-        Self { weight_bits, weight_format, activation_bits, activation_format, block: None, asymmetric: false }
+        Self {
+            weight_bits,
+            weight_format,
+            activation_bits,
+            activation_format,
+            block: None,
+            asymmetric: false,
+            power_of_two: false,
+        }
     }
 
     /// The block format of weights, where they have one.
@@ -148,6 +158,7 @@ impl Scheme {
 
     /// The scheme of weights `weight` and what comes after them.
     fn of(weight: &str, rest: &str) -> Option<Self> {
+        let (rest, power_of_two) = rest.strip_suffix("pow2").map_or((rest, false), |rest| (rest, true));
         let (rest, asymmetric) = rest.strip_suffix("asym").map_or((rest, false), |rest| (rest, true));
         let (activation, block) = rest.split_once('g').map_or((rest, None), |(a, g)| (a, Some(g)));
         let block = block.map(|g| g.parse().ok().filter(|&g: &usize| g > 0)).map_or(Some(None), |g| g.map(Some))?;
@@ -157,8 +168,10 @@ impl Scheme {
             (bits, format) => (Some(bits), format),
         };
         let of_blocks = activation_format.is_some_and(|name| block::find(name).is_some());
-        let scheme = Self { weight_bits, weight_format, activation_bits, activation_format, block, asymmetric };
-        (!of_blocks && (weight_format.is_none() || !asymmetric)).then_some(scheme)
+        let scheme =
+            Self { weight_bits, weight_format, activation_bits, activation_format, block, asymmetric, power_of_two };
+        let plain = weight_format.is_none() || !asymmetric && (scheme.block_format().is_none() || !power_of_two);
+        (!of_blocks && plain).then_some(scheme)
     }
 }
 
@@ -194,7 +207,8 @@ impl std::fmt::Display for Scheme {
         if let Some(block) = self.block {
             write!(f, "g{block}")?;
         }
-        f.write_str(if self.asymmetric { "asym" } else { "" })
+        f.write_str(if self.asymmetric { "asym" } else { "" })?;
+        f.write_str(if self.power_of_two { "pow2" } else { "" })
     }
 }
 

@@ -113,7 +113,7 @@ pub(crate) fn share(text: &str) -> Result<f64, String> {
 pub(crate) fn scheme(text: &str) -> Result<Scheme, String> {
     Scheme::parse(text).ok_or_else(|| {
         format!(
-            "`{text}` is no scheme; write w8a8, w4a16g32 (blocks of 32 inputs), w4a16g32asym (with zero points), wfp8afp8 or \
+            "`{text}` is no scheme; write w8a8, w4a16g32 (blocks of 32 inputs), w4a16g32asym (with zero points), w8a8pow2 (scales that are powers of two), wfp8afp8 or \
              wmxfp4a16 (any of `list formats`)"
         )
     })

@@ -14,14 +14,41 @@ fn run(scheme: &str, recipe: &str) -> serde_json::Value {
 #[test]
 fn every_scheme_verifies() {
     let integers = ["w8a8", "w5a8", "w4a8", "w2a8", "w4a4", "w8a16", "w4a16", "w4a16g32", "w3a16g16asym", "w2a16g32"];
+    let shifts = ["w8a8pow2", "w4a8pow2", "w4a16g32pow2", "w3a16g16asympow2", "we2m3a8pow2"];
     let floats = ["wfp8a16", "wfp8e5m2a16", "wfp4a8", "we2m3a8", "we3m0a16g32", "wnf4a16g32"];
     let blocks = ["wmxfp8a16", "wmxfp4a16", "wmxint8a16", "wnvfp4a16"];
-    for scheme in integers.into_iter().chain(floats).chain(blocks) {
+    for scheme in integers.into_iter().chain(shifts).chain(floats).chain(blocks) {
         let json = run(scheme, "best");
         assert_eq!(json["verify"]["passed"], true, "{scheme}: {json:#}");
         assert_eq!(json["scheme"], scheme);
         assert!(json["totals"]["quantized"].as_u64().unwrap() > 0, "{scheme}");
     }
+}
+
+#[test]
+fn scales_are_powers_of_two_where_the_scheme_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let shifts = |scale: &f32| scale.to_bits().trailing_zeros() >= 23;
+    for (scheme, least_db) in [("w8a8", 33.0), ("w8a8pow2", 28.0), ("w4a16g32asympow2", 18.0), ("w4a8pow2", 18.0)] {
+        let out = folder.path().join(format!("{scheme}.onnx"));
+        let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+        let args =
+            ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--target", "onnx-qdq", "--json"];
+        let json = tool_ok(&[&args[..], &["--recipe", "best", "--scheme", scheme]].concat());
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert!(json["fidelity"]["sqnr_db"].as_f64().unwrap() > least_db, "{scheme}: {}", json["fidelity"]);
+        let written = onnx_quant::import::file(&out).unwrap().model;
+        let graph = written.graph();
+        let dequantized = graph.nodes().filter(|(_, node)| node.op.is("DequantizeLinear"));
+        let scales: Vec<f32> = dequantized
+            .flat_map(|(_, node)| graph.constant_input(node, 1).unwrap().floats().unwrap().into_owned())
+            .collect();
+        assert!(scales.len() > 10, "{scheme}");
+        assert_eq!(scales.iter().all(shifts), scheme.ends_with("pow2"), "{scheme}");
+    }
+    let odd =
+        tool(&["quantize", text(&fixture("models/digits-resnet.onnx")), "--scheme", "wnvfp4a16pow2", "--dry-run"]);
+    assert_eq!(odd.status.code(), Some(3), "block formats have scales of their own");
 }
 
 /// ONNX Runtime's optimizer trips over 8-bit floats as activations: its target says so, the plain one writes them.

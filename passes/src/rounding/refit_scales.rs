@@ -67,8 +67,16 @@ impl Pass for RefitScales {
     }
 }
 
+/// Whether the mantissa of `scale` is 1; also for the 0 of rows beyond the last.
+fn is_power_of_two(scale: f32) -> bool {
+    scale.to_bits().trailing_zeros() >= f32::MANTISSA_DIGITS - 1
+}
+
 /// Scales, then `sweeps` of descent, `rounds` times over.
 pub(super) fn refit(tile: &mut Tile, grid: &dyn Grid, q: &Quadratic, rounds: usize, sweeps: usize) {
+    if tile.scales.iter().flatten().all(|scale| is_power_of_two(*scale)) {
+        return; // they are that on purpose
+    }
     let before = tile.clone();
     for _ in 0..rounds {
         let mut errors = tile.errors();

@@ -39,17 +39,8 @@ pub(super) fn kept(
     let kept = parallel::map(&values, |value| {
         let sketch = model.stats().distribution(*value)?;
         let observer = if products.contains(value) { observers.products } else { observers.usual };
-        let encoding = activation(sketch, observer, goals.base.activation_grid());
-        let (low, high) = encoding.grid.range();
-        let (scale, zero) = (f64::from(encoding.scale[0]), f64::from(encoding.zero_point[0]));
-        let (low, high) = ((low - zero) * scale, (high - zero) * scale);
-        let usual = sketch.quantile_of_magnitude(0.999);
-        let (mut signal, mut error) = (0.0, 0.0);
-        for bucket in sketch.buckets() {
-            let (x, n) = (bucket.center(), bucket.count as f64);
-            signal += n * x.abs().min(usual).powi(2);
-            error += n * ((x - x.clamp(low, high)).powi(2) + (scale * scale / 12.0).min(x * x));
-        }
+        let encoding = activation(sketch, observer, &goals.base);
+        let (signal, error) = expected_error(sketch, &encoding, sketch.quantile_of_magnitude(0.999));
         Some(10.0 * (signal.max(1e-300) / error.max(1e-300)).log10())
     });
     values.into_iter().zip(kept).filter_map(|(value, kept)| Some((value, kept?))).collect()
@@ -82,7 +73,7 @@ pub(super) fn encode(
     let products = read_by_products(graph, selection);
     let encodings = parallel::map(&wanted, |value| {
         let observer = if products.contains(value) { observers.products } else { observers.usual };
-        Some(activation(model.stats().distribution(*value)?, observer, goals.base.activation_grid()))
+        Some(activation(model.stats().distribution(*value)?, observer, &goals.base))
     });
     for (value, encoding) in wanted.iter().zip(encodings) {
         by_value[value.index()] = encoding;
@@ -130,17 +121,48 @@ fn note_dead(model: &Model, value: ValueId, patch: &mut Patch) {
 }
 
 /// Codes over the observer's range: asymmetric for integers, the largest magnitude at the largest number for other formats.
-fn activation(sketch: &Sketch, observer: &dyn Observer, grid: &'static dyn Grid) -> Encoding {
+fn activation(sketch: &Sketch, observer: &dyn Observer, goal: &Goal) -> Encoding {
+    let grid = goal.activation_grid();
     let (low, high) = grid.range();
     if !grid.info().integer {
         let reach = sketch.max().max(-sketch.min());
         #[expect(clippy::cast_possible_truncation, reason = "a scale rounded to f32")]
-        let scale = (reach / high) as f32;
+        let scale =
+            if goal.scheme.power_of_two { weights::powers_of_two(reach / high)[1] } else { reach / high } as f32;
         return Encoding::per_tensor(grid, if scale.is_normal() { scale } else { 1.0 }, 0);
     }
     let range = observer.range(sketch, Purpose { levels: high - low + 1.0, symmetric: false });
     let (scale, zero_point) = affine(range, low, high);
-    Encoding::per_tensor(grid, scale, zero_point)
+    if !goal.scheme.power_of_two {
+        return Encoding::per_tensor(grid, scale, zero_point);
+    }
+    let [below, above] = weights::powers_of_two(f64::from(scale)).map(|scale| {
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a zero point between the ends of the grid; powers of two are exact"
+        )]
+        let (scale, zero) = (scale as f32, (low - range.0.min(0.0) / scale).round_ties_even().clamp(low, high) as i32);
+        Encoding::per_tensor(grid, scale, zero)
+    });
+    if expected_error(sketch, &below, f64::INFINITY).1 < expected_error(sketch, &above, f64::INFINITY).1 {
+        below
+    } else {
+        above
+    }
+}
+
+/// Σ x² and the expected Σ (x̂ − x)² of `sketch` in `encoding`, magnitudes beyond `usual` counted as that in the first sum.
+fn expected_error(sketch: &Sketch, encoding: &Encoding, usual: f64) -> (f64, f64) {
+    let (low, high) = encoding.grid.range();
+    let (scale, zero) = (f64::from(encoding.scale[0]), f64::from(encoding.zero_point[0]));
+    let (low, high) = ((low - zero) * scale, (high - zero) * scale);
+    let (mut signal, mut error) = (0.0, 0.0);
+    for bucket in sketch.buckets() {
+        let (x, n) = (bucket.center(), bucket.count as f64);
+        signal += n * x.abs().min(usual).powi(2);
+        error += n * ((x - x.clamp(low, high)).powi(2) + (scale * scale / 12.0).min(x * x));
+    }
+    (signal, error)
 }
 
 /// Scale and zero point that map `range` onto the codes from `low` to `high`; scale 1 for a range without extent.
@@ -209,6 +231,9 @@ pub(super) fn parameters(model: &Model, id: NodeId, input_scale: f32, goals: &Go
         Some(bias) => raise_for_bias(&mut scales, &bias.floats()?, input_scale),
         None => 0,
     };
+    if goals.scheme.power_of_two && raised > 0 {
+        scales.iter_mut().for_each(|scale| *scale = weights::powers_of_two(*scale)[1]);
+    }
     let weight_scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
     let mut edits = vec![Edit::Encode {
         site: Site::Use { node: id, input: roles.weight },

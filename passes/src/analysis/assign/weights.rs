@@ -58,8 +58,7 @@ pub(super) fn channel_scales(weight: &Tensor, axis: usize, goals: &Goal) -> Opti
     for (index, run) in values.chunks(inner.max(1)).enumerate() {
         by_channel[index % channels].extend_from_slice(run);
     }
-    let mut scales: Vec<f64> =
-        parallel::map(&by_channel, |channel| scale_of(channel, goals.weight_grid, goals.weights));
+    let mut scales: Vec<f64> = parallel::map(&by_channel, |channel| scale_of(channel, goals));
     let mut live: Vec<f64> = scales.iter().copied().filter(|&s| s > 0.0).collect();
     live.sort_by(f64::total_cmp);
     let median = live.get(live.len() / 2).copied().unwrap_or(1.0);
@@ -68,18 +67,35 @@ pub(super) fn channel_scales(weight: &Tensor, axis: usize, goals: &Goal) -> Opti
 }
 
 /// The scale for one channel: 0 when it is all zero, never below what f32 holds with full precision.
-fn scale_of(channel: &[f32], grid: &dyn Grid, how: WeightScale) -> f64 {
+fn scale_of(channel: &[f32], goals: &Goal) -> f64 {
+    let grid = goals.weight_grid;
     let top = channel.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
     if top == 0.0 {
         return 0.0;
     }
     let widest = f64::from(top) / grid.range().1;
-    let best = match how {
+    let best = match goals.weights {
         WeightScale::MinMax => widest,
         WeightScale::Mse => least_squares_scale(channel, grid, widest),
         WeightScale::Cfp => truncated_scale(channel, grid, widest),
     };
-    best.max(f64::from(f32::MIN_POSITIVE))
+    allowed(best, goals, |scale| squared_error(channel, grid, scale, 0.0)).max(f64::from(f32::MIN_POSITIVE))
+}
+
+/// `scale`, or where scales are powers of two the one beside it with the smaller `error`.
+fn allowed(scale: f64, goals: &Goal, error: impl Fn(f64) -> f64) -> f64 {
+    if !goals.scheme.power_of_two {
+        return scale;
+    }
+    let [below, above] = powers_of_two(scale);
+    if error(below) < error(above) { below } else { above }
+}
+
+/// The powers of two on either side of `scale`, with its sign: both `scale` where it is one.
+#[expect(clippy::cast_possible_truncation, reason = "exponents of finite numbers")]
+pub(super) fn powers_of_two(scale: f64) -> [f64; 2] {
+    let exponent = scale.abs().log2();
+    [exponent.floor(), exponent.ceil()].map(|e| 2.0_f64.powi(e as i32).copysign(scale))
 }
 
 /// Rows shorter than this have no tail to speak of.
@@ -170,6 +186,7 @@ fn signed_block(block: &[f32], goals: &Goal) -> (f32, i32) {
             candidates.min_by(|a, b| error(a).total_cmp(&error(b))).unwrap_or(widest)
         }
     };
+    let scale = allowed(scale, goals, |scale| squared_error(block, grid, scale, 0.0));
     (if (scale as f32).is_normal() { scale as f32 } else { 1.0 }, 0)
 }
 
@@ -181,6 +198,9 @@ fn affine_block(block: &[f32], goals: &Goal) -> (f32, i32) {
     let (from, to) = (f64::from(from), f64::from(to));
     let encoding =
         |(low, high): (f64, f64)| super::encode::affine((from * low, to * high), grid.range().0, grid.range().1);
+    if goals.scheme.power_of_two {
+        return power_of_two_block(block, (from, to), goals);
+    }
     if goals.weights != WeightScale::Mse {
         return encoding((1.0, 1.0));
     }
@@ -209,6 +229,17 @@ fn affine_block(block: &[f32], goals: &Goal) -> (f32, i32) {
     encoding(ends)
 }
 
+/// Of the powers of two around the scale that maps `range` onto all codes, that with the smaller error, and its zero point.
+#[expect(clippy::cast_possible_truncation, reason = "zero points between the ends of the grid, scales as f32")]
+fn power_of_two_block(block: &[f32], range: (f64, f64), goals: &Goal) -> (f32, i32) {
+    let grid = goals.weight_grid;
+    let (low, high) = grid.range();
+    let zero = |scale: f64| (low - range.0 / scale).round_ties_even().clamp(low, high);
+    let (scale, _) = super::encode::affine(range, low, high);
+    let scale = allowed(f64::from(scale), goals, |scale| squared_error(block, grid, scale, zero(scale) as f32));
+    (scale as f32, zero(scale) as i32)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -232,7 +263,7 @@ mod tests {
     fn outliers_are_cut_where_codes_are_few() {
         let mut channel: Vec<f32> = (0..512).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect();
         channel[7] = 2.5;
-        let scale = |bits: u32, how: WeightScale| scale_of(&channel, goals(bits, how).weight_grid, how);
+        let scale = |bits: u32, how: WeightScale| scale_of(&channel, &goals(bits, how));
         assert!(scale(4, WeightScale::Cfp) < 0.3 * scale(4, WeightScale::MinMax));
         let differ = scale(8, WeightScale::Cfp) - scale(8, WeightScale::MinMax);
         assert!(differ.abs() < 1e-12, "with 8 bits cutting costs more");
@@ -268,6 +299,18 @@ mod tests {
         let exact: Vec<f32> = (0..16).map(|i| 0.25 * (i as f32 - 3.0)).collect();
         assert_eq!(affine_block(&exact, &of(WeightScale::Mse)), (0.25, 3), "what lies on a grid stays on it");
         assert_eq!(affine_block(&[0.0; 4], &of(WeightScale::Mse)), (1.0, 0));
+    }
+
+    #[test]
+    fn powers_of_two_enclose_a_scale() {
+        for (scale, want) in [(0.3, [0.25, 0.5]), (0.25, [0.25, 0.25]), (-3.0, [-2.0, -4.0])] {
+            let found = powers_of_two(scale);
+            assert!(found.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-12), "{scale}: {found:?}");
+        }
+        let scheme = Scheme { asymmetric: true, power_of_two: true, ..goals(4, WeightScale::Mse).scheme };
+        let goal = Goal { scheme, weights: WeightScale::Mse, weight_grid: weight_grid(&scheme).unwrap() };
+        let exact: Vec<f32> = (0..16).map(|i| 0.25 * (i as f32 - 3.0)).collect();
+        assert_eq!(affine_block(&exact, &goal), (0.25, 3));
     }
 
     #[test]
