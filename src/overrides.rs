@@ -1,6 +1,6 @@
 //! What the user says about nodes and tensors by name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use globset::Glob;
 use passes::id::ValueId;
@@ -55,6 +55,7 @@ pub(crate) fn overrides(
             }
             Some(scheme) => {
                 check(&option, *scheme, base, target)?;
+                names.some_weight(&option, &matched)?;
                 for name in matched {
                     if overrides.keep_float.get(&name).is_some_and(|option| option.starts_with("--set ")) {
                         overrides.keep_float.remove(&name);
@@ -85,7 +86,12 @@ struct Names {
     all: Vec<String>,
     /// Names of constants, with those of the nodes that read them: folding gives constants new names, nodes keep theirs.
     readers: Vec<(String, String)>,
+    /// The nodes that have weights.
+    weighted: BTreeSet<String>,
 }
+
+/// The operators whose weights a scheme is about.
+const WITH_WEIGHTS: &[&str] = &["Conv", "ConvTranspose", "MatMul", "Gemm", "MatMulNBits"];
 
 impl Names {
     fn of(graph: &Graph) -> Self {
@@ -93,7 +99,7 @@ impl Names {
         let values = graph.value_ids().map(|id| graph.value(id).name.to_string());
         // What is computed from constants alone stands for them.
         let mut roots: BTreeMap<ValueId, Vec<String>> = BTreeMap::new();
-        let mut readers = Vec::new();
+        let (mut readers, mut weighted) = (Vec::new(), BTreeSet::new());
         for (_, node) in graph.nodes() {
             let of = |value: &ValueId| match graph.constant(*value) {
                 Some(_) => Some(vec![graph.value(*value).name.to_string()]),
@@ -105,9 +111,24 @@ impl Names {
             if constant && node.bodies.is_empty() {
                 roots.extend(node.outputs.iter().flatten().map(|output| (*output, names.clone())));
             }
+            if !names.is_empty() && WITH_WEIGHTS.contains(&&*node.op.name) {
+                weighted.insert(node.name.to_string());
+            }
             readers.extend(names.into_iter().map(|name| (name, node.name.to_string())));
         }
-        Self { all: nodes.chain(values).collect(), readers }
+        Self { all: nodes.chain(values).collect(), readers, weighted }
+    }
+
+    /// Refuses an option that is about weights and matches none.
+    fn some_weight(&self, option: &str, matched: &[String]) -> Result<(), Error> {
+        if matched.iter().any(|name| self.weighted.contains(name)) {
+            return Ok(());
+        }
+        let first = matched.first().map_or("", String::as_str);
+        Err(Error::Input(format!(
+            "{option} changes nothing: `{first}` and whatever else it matches are no convolutions or matrix products with weights, nor \
+             weights of such; `inspect` lists the nodes"
+        )))
     }
 
     /// The names that match, and those of nodes that read a constant whose name does.

@@ -130,6 +130,7 @@ fn names_get_what_was_asked_for_them() {
         ("/8/Gem=w8a8", 2, "did you mean `/8/Gemm`"),
         ("/8/Gemm=w8a16", 3, "only weights can differ"),
         ("/8/Gemm=int8", 2, "is no scheme"),
+        ("/2/Relu=w8a8", 2, "changes nothing: `/2/Relu`"),
     ] {
         let (got, _, error) = run(&["--scheme", "w4a8", "--set", set]);
         assert!(got == Some(code) && error.contains(wanted), "{set}: {got:?} {error}");
