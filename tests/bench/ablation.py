@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """What each step adds, model by model: a table for CHANGELOG.md.
 
-    ablation.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME] [--scheme w8a8 ...]
+    ablation.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME] [--scheme w8a8 ...] [--step TEXT] [--language-model DIR]
 
-Runs the zoo's models through pipelines that grow by one step and prints the zoo's own score of each, and the time of the run.
+Runs the zoo's models through pipelines that grow by one step and prints the zoo's own score of each, and the time of the run. The language
+model takes part where DIR holds what the zoo's smollm2.py wrote.
 """
 import argparse, json, re, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -42,29 +43,41 @@ STEPS = {
                  ('+ refit-scales', f'calibrate, {ENCODE}, round{{method=gptq}}, descend, refit-scales'),
                  ('in order, own weight', f'calibrate, {ENCODE}, round-in-order{{target=weight, refit=3}}'),
                  ('in order, float output', f'calibrate, {ENCODE}, round-in-order{{target=output, refit=3}}'),
-                 ('in order, sum', f'calibrate, {ENCODE}, round-in-order{{refit=3}}')],
+                 ('in order, sum', f'calibrate, {ENCODE}, round-in-order{{refit=3}}'),
+                 ('+ augment', f'calibrate, {ENCODE}, round-in-order{{damping=0.2, refit=3}}', '--augment', '8')],
 }
+STEPS['w3a16g64'] = STEPS['w4a16g32']
+STEPS['w4a16g128'] = STEPS['w4a16g32'][:-1]
+# Convolutions stay in float where only weights are codes; the language model is for those schemes alone.
+ALONE = {'minilm': ('w4a16g32', 'w3a16g64'), 'smollm2': ('w4a16g128',)}
+
+
+def run(*command):
+    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--tool', required=True); p.add_argument('--zoo', required=True)
-    p.add_argument('--only'); p.add_argument('--scheme', nargs='*', default=list(STEPS))
+    p.add_argument('--tool', required=True); p.add_argument('--zoo', required=True); p.add_argument('--language-model', type=Path)
+    p.add_argument('--only'); p.add_argument('--step'); p.add_argument('--scheme', nargs='*', default=list(STEPS))
     o = p.parse_args(); zoo = Path(o.zoo).resolve(); script = zoo / 'zoo.py'
-    plain = re.search(r'^(infer-shapes.*?),\ncalibrate', subprocess.run([o.tool, 'explain', 'ort-cpu'], check=True, capture_output=True, text=True).stdout, re.S | re.M).group(1)
+    plain = re.search(r'^(infer-shapes.*?),\ncalibrate', run(o.tool, 'explain', 'ort-cpu'), re.S | re.M).group(1)
+    models = {name: zoo / 'models' / f'{file}.onnx' for name, file in FILES.items()}
+    if o.language_model: models['smollm2'] = o.language_model / 'smollm2-135m.onnx'
     print('| model | scheme | step | score | seconds |\n|---|---|---|---|---|')
     with tempfile.TemporaryDirectory() as tmp:
-        for name, file in FILES.items():
+        for name, model in models.items():
             if o.only and name != o.only: continue
             feeds, out = Path(tmp) / f'{name}.feeds', Path(tmp) / f'{name}.onnx'
-            subprocess.run([sys.executable, script, 'feeds', name, '--out', feeds], check=True, stdout=subprocess.DEVNULL)
+            run(sys.executable, script, 'feeds', name, '--out', feeds)
             for scheme in o.scheme:
-                if 'a16' in scheme and name != 'minilm': continue  # convolutions stay in float there
-                for step, passes in STEPS[scheme]:
+                if 'a16' in scheme and scheme not in ALONE.get(name, ()) or name == 'smollm2' and 'a16' not in scheme: continue
+                for step, passes, *options in STEPS[scheme]:
+                    if o.step and step != o.step: continue
                     passes = passes.replace('WEIGHTS', 'min-max' if scheme == 'w8a8' else 'mse'); start = time.perf_counter()
-                    subprocess.run([o.tool, 'quantize', zoo / 'models' / f'{file}.onnx', '--data', feeds, '-o', out, '--scheme', scheme, '--pipeline', f'{plain}, {passes}', '--progress', 'none'], check=True, stdout=subprocess.DEVNULL)
+                    run(o.tool, 'quantize', model, '--data', feeds, '-o', out, '--scheme', scheme, '--pipeline', f'{plain}, {passes}', '--progress', 'none', *options)
                     seconds = time.perf_counter() - start
-                    score = json.loads(subprocess.run([sys.executable, script, 'score', name, out, '--json'], check=True, capture_output=True, text=True).stdout)
+                    score = json.loads(run(sys.executable, script, 'score', name, out, '--json', *(('--float', model) if name == 'smollm2' else ())))
                     keep = {k: v for k, v in score.items() if k not in ('seconds', 'bytes')}
                     print(f"| {name} | {scheme} | {step} | " + ', '.join(f'{k} {v:.4g}' for k, v in keep.items()) + f' | {seconds:.1f} |', flush=True)
 
