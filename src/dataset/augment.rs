@@ -58,10 +58,11 @@ impl<'a> Augmented<'a> {
         Ok(Self { files, tokens, marks, times })
     }
 
-    /// The ids of `tensor` with a share of them drawn anew; the same for the same `variant`.
+    /// The ids of `tensor` with a share of them drawn anew: by what they are and by `variant`, so that the order of samples does not matter.
     fn varied(&self, which: usize, tensor: &Tensor, variant: usize) -> Option<Tensor> {
         let (tokens, marks) = (self.tokens[which], &self.marks[which]);
-        let start = seed::mixed(variant as u64 ^ (which as u64) << 48);
+        let given = tensor.integers()?;
+        let start = given.iter().fold(variant as u64, |hash, id| seed::mixed(hash ^ id.cast_unsigned()));
         let draw = |(at, &id): (usize, &i64)| {
             let x = start.wrapping_add(2 * at as u64);
             if marks.contains(&id) || seed::uniform(x) >= SHARE {
@@ -70,7 +71,7 @@ impl<'a> Augmented<'a> {
             let new = i64::try_from(seed::mixed(x.wrapping_add(1)) % tokens.rows as u64).unwrap_or(id);
             if marks.contains(&new) { id } else { new }
         };
-        let ids: Vec<i64> = tensor.integers()?.iter().enumerate().map(draw).collect();
+        let ids: Vec<i64> = given.iter().enumerate().map(draw).collect();
         let shape = tensor.shape().to_vec();
         match tensor.dtype() {
             DType::I64 => Some(Tensor::of(shape, ids)),
@@ -106,7 +107,7 @@ impl Dataset for Augmented<'_> {
                 sample: self.name(index),
                 problem: "its token ids are no 32- or 64-bit integers".into(),
             };
-            sample[tokens.input] = self.varied(which, &sample[tokens.input], index).ok_or_else(refuse)?;
+            sample[tokens.input] = self.varied(which, &sample[tokens.input], index / n).ok_or_else(refuse)?;
         }
         Ok(sample)
     }
@@ -215,6 +216,11 @@ mod tests {
             }
         }
         assert!(changed * 100 > words * 42 && changed * 100 < words * 58, "{changed} of {words}");
+        let backwards: Vec<usize> = (0..30).rev().collect();
+        let turned = files.only(&backwards);
+        let turned = Augmented::new(&turned, model.graph(), 3).unwrap();
+        assert_eq!(turned.sample(30 + 29).unwrap(), augmented.sample(30).unwrap(), "in whatever order samples come");
+        assert_ne!(augmented.sample(30).unwrap(), augmented.sample(60).unwrap(), "variants differ");
         assert!(augmented.name(45).contains("variant 1"));
     }
 
