@@ -341,7 +341,7 @@ fn check_request(request: &Request) -> Result<(), Error> {
     if let Some(output) = request.output.as_ref().filter(|output| output.is_dir()) {
         return Err(Error::Input(format!("the output `{}` is a folder; name a file", output.display())));
     }
-    let measures = request.scheme.activation_bits.is_some();
+    let measures = request.scheme.fixes_ranges();
     if measures && request.data.is_none() && request.stats.is_none() && request.pipeline.is_none() {
         return Err(Error::Input(format!(
             "scheme {} needs calibration samples: pass a folder or file with --data, or measured statistics with --stats",

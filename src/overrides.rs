@@ -69,7 +69,7 @@ pub(crate) fn overrides(
 }
 
 fn check(option: &str, scheme: Scheme, base: Scheme, target: &dyn Target) -> Result<(), Error> {
-    let activations = |scheme: Scheme| (scheme.activation_bits, scheme.activation_format);
+    let activations = |scheme: Scheme| (scheme.activation_bits, scheme.activation_format, scheme.dynamic);
     if activations(scheme) != activations(base) {
         return Err(Error::Target(format!(
             "{option}: only weights can differ from --scheme {base}; use the same activations, or `float` for all of a node"

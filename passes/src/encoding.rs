@@ -24,6 +24,8 @@ pub enum Granularity {
         /// Elements per block.
         size: usize,
     },
+    /// All of them, by a scale and a zero point that every run computes from its own values.
+    Dynamic,
 }
 
 /// How a tensor is written in few bits.
@@ -71,6 +73,27 @@ impl Encoding {
         Self { grid, granularity: Granularity::Axis(axis), scale: scale.into(), zero_point }
     }
 
+    /// One scale for the whole tensor, computed from the values of each run: see [`Self::measured`].
+    pub fn dynamic(grid: &'static dyn Grid) -> Self {
+        Self { grid, granularity: Granularity::Dynamic, scale: Arc::new([]), zero_point: Arc::new([]) }
+    }
+
+    /// The encoding of `values` that `DynamicQuantizeLinear` computes, in f32 and in its order: their range, widened to hold zero, onto
+    /// the codes; scale 1 for a range without extent.
+    #[must_use]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "bounds of integer grids of up to 16 bits; a zero point between them"
+    )]
+    pub fn measured(grid: &'static dyn Grid, values: &[f32]) -> Self {
+        // `min` and `max` drop NaN.
+        let (from, to) = values.iter().fold((0.0_f32, 0.0_f32), |(from, to), x| (from.min(*x), to.max(*x)));
+        let (low, high) = (grid.range().0 as f32, grid.range().1 as f32);
+        let scale = if from < to { (to - from) / (high - low) } else { 1.0 };
+        let zero_point = (low - from / scale).max(low).min(high).round_ties_even();
+        Self::per_tensor(grid, scale, zero_point as i32)
+    }
+
     /// Whether both read codes as the same values: a file does not tell grids of one storage type apart.
     pub fn reads_like(&self, other: &Self) -> bool {
         self.grid.info().storage == other.grid.info().storage && Self { grid: other.grid, ..self.clone() } == *other
@@ -86,6 +109,9 @@ impl Encoding {
     /// # Errors
     /// [`EncodingError`] when the scales do not match `shape`.
     pub fn simulate(&self, values: &mut [f32], shape: &[usize]) -> Result<(), EncodingError> {
+        if self.granularity == Granularity::Dynamic {
+            return Self::measured(self.grid, values).simulate(values, shape);
+        }
         self.for_each_line(shape, |range, groups| {
             let line = &mut values[range];
             self.to_points(line, groups);
@@ -167,7 +193,7 @@ impl Encoding {
     /// The shape of the scale tensor for values of shape `shape`: rank 0, `[D]`, or `shape` with the blocked axis cut.
     pub fn scale_shape(&self, shape: &[usize]) -> Vec<usize> {
         match self.granularity {
-            Granularity::Tensor => Vec::new(),
+            Granularity::Tensor | Granularity::Dynamic => Vec::new(),
             Granularity::Axis(_) => vec![self.scale.len()],
             Granularity::Block { axis, size } => {
                 let cut = |(i, &d): (usize, &usize)| if i == axis { d.div_ceil(size.max(1)) } else { d };
@@ -184,6 +210,8 @@ impl Encoding {
     fn layout(&self, shape: &[usize]) -> Result<(usize, usize, usize), EncodingError> {
         let (groups, layout) = match self.granularity {
             Granularity::Tensor => (1, (1, 1, shape.iter().product())),
+            // Its codes say nothing without the scale of their run.
+            Granularity::Dynamic => return Err(self.misfit(shape)),
             Granularity::Axis(axis) | Granularity::Block { axis, .. } => {
                 let &dim = shape.get(axis).ok_or_else(|| self.misfit(shape))?;
                 let outer: usize = shape[..axis].iter().product();
@@ -217,7 +245,7 @@ impl Encoding {
             start += length;
         };
         match self.granularity {
-            Granularity::Tensor => line(inner, Groups::One(0)),
+            Granularity::Tensor | Granularity::Dynamic => line(inner, Groups::One(0)),
             Granularity::Axis(_) if inner == 1 => (0..outer).for_each(|_| line(dim, Groups::From(0))),
             Granularity::Axis(_) => {
                 (0..outer).for_each(|_| (0..dim).for_each(|group| line(inner, Groups::One(group))));
@@ -356,6 +384,29 @@ mod tests {
                 assert_eq!(encoding.decode(&codes).unwrap(), simulated, "{grid:?} {granularity:?}");
             }
         }
+    }
+
+    #[test]
+    fn dynamic_ranges_are_those_of_the_operator() {
+        // The example of the ONNX operator's documentation.
+        let uint8 = grid::find("uint8").unwrap();
+        let of = |values: &[f32]| {
+            let encoding = Encoding::measured(uint8, values);
+            (encoding.scale[0], encoding.zero_point[0])
+        };
+        let (scale, zero) = of(&[0.0, 2.0, -3.0, -2.5, 1.34, 0.5]);
+        assert!((scale - 0.019_607_844).abs() < 1e-8 && zero == 153, "{scale} {zero}");
+        assert_eq!(of(&[1.0, 2.1, 1.3, 2.5, 3.34, 4.0]), (4.0 / 255.0, 0));
+        assert_eq!(of(&[-1.0, -4.0]).1, 255);
+        for nothing in [&[][..], &[0.0, 0.0], &[f32::NAN]] {
+            assert_eq!(of(nothing), (1.0, 0));
+        }
+        let mut values = [0.1_f32, -0.7, 3.0];
+        Encoding::dynamic(uint8).simulate(&mut values, &[3]).unwrap();
+        assert!((values[2] - 3.0).abs() < 0.008 && (values[1] + 0.7).abs() < 0.008, "{values:?}");
+        assert!(Encoding::dynamic(uint8).encode(&values, &[3]).is_err(), "codes without a scale");
+        let mut endless = [f32::INFINITY, 1.0];
+        Encoding::dynamic(uint8).simulate(&mut endless, &[2]).unwrap();
     }
 
     #[test]

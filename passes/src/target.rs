@@ -108,7 +108,7 @@ pub struct LowerError {
     pub problem: String,
 }
 
-/// Weights and activations, in how many bits or in which format: `w8a8`, `w4a16g32`, `wfp8afp8`, `w8a8pow2`.
+/// Weights and activations, in how many bits or in which format: `w8a8`, `w4a16g32`, `wfp8afp8`, `w8a8pow2`, `w8a8dyn`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scheme {
     /// Bits of weight codes.
@@ -125,6 +125,8 @@ pub struct Scheme {
     pub asymmetric: bool,
     /// Whether every scale is a power of two: what multiplies by it is a shift.
     pub power_of_two: bool,
+    /// Whether every run chooses the ranges of its activations anew.
+    pub dynamic: bool,
 }
 
 impl Scheme {
@@ -142,7 +144,13 @@ impl Scheme {
             block: None,
             asymmetric: false,
             power_of_two: false,
+            dynamic: false,
         }
+    }
+
+    /// Whether activations have ranges that are fixed beforehand, by calibration.
+    pub fn fixes_ranges(&self) -> bool {
+        self.activation_bits.is_some() && !self.dynamic
     }
 
     /// The block format of weights, where they have one.
@@ -158,6 +166,7 @@ impl Scheme {
 
     /// The scheme of weights `weight` and what comes after them.
     fn of(weight: &str, rest: &str) -> Option<Self> {
+        let (rest, dynamic) = rest.strip_suffix("dyn").map_or((rest, false), |rest| (rest, true));
         let (rest, power_of_two) = rest.strip_suffix("pow2").map_or((rest, false), |rest| (rest, true));
         let (rest, asymmetric) = rest.strip_suffix("asym").map_or((rest, false), |rest| (rest, true));
         let (activation, block) = rest.split_once('g').map_or((rest, None), |(a, g)| (a, Some(g)));
@@ -168,10 +177,19 @@ impl Scheme {
             (bits, format) => (Some(bits), format),
         };
         let of_blocks = activation_format.is_some_and(|name| block::find(name).is_some());
-        let scheme =
-            Self { weight_bits, weight_format, activation_bits, activation_format, block, asymmetric, power_of_two };
+        let scheme = Self {
+            weight_bits,
+            weight_format,
+            activation_bits,
+            activation_format,
+            block,
+            asymmetric,
+            power_of_two,
+            dynamic,
+        };
         let plain = weight_format.is_none() || !asymmetric && (scheme.block_format().is_none() || !power_of_two);
-        (!of_blocks && plain).then_some(scheme)
+        let ranged = !dynamic || activation_bits.is_some();
+        (!of_blocks && plain && ranged).then_some(scheme)
     }
 }
 
@@ -208,7 +226,8 @@ impl std::fmt::Display for Scheme {
             write!(f, "g{block}")?;
         }
         f.write_str(if self.asymmetric { "asym" } else { "" })?;
-        f.write_str(if self.power_of_two { "pow2" } else { "" })
+        f.write_str(if self.power_of_two { "pow2" } else { "" })?;
+        f.write_str(if self.dynamic { "dyn" } else { "" })
     }
 }
 

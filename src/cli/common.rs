@@ -113,7 +113,7 @@ pub(crate) fn share(text: &str) -> Result<f64, String> {
 pub(crate) fn scheme(text: &str) -> Result<Scheme, String> {
     Scheme::parse(text).ok_or_else(|| {
         format!(
-            "`{text}` is no scheme; write w8a8, w4a16g32 (blocks of 32 inputs), w4a16g32asym (with zero points), w8a8pow2 (scales that are powers of two), wfp8afp8 or \
+            "`{text}` is no scheme; write w8a8, w4a16g32 (blocks of 32 inputs), w4a16g32asym (with zero points), w8a8pow2 (scales that are powers of two), w8a8dyn (ranges of activations chosen by each run), wfp8afp8 or \
              wmxfp4a16 (any of `list formats`)"
         )
     })
@@ -137,6 +137,7 @@ mod tests {
             "w4a8",
             "w2a16",
             "wfp8afp8",
+            "w8a8dyn",
             "wmxfp4a16",
             "we2m3a8",
             "wnf4a16g64",
@@ -146,5 +147,6 @@ mod tests {
         }
         assert!(scheme("wfoo3a8").is_err() && scheme("w8amxfp4").is_err() && scheme("wfp8a16asym").is_err());
         assert!(scheme("int8").is_err() && scheme("w4a16g0").is_err() && scheme("w4a16gx").is_err());
+        assert!(scheme("w8a16dyn").is_err(), "float activations have no range");
     }
 }

@@ -57,13 +57,16 @@ fn weight(model: &Model, id: NodeId) -> Option<(String, String)> {
 fn activation(model: &Model, id: NodeId) -> Option<String> {
     let input = ops::linear(model.graph(), id).map_or(0, |roles| roles.activation);
     let encoding = model.plan().encoding_of_use(model.graph(), id, input)?;
-    Some(encoding.grid.info().about.name.to_owned())
+    let name = encoding.grid.info().about.name;
+    let dynamic = encoding.granularity == passes::encoding::Granularity::Dynamic;
+    Some(if dynamic { format!("{name} dynamic") } else { name.to_owned() })
 }
 
 fn granularity(granularity: passes::encoding::Granularity) -> String {
     use passes::encoding::Granularity;
     match granularity {
         Granularity::Tensor => "tensor".into(),
+        Granularity::Dynamic => "each run".into(),
         Granularity::Axis(axis) => format!("axis {axis}"),
         Granularity::Block { axis, size } => format!("blocks of {size} on axis {axis}"),
     }

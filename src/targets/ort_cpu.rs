@@ -71,18 +71,21 @@ impl Target for OrtCpu {
     }
 
     fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
+        if !scheme.fixes_ranges() {
+            return products(goal, scheme.dynamic);
+        }
         let rest = match (scheme.activation_bits, goal) {
-            (Some(_), Goal::Fast) => "assign-encodings{observer=min-max, weights=min-max}, round, correct-bias",
+            (_, Goal::Fast) => "assign-encodings{observer=min-max, weights=min-max}, round, correct-bias",
             (Some(8), Goal::Balanced) if scheme.weight_bits == 8 => {
                 "assign-encodings{observer=mse, weights=min-max}, round, correct-bias"
             }
-            (Some(_), Goal::Balanced) => {
+            (_, Goal::Balanced) => {
                 "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=mse}, \
                  round{method=gptq}, refit-scales, correct-bias"
             }
-            (Some(bits), Goal::Best) => {
+            (bits, Goal::Best) => {
                 // What fewer bits would leave in float would be nearly everything.
-                let least = if bits == 8 { ", least-db=31" } else { "" };
+                let least = if bits == Some(8) { ", least-db=31" } else { "" };
                 let (weights, refit) = if scheme.weight_bits == 8 { ("min-max", "") } else { ("mse", ", refit=3") };
                 return format!(
                     "{NORMALIZE},\ncalibrate, smooth, equalize-layers, drop-dead,\ncalibrate, \
@@ -91,9 +94,6 @@ impl Target for OrtCpu {
                 )
                 .into();
             }
-            (None, Goal::Fast) => "assign-encodings{weights=min-max}, round",
-            (None, Goal::Balanced) => "assign-encodings{weights=mse}, round{method=gptq}",
-            (None, Goal::Best) => "assign-encodings{weights=mse}, round-in-order{refit=3}",
         };
         format!("{NORMALIZE},\ncalibrate, {rest}").into()
     }
@@ -127,6 +127,20 @@ impl Target for OrtCpu {
     }
 }
 
+/// The passes for schemes that fix no ranges of activations: only matrix products are about weights, so all of them become `MatMul`.
+fn products(goal: Goal, dynamic: bool) -> Cow<'static, str> {
+    let rest = match (goal, dynamic) {
+        (Goal::Fast, _) | (Goal::Balanced, true) => "assign-encodings{weights=min-max}, round",
+        (Goal::Balanced, false) => "assign-encodings{weights=mse}, round{method=gptq}",
+        (Goal::Best, false) => "assign-encodings{weights=mse}, round-in-order{refit=3}",
+        (Goal::Best, true) => {
+            "smooth, drop-dead,\ncalibrate, assign-encodings{observer=min-max, weights=min-max, least-db=31}, \
+             round-in-order{method=enumerate}"
+        }
+    };
+    format!("{NORMALIZE}, split-gemm, drop-dead,\ncalibrate, {rest}").into()
+}
+
 fn is_native(name: &str) -> bool {
     passes::grid::find(name).is_some_and(passes::lower::is_native)
 }
@@ -143,10 +157,17 @@ pub(super) fn refuses(scheme: &Scheme) -> Option<String> {
         Some(size) => scheme.activation_bits.is_none() && (16..=256).contains(&size) && size.is_power_of_two(),
         None => true,
     };
+    let dynamic = !scheme.dynamic
+        || scheme.weight_format.is_none()
+            && scheme.activation_format.is_none()
+            && (5..=8).contains(&scheme.weight_bits)
+            && scheme.activation_bits == Some(8)
+            && !scheme.power_of_two;
     let zero_points = !scheme.asymmetric || scheme.activation_bits.is_none();
-    (!(weights && activations && in_blocks && blocks && zero_points)).then(|| {
+    (!(weights && activations && in_blocks && blocks && zero_points && dynamic)).then(|| {
         "it takes weights of 2 to 8 bits or any of `list formats`, activations of 4 or 8 bits or in float (a16), onnx-qdq also in \
-         8-bit floats (afp8, afp8e5m2); with float activations also blocks of 16, 32, 64, 128 or 256 inputs (g32), zero points \
+         8-bit floats (afp8, afp8e5m2); activations with the range of each run \
+         (w8a8dyn) are of 8 bits, beside weights of 5 to 8; with float activations also blocks of 16, 32, 64, 128 or 256 inputs (g32), zero points \
          (asym) and block formats (wmxfp4a16)"
             .to_owned()
     })

@@ -3,7 +3,8 @@
 
     peers.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME] [--methods minmax,percentile] [--repeat 3]
 
-The peer is `quantize_static`, QDQ, per channel, U8/S8, fed the very same samples; models below opset 13 are brought to 17 for it first, by
+With `--methods dynamic` it is `quantize_dynamic`, per channel, without samples, beside `--scheme w8a8dyn`; otherwise
+the peer is `quantize_static`, QDQ, per channel, U8/S8, fed the very same samples; models below opset 13 are brought to 17 for it first, by
 onnx's version converter. Each run is a process of its own, so that its memory is its own. Medians over --repeat runs; one absolute
 time says little on a shared machine, so read the ratios.
 """
@@ -15,12 +16,13 @@ FILES = {'digits-resnet': 'digits-resnet.onnx', 'digits-mobilenet': 'digits-mobi
 
 PEER = '''
 import sys, glob, numpy as np, onnx
-from onnxruntime.quantization import quantize_static, CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
+from onnxruntime.quantization import quantize_dynamic, quantize_static, CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
 model, feeds, out, method = sys.argv[1:]
 m = onnx.load(model)
 if next(o.version for o in m.opset_import if o.domain in ("", "ai.onnx")) < 13:
     from onnx import version_converter
     m = version_converter.convert_version(m, 17); model = out + ".up.onnx"; onnx.save(m, model)
+if method == "dynamic": quantize_dynamic(model, out, per_channel=True); sys.exit()
 class Reader(CalibrationDataReader):
     def __init__(self): self.files = iter(sorted(glob.glob(feeds + "/*.npz")))
     def get_next(self):
@@ -57,9 +59,9 @@ def main():
             if o.only and name not in o.only.split(','): continue
             feeds = Path(tmp) / f'{name}.feeds'; model = zoo / 'models' / file; ours = Path(tmp) / f'{name}.ours.onnx'
             subprocess.run([sys.executable, zoo / 'zoo.py', 'feeds', name, '--out', feeds], check=True, stdout=subprocess.DEVNULL)
-            methods = o.methods.split(','); theirs = {m: Path(tmp) / f'{name}.{m}.onnx' for m in methods}; mine, peer = [], {m: [] for m in methods}
+            methods = o.methods.split(','); options = ['--scheme', 'w8a8dyn'] if methods == ['dynamic'] else ['--data', feeds]; theirs = {m: Path(tmp) / f'{name}.{m}.onnx' for m in methods}; mine, peer = [], {m: [] for m in methods}
             for _ in range(o.repeat):  # in turn, so that the machine's mood is shared
-                mine.append(run([o.tool, 'quantize', model, '--data', feeds, '-o', ours, '--progress', 'none']))
+                mine.append(run([o.tool, 'quantize', model, *options, '-o', ours, '--progress', 'none']))
                 for m in methods: peer[m].append(run([sys.executable, '-c', PEER, model, feeds, theirs[m], m]))
             w, c, r = medians(mine)
             print(f'{name}: ours {w:.1f} s wall, {c:.1f} s CPU, {r:.0f} MB, score {score(zoo, name, ours)}', flush=True)

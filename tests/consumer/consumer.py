@@ -94,6 +94,23 @@ def packed(tool, tmp):
         assert difference <= 1e-4, 'packing changed the weight'
 
 
+def dynamic(tool, tmp):
+    """Ranges chosen by each run: ONNX Runtime fuses the products, and optimized and plain agree within a step."""
+    model = ROOT / 'fixtures/models/digits-resnet.onnx'
+    held = np.load(ROOT / 'fixtures/data/digits-eval.npz')
+    x = held['images'].astype(np.float32)[:, None] / 255
+    want = session(model).run(None, {'input': x})[0]
+    for target in ('ort-cpu', 'onnx-qdq'):
+        out = Path(tmp) / 'dynamic.onnx'
+        subprocess.run([tool, 'quantize', str(model), '-o', str(out), '--scheme', 'w8a8dyn', '--target', target, '--progress', 'none'], check=True, stdout=subprocess.DEVNULL)
+        onnx.checker.check_model(str(out), full_check=True)
+        plain, fused = (session(out, optimized).run(None, {'input': x})[0] for optimized in (False, True))
+        ops = operators(out, tmp)
+        print(f'w8a8dyn for {target}: {sqnr(want, plain):.1f} dB, fused {sqnr(plain, fused):.1f} dB from that; {dict(ops)}')
+        assert ops['DynamicQuantizeMatMul'] == 1 and ops['MatMulInteger'] == ops['Gemm'] == 0, 'the product is not fused'
+        assert sqnr(want, plain) >= 40 and sqnr(plain, fused) >= 55, 'the outputs are too far off'
+
+
 def control_flow(tool, tmp):
     source, out = ROOT / 'fixtures/passes/drop-dead/captured.oq', Path(tmp) / 'if.onnx'
     subprocess.run([tool, 'cat', str(source), '--to', 'onnx', '-o', str(out)], check=True)
@@ -114,6 +131,7 @@ def main():
         for name in ('digits-resnet', 'digits-mobilenet'): digits(o.tool, name, tmp)
         formats(o.tool, tmp)
         packed(o.tool, tmp)
+        dynamic(o.tool, tmp)
         control_flow(o.tool, tmp)
 
 

@@ -13,7 +13,20 @@ fn run(scheme: &str, recipe: &str) -> serde_json::Value {
 
 #[test]
 fn every_scheme_verifies() {
-    let integers = ["w8a8", "w5a8", "w4a8", "w2a8", "w4a4", "w8a16", "w4a16", "w4a16g32", "w3a16g16asym", "w2a16g32"];
+    let integers = [
+        "w8a8",
+        "w5a8",
+        "w4a8",
+        "w2a8",
+        "w4a4",
+        "w8a16",
+        "w4a16",
+        "w4a16g32",
+        "w3a16g16asym",
+        "w2a16g32",
+        "w8a8dyn",
+        "w5a8dyn",
+    ];
     let shifts = ["w8a8pow2", "w4a8pow2", "w4a16g32pow2", "w3a16g16asympow2", "we2m3a8pow2"];
     let floats = ["wfp8a16", "wfp8e5m2a16", "wfp4a8", "we2m3a8", "we3m0a16g32", "wnf4a16g32"];
     let blocks = ["wmxfp8a16", "wmxfp4a16", "wmxint8a16", "wnvfp4a16"];
@@ -72,6 +85,21 @@ fn rounding_by_data_beats_nearest() {
     for scheme in ["w8a8", "w4a8"] {
         let [fast, best] = ["fast", "best"].map(|recipe| run(scheme, recipe)["fidelity"]["sqnr_db"].as_f64().unwrap());
         assert!(best > fast + 1.0, "{scheme}: {best} dB against {fast} dB");
+    }
+}
+
+#[test]
+fn ranges_of_each_run_need_no_samples_and_take_eight_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("q.onnx");
+    let model = fixture("models/digits-resnet.onnx");
+    let json = tool_ok(&["quantize", text(&model), "-o", text(&out), "--scheme", "w8a8dyn", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["verify"]["passed"], &json["totals"]["quantized"]), (&true.into(), &1.into()), "{json:#}");
+    for odd in ["w4a8dyn", "w8a4dyn", "w8a8g32dyn", "w8a8asymdyn", "w8a8pow2dyn", "we2m3a8dyn"] {
+        let refused = tool(&["quantize", text(&model), "--scheme", odd, "--dry-run"]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(3) && said.contains("w8a8dyn"), "{odd}: {said}");
     }
 }
 

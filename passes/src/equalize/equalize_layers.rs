@@ -50,7 +50,7 @@ impl Pass for EqualizeLayers {
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
-        if cx.scheme.activation_bits.is_none() {
+        if !cx.scheme.fixes_ranges() {
             return BTreeSet::new();
         }
         let graph = model.graph();
@@ -60,7 +60,7 @@ impl Pass for EqualizeLayers {
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         let mut patch = Patch::on(model);
-        if cx.scheme.activation_bits.is_none() {
+        if !cx.scheme.fixes_ranges() {
             return Ok(patch);
         }
         let graph = model.graph();

@@ -1,5 +1,6 @@
 //! Spelling a plan as graph nodes. Used by targets.
 
+mod dynamic;
 mod qdq;
 
 pub use qdq::{is_native, lower as qdq, lower_with_nbits as qdq_and_nbits};

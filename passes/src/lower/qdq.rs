@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::dynamic::{IntegerWeights, Quantized};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::Grid;
@@ -18,7 +19,8 @@ use crate::tensor::{DType, Tensor};
 ///
 /// A tensor encoded at its value is read through its pair by everyone, graph outputs included: the pair's result then
 /// carries the output's name. A tensor encoded at some uses has one pair for those that share an encoding. Zero points are
-/// explicit, except for 32-bit biases and symmetric blocks.
+/// explicit, except for 32-bit biases and symmetric blocks. A product whose activation has the range of each run is
+/// `DynamicQuantizeLinear` and `MatMulInteger`.
 ///
 /// # Errors
 /// [`LowerError`] for an encoded constant without codes, a tensor with two different encodings, or a name clash.
@@ -48,6 +50,8 @@ fn lowered(model: &Model, nbits: bool) -> Result<Lowered, LowerError> {
         raw: BTreeMap::new(),
         pairs: BTreeMap::new(),
         constants: BTreeMap::new(),
+        dynamic: BTreeMap::new(),
+        integers: BTreeMap::new(),
         unwritable: BTreeSet::new(),
         notes: Vec::new(),
     };
@@ -73,29 +77,33 @@ fn lowered(model: &Model, nbits: bool) -> Result<Lowered, LowerError> {
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "it is the function given to map_err")]
-fn bug(error: BuildError) -> LowerError {
+pub(super) fn bug(error: BuildError) -> LowerError {
     LowerError { place: "the model".into(), problem: format!("a bug in onnx-quant: {error}") }
 }
 
 /// Where a constant's codes come from: equal ones are stored once.
-type CodesKey = (ValueId, Option<*const Tensor>);
+pub(super) type CodesKey = (ValueId, Option<*const Tensor>);
 
-struct Lowering<'a> {
-    graph: &'a Graph,
-    plan: &'a Plan,
-    opset: u32,
+pub(super) struct Lowering<'a> {
+    pub(super) graph: &'a Graph,
+    pub(super) plan: &'a Plan,
+    pub(super) opset: u32,
     /// Who reads what, where weights may be packed into `MatMulNBits`; and whether one was.
     nbits: Option<walk::Users>,
     packed: bool,
-    builder: Builder,
+    pub(super) builder: Builder,
     /// The names of the float graph.
     taken: BTreeSet<Name>,
     /// Values as they are computed.
-    raw: BTreeMap<ValueId, ValueId>,
+    pub(super) raw: BTreeMap<ValueId, ValueId>,
     /// Values behind their pairs, by encoding.
     pairs: BTreeMap<ValueId, Vec<(Encoding, ValueId)>>,
     /// Constants behind their dequantize nodes, by codes and encoding.
     constants: BTreeMap<CodesKey, Vec<(Encoding, ValueId)>>,
+    /// Values with the codes, scale and zero point that each run gives them.
+    pub(super) dynamic: BTreeMap<ValueId, Quantized>,
+    /// The codes and scales of weights that are multiplied as integers.
+    pub(super) integers: IntegerWeights,
     /// Formats that were written as float numbers.
     unwritable: BTreeSet<&'static str>,
     notes: Vec<Diagnostic>,
@@ -126,7 +134,7 @@ impl Lowering<'_> {
     }
 
     /// A name that is free here and in the float graph.
-    fn fresh(&self, stem: &str) -> String {
+    pub(super) fn fresh(&self, stem: &str) -> String {
         let mut name = self.builder.fresh(stem);
         while self.taken.contains(name.as_str()) {
             name.push('_');
@@ -140,6 +148,9 @@ impl Lowering<'_> {
             && let Some(packed) = nbits::pack(self.graph, users, self.plan, id, node)
         {
             return self.packed(node, packed);
+        }
+        if self.is_dynamic(id) {
+            return self.dynamic(id, node);
         }
         let mut copy = node.clone();
         for (index, input) in copy.inputs.iter_mut().enumerate() {
@@ -198,7 +209,7 @@ impl Lowering<'_> {
     }
 
     /// The value that a reader at `site` (or anyone, for `None`) sees.
-    fn read(&mut self, value: ValueId, site: Option<Site>) -> Result<ValueId, LowerError> {
+    pub(super) fn read(&mut self, value: ValueId, site: Option<Site>) -> Result<ValueId, LowerError> {
         let at_value = Site::Value(value);
         let by_use = site.and_then(|site| Some((site, self.plan.encoding(site)?)));
         let by_value = self.plan.encoding(at_value).map(|encoding| (at_value, encoding));
@@ -286,6 +297,10 @@ impl Lowering<'_> {
             return Ok(*id);
         }
         let name = Arc::clone(&self.graph.value(value).name);
+        if encoding.granularity == Granularity::Dynamic {
+            let problem = "its range is chosen by each run, which only products with a constant weight can use".into();
+            return Err(LowerError { place: format!("tensor `{name}`"), problem });
+        }
         let shape_type = self.graph.value(value).ty.tensor().cloned().unwrap_or_default();
         let storage = encoding.grid.info().storage;
         let codes_name = self.fresh(&format!("{name}.codes"));
@@ -359,7 +374,7 @@ impl Lowering<'_> {
         let mut attrs = Attrs::new();
         let axis = |axis: usize| Attr::Int(i64::try_from(axis).unwrap_or(i64::MAX));
         match encoding.granularity {
-            Granularity::Tensor => {}
+            Granularity::Tensor | Granularity::Dynamic => {}
             Granularity::Axis(a) => drop(attrs.insert("axis".into(), axis(a))),
             Granularity::Block { axis: a, size } => {
                 attrs.insert("axis".into(), axis(a));
@@ -381,7 +396,7 @@ impl Lowering<'_> {
 }
 
 /// Whether codes are signed: a missing zero point then means 0.
-fn signed(encoding: &Encoding) -> bool {
+pub(super) fn signed(encoding: &Encoding) -> bool {
     encoding.grid.range().0 < 0.0
 }
 

@@ -19,7 +19,8 @@ crate::declare_pass! {
     /// A `DequantizeLinear` of a constant becomes the float constant it stands for, with its encoding and codes at every
     /// reader. A pair around an activation disappears: when all who read the tensor read it through the pair, the tensor
     /// itself is encoded; otherwise only those uses are. Pairs with scales that are not constant, or in grids that are
-    /// not known here, stay as they are. A `MatMulNBits` becomes a `MatMul` with its weight encoded.
+    /// not known here, stay as they are. A `MatMulNBits` becomes a `MatMul` with its weight encoded, and so does a
+    /// `MatMulInteger` of what a `DynamicQuantizeLinear` returns, cast and scaled; its activation has the range of each run.
     INFO {
         name: "absorb-qdq",
         source: "ONNX operator specification, QuantizeLinear-21 and DequantizeLinear-21",
@@ -56,6 +57,7 @@ impl Pass for AbsorbQdq {
             }
         }
         super::absorb_nbits::absorb(graph, model.meta.opset(), &mut patch);
+        super::absorb_dynamic::absorb(graph, &users, model.meta.opset(), &mut patch);
         for (source, pairs) in pairs {
             absorb_pairs(graph, &users, source, &pairs, &mut patch);
         }
@@ -189,11 +191,11 @@ fn encoding_of(graph: &Graph, node: &Node, storage: DType, shape: &[usize]) -> O
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "points of integer grids are whole and below 2^31")]
-fn whole(point: f64) -> i32 {
+pub(super) fn whole(point: f64) -> i32 {
     point as i32
 }
 
-fn grid_of(storage: DType) -> Option<&'static dyn Grid> {
+pub(super) fn grid_of(storage: DType) -> Option<&'static dyn Grid> {
     // Codes do not tell a narrow grid from a full one: the full one reads both.
     grid::GRIDS.iter().copied().find(|grid| grid.info().storage == storage)
 }

@@ -1,5 +1,6 @@
 //! Passes that bring a float graph to a plain form without changing its function.
 
+mod absorb_dynamic;
 mod absorb_nbits;
 mod absorb_qdq;
 mod drop_dead;
@@ -11,6 +12,7 @@ mod fold_gemm_scalars;
 mod fold_pad;
 mod infer_shapes;
 mod scale_linear;
+mod split_gemm;
 
 use crate::pass::PassEntry;
 
@@ -21,6 +23,7 @@ pub static PASSES: &[PassEntry] = &[
     fold_constants::ENTRY,
     eliminate_identity::ENTRY,
     fold_gemm_scalars::ENTRY,
+    split_gemm::ENTRY,
     fold_batch_norm::ENTRY,
     fold_affine::ENTRY,
     fold_pad::ENTRY,

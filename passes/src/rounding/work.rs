@@ -27,8 +27,8 @@ pub(super) struct Rounded {
 /// What every method that rounds by data wishes for.
 pub(super) fn wishes(model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
     let graph = model.graph();
-    // Where activations stay in float, so do convolutions.
-    let only_products = cx.scheme.activation_bits.is_none();
+    // Where activations have no fixed ranges, convolutions stay in float.
+    let only_products = !cx.scheme.fixes_ranges();
     graph
         .nodes()
         .filter(|(_, node)| cx.target.rule(&node.op).is_some() && !cx.keep_float.contains_key(&*node.name))

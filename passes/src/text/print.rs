@@ -41,6 +41,7 @@ pub fn plan(model: &Model) -> String {
             (crate::encoding::Granularity::Tensor, [scale], [zero]) => {
                 write!(text, "per-tensor, scale {scale:.6e}, zero {zero}")
             }
+            (crate::encoding::Granularity::Dynamic, ..) => write!(text, "with the range of each run"),
             (granularity, scale, _) => {
                 let (low, high) = scale.iter().fold((f32::MAX, 0.0_f32), |(a, b), &s| (a.min(s), b.max(s)));
                 write!(text, "{granularity:?}, {} scales {low:.6e} to {high:.6e}", scale.len())

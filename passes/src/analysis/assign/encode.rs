@@ -184,10 +184,16 @@ fn int32() -> &'static dyn Grid {
     grid::find("int32").unwrap_or_else(|| unreachable!("the grid table has int32"))
 }
 
-/// Encodes the weights of `nodes` and leaves activations and biases in float.
-pub(super) fn encode_weights(model: &Model, nodes: &[NodeId], goals: &Goals, patch: &mut Patch) {
-    let edits = nodes.iter().filter_map(|&id| weight_alone(model, id, goals.of(id)));
-    edits.for_each(|edit| patch.edit(edit));
+/// Encodes the weights of the products that `selection` chose, and what they read where its ranges are `dynamic`; biases stay in float.
+pub(super) fn encode_products(model: &Model, selection: &Selection, dynamic: bool, goals: &Goals, patch: &mut Patch) {
+    for &(node, input) in &selection.reads {
+        let Some(edit) = weight_alone(model, node, goals.of(node)) else { continue };
+        patch.edit(edit);
+        if dynamic {
+            let encoding = Encoding::dynamic(goals.base.activation_grid());
+            patch.edit(Edit::Encode { site: Site::Use { node, input }, encoding });
+        }
+    }
 }
 
 /// The encoding of the weight of the linear node `id`, whose activation stays in float.

@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use crate::diag::{self, Diagnostic, Place, Severity};
+use crate::encoding::Granularity;
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, ValueId};
 use crate::model::{Decision, Edit, Model, Patch};
@@ -116,8 +117,10 @@ pub(super) fn reencode(model: &Model, id: NodeId, scheme: Scheme, weights: Weigh
     let graph = model.graph();
     let roles = ops::linear(graph, id)?;
     match model.plan().encoding_of_use(graph, id, roles.activation) {
-        Some(input) => Some(encode::parameters(model, id, *input.scale.first()?, &goal)?.edits),
-        None => Some(vec![encode::weight_alone(model, id, &goal)?]),
+        Some(input) if input.granularity != Granularity::Dynamic => {
+            Some(encode::parameters(model, id, *input.scale.first()?, &goal)?.edits)
+        }
+        _ => Some(vec![encode::weight_alone(model, id, &goal)?]),
     }
 }
 
@@ -139,10 +142,15 @@ impl Pass for AssignEncodings {
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
-        if cx.scheme.activation_bits.is_none() {
-            return BTreeSet::new();
-        }
-        let values = select::wishes(model, cx.target, cx.keep_float);
+        let values = match cx.scheme.fixes_ranges() {
+            true => select::wishes(model, cx.target, cx.keep_float),
+            // Only to tell which products lose too much.
+            false if cx.scheme.dynamic && self.least.is_some() => {
+                let selection = select::products(model, cx, &select::Coarse::new());
+                encode::read_by_products(model.graph(), &selection)
+            }
+            false => BTreeSet::new(),
+        };
         values.into_iter().map(|value| (value, Wish::Distribution)).collect()
     }
 
@@ -155,25 +163,27 @@ impl Pass for AssignEncodings {
             )));
         }
         let goals = Goals::new(model, cx, self.weights)?;
-        let selection = if cx.scheme.activation_bits.is_some() {
-            let observers = encode::Observers { usual: self.observer.as_ref(), products: self.products.as_ref() };
-            let mut selection = select::select(model, cx.target, cx.keep_float, &select::Coarse::new());
-            // Steps of floats grow with the number: no outlier takes them away from the rest.
-            if let Some(least) = self.least.filter(|_| goals.base.activation_grid().info().integer) {
-                let read = encode::read_by_products(model.graph(), &selection);
-                let kept = encode::kept(model, &read, &read, &observers, &goals);
-                let coarse = kept.into_iter().filter(|(_, kept)| *kept < least).collect();
-                selection = select::select(model, cx.target, cx.keep_float, &coarse);
+        let observers = encode::Observers { usual: self.observer.as_ref(), products: self.products.as_ref() };
+        let select = |coarse: &select::Coarse| {
+            if cx.scheme.fixes_ranges() {
+                select::select(model, cx.target, cx.keep_float, coarse)
+            } else {
+                select::products(model, cx, coarse)
             }
-            encode::encode(model, &selection, &observers, &goals, &mut patch);
-            selection
-        } else {
-            let selection = select::weights_only(model, cx.target, cx.keep_float);
-            let chosen = selection.choices.iter().filter(|(_, choice)| choice.is_quantized());
-            let nodes: Vec<NodeId> = chosen.map(|(id, _)| *id).collect();
-            encode::encode_weights(model, &nodes, &goals, &mut patch);
-            selection
         };
+        let mut selection = select(&select::Coarse::new());
+        // Steps of floats grow with the number: no outlier takes them away from the rest.
+        let rounds = cx.scheme.activation_bits.is_some() && goals.base.activation_grid().info().integer;
+        if let Some(least) = self.least.filter(|_| rounds) {
+            let read = encode::read_by_products(model.graph(), &selection);
+            let kept = encode::kept(model, &read, &read, &observers, &goals);
+            selection = select(&kept.into_iter().filter(|(_, kept)| *kept < least).collect());
+        }
+        if cx.scheme.fixes_ranges() {
+            encode::encode(model, &selection, &observers, &goals, &mut patch);
+        } else {
+            encode::encode_products(model, &selection, cx.scheme.dynamic, &goals, &mut patch);
+        }
         for (node, choice) in &selection.choices {
             let quantized = choice.is_quantized();
             patch.count(if quantized { "quantized" } else { "kept float" }, 1);

@@ -7,6 +7,7 @@ use crate::ir::walk::{User, Users};
 use crate::ir::{Graph, Node};
 use crate::model::Model;
 use crate::ops::{self, Laws};
+use crate::pass::PassContext;
 use crate::simulate::is_float_activation;
 use crate::target::{KeepFloat, Outcome, Rule, Target, When};
 use crate::tensor::{DType, Tensor};
@@ -63,10 +64,16 @@ pub(super) fn wishes(model: &Model, target: &dyn Target, keep_float: &KeepFloat)
     read.chain(written).filter(|value| is_float_activation(graph, *value)).collect()
 }
 
-/// Which nodes have their weights in codes while activations stay in float: matrix products with a constant matrix on the
-/// right. Others gain nothing: runtimes dequantize the weights of convolutions anew on every run.
-pub(super) fn weights_only(model: &Model, target: &dyn Target, keep_float: &KeepFloat) -> Selection {
-    let coarse = &BTreeMap::new();
+/// Which nodes have their weights in codes where no ranges of activations are fixed: matrix products with a constant matrix on the
+/// right, but those that read one of `coarse`. Others gain nothing: runtimes dequantize the weights of convolutions anew on every
+/// run, and have no fast convolution of activations whose range that run chose.
+pub(super) fn products(model: &Model, cx: &PassContext<'_>, coarse: &Coarse) -> Selection {
+    let (target, keep_float) = (cx.target, cx.keep_float);
+    let reason = if cx.scheme.dynamic {
+        "its weight is in codes, its activation in those of each run's range"
+    } else {
+        "its weight is in codes, its activation in float"
+    };
     let users = Users::of(model.graph());
     let selector = Selector { model, target, users, keep_float, ranges: Ranges::Hoped, coarse };
     let mut selection = Selection::default();
@@ -81,7 +88,10 @@ pub(super) fn weights_only(model: &Model, target: &dyn Target, keep_float: &Keep
                 match selector.obstacle(id, node, rule) {
                     Some(reason) => Choice::Float { reason, notable: true },
                     None if two_activations => Choice::Float { reason: "it has no weight".into(), notable: false },
-                    None => Choice::Quantized { reason: "its weight is in codes, its activation in float" },
+                    None => {
+                        selection.reads.extend(ops::linear(model.graph(), id).map(|roles| (id, roles.activation)));
+                        Choice::Quantized { reason }
+                    }
                 }
             }
         };
