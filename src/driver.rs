@@ -69,6 +69,8 @@ pub struct Request {
     pub keep_float: Vec<String>,
     /// Nodes and weights in other schemes, by pattern.
     pub set: Vec<Set>,
+    /// How tables that are gathered from are written; `None` leaves them in float.
+    pub embeddings: Option<Scheme>,
     /// The mean bits of a weight.
     pub budget: Option<f64>,
     /// The squared error of the outputs over their square that is allowed.
@@ -338,6 +340,15 @@ fn check_request(request: &Request) -> Result<(), Error> {
         let name = request.target.info().about.name;
         return Err(Error::Target(format!("target `{name}` cannot take scheme {}: {what}", request.scheme)));
     }
+    if let Some(scheme) = request.embeddings {
+        let blocks = scheme.weight_format.is_none() && scheme.activation_bits.is_none() && scheme.block.is_some();
+        if !blocks || request.target.refuses(&scheme).is_some() {
+            return Err(Error::Target(format!(
+                "--embeddings {scheme}: tables are integers of 2 to 8 bits in blocks of 16, 32, 64, 128 or 256 columns, and what is \
+                 gathered is float: write w8a16g32 or w4a16g32asym"
+            )));
+        }
+    }
     if let Some(output) = request.output.as_ref().filter(|output| output.is_dir()) {
         return Err(Error::Input(format!("the output `{}` is a folder; name a file", output.display())));
     }
@@ -423,6 +434,7 @@ fn context<'a>(
         dataset,
         keep_float: &overrides.keep_float,
         schemes: &overrides.schemes,
+        embeddings: request.embeddings,
         scheme: request.scheme,
         threads: request.threads,
         progress,

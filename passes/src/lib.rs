@@ -38,6 +38,7 @@ pub mod sensitivity;
 pub mod simd;
 pub mod simulate;
 pub mod slices;
+mod tables;
 pub mod target;
 pub mod tensor;
 pub mod text;

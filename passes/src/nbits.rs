@@ -93,7 +93,7 @@ pub(crate) fn pack(graph: &Graph, users: &Users, plan: &Plan, id: NodeId, node: 
 }
 
 /// What is added to a signed point to make it a code of the operator, whose own zero point that is.
-fn offset_of(signed: bool, bits: usize) -> i32 {
+pub(crate) fn offset_of(signed: bool, bits: usize) -> i32 {
     if signed { 1 << (bits - 1) } else { 0 }
 }
 
@@ -143,20 +143,20 @@ fn packed(layout: Layout, encoding: &Encoding, codes: &Tensor) -> Packed {
 /// So many rows or columns are worked on at a time: their lines fit the nearest cache.
 const STRIP: usize = 64;
 
-fn mask(bits: usize) -> u8 {
+pub(crate) fn mask(bits: usize) -> u8 {
     u8::MAX >> (8 - bits)
 }
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "codes of up to 8 bits")]
-fn narrow(code: i32) -> u8 {
+pub(crate) fn narrow(code: i32) -> u8 {
     code as u8
 }
 
-fn put(row: &mut [u8], index: usize, bits: usize, code: u8) {
+pub(crate) fn put(row: &mut [u8], index: usize, bits: usize, code: u8) {
     row[index * bits / 8] |= code << (index * bits % 8);
 }
 
-fn get(row: &[u8], index: usize, bits: usize) -> u8 {
+pub(crate) fn get(row: &[u8], index: usize, bits: usize) -> u8 {
     (row[index * bits / 8] >> (index * bits % 8)) & mask(bits)
 }
 

@@ -67,6 +67,7 @@ impl DataArgs {
             rounding: None,
             keep_float: Vec::new(),
             set: Vec::new(),
+            embeddings: None,
             budget: None,
             max_drop: None,
             executor: self.executor.clone(),

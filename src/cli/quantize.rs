@@ -56,6 +56,9 @@ pub(crate) struct Args {
     /// 'stem*=float'; may be repeated.
     #[arg(long, value_name = "PATTERN=SCHEME")]
     set: Vec<Set>,
+    /// Write the tables that Gather reads, and heads that share them, in blocks: w8a16g32, w4a16g32asym. They stay in float otherwise.
+    #[arg(long, value_name = "SCHEME")]
+    embeddings: Option<String>,
     /// Mixed precision: the mean bits of a weight, spent where they lower the loss most.
     #[arg(long, value_name = "BITS", value_parser = share)]
     budget: Option<f64>,
@@ -91,6 +94,7 @@ struct Recipe {
     keep_float: Vec<String>,
     #[serde(default)]
     set: Vec<String>,
+    embeddings: Option<String>,
     budget: Option<Share>,
     max_drop: Option<Share>,
 }
@@ -145,8 +149,10 @@ fn request(args: &Args) -> Result<Request, Error> {
     let of_file = |share: &Option<Share>, name: &str| share.as_ref().map(|share| share.value(name)).transpose();
     // Of several that match, the last counts: the command line's.
     let set = of_recipe.chain(args.set.iter().cloned().map(Ok)).collect::<Result<_, Error>>()?;
+    let embeddings = args.embeddings.as_ref().or(recipe.embeddings.as_ref());
     Ok(Request {
         set,
+        embeddings: embeddings.map(|text| scheme(text)).transpose().map_err(Error::Target)?,
         budget: args.budget.or(of_file(&recipe.budget, "budget")?),
         hold_out: args.hold_out,
         augment: args.augment,

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use passes::about::About;
 use passes::diag::{self, Diagnostic, Place, Severity};
+use passes::ir::Node;
 use passes::model::Model;
 use passes::target::{Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo, When};
 
@@ -112,11 +113,17 @@ impl Target for OrtCpu {
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
         let mut lowered = passes::lower::qdq_and_nbits(model)?;
-        let products = lowered.graph.nodes().filter(|(_, node)| &*node.op.name == "MatMulNBits");
-        let newer = products.filter(|(_, node)| node.int("bits", 4) != 4).count();
+        let is_newer = |node: &Node| match &*node.op.name {
+            "MatMulNBits" => node.int("bits", 4) != 4,
+            // The older one knows tables of 4-bit integers, and nothing that a product shares.
+            "GatherBlockQuantized" => node.attrs.contains_key("bits"),
+            _ => false,
+        };
+        let newer = lowered.graph.nodes().filter(|(_, node)| is_newer(node)).count();
         if newer > 0 {
             let message = format!(
-                "{newer} MatMulNBits of 2 or 8 bits: ONNX Runtime 1.22 computes those of 4 bits only, 1.31 all of them"
+                "{newer} MatMulNBits or GatherBlockQuantized of 2 or 8 bits, or of one table: ONNX Runtime 1.22 computes those of 4 bits \
+                 only, 1.31 all of them"
             );
             lowered.notes.push(
                 Diagnostic::new(diag::NEWER_RUNTIME, Severity::Note, Place::Model, message)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What budgets for bits and for loss buy, and more samples made out of few: scores on the zoo, one line per run.
+"""What budgets for bits and for loss buy, more samples made out of few, and tables in blocks: scores on the zoo, one line per run.
 
     mixed.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME]
 """
@@ -11,7 +11,8 @@ RUNS = [('digits-resnet', '--scheme w4a8'), ('digits-resnet', '--scheme w4a8 --b
         *(('efficientnet-lite0', f'--scheme w4a8 --recipe best{b}') for b in ('', ' --budget 5', ' --budget 5.5', ' --budget 6')),
         *(('efficientnet-lite0', f'--scheme w8a8{d}') for d in ('', ' --max-drop 1%', ' --max-drop 0.5%')),
         *(('minilm', f'--scheme w4a16g32 --recipe best{b}') for b in ('', ' --budget 5')),
-        *(('minilm', f'--scheme {s} --recipe best --augment {n}') for s in ('w4a16g32', 'w4a16g32asym', 'w3a16g64') for n in (0, 4, 8, 12))]
+        *(('minilm', f'--scheme {s} --recipe best --augment {n}') for s in ('w4a16g32', 'w4a16g32asym', 'w3a16g64') for n in (0, 4, 8, 12)),
+        *(('minilm', f'--scheme w8a8dyn{e}') for e in ('', ' --recipe best', ' --embeddings w8a16g32', ' --embeddings w4a16g32asym', ' --embeddings w4a16g32'))]
 
 
 def main():

@@ -94,6 +94,35 @@ def packed(tool, tmp):
         assert difference <= 1e-4, 'packing changed the weight'
 
 
+def tables(tool, tmp):
+    """Tables in blocks, alone and shared with a head: packed and plain agree, and one copy of the codes is in the file."""
+    from onnx import TensorProto, helper, numpy_helper
+    rng = np.random.default_rng(0)
+    e, p = rng.standard_normal((4000, 64)).astype(np.float32), rng.standard_normal((512, 64)).astype(np.float32)
+    nodes = [helper.make_node('Gather', ['e', 'i'], ['a'], 'embed'), helper.make_node('Gather', ['p', 'i'], ['b'], 'position'), helper.make_node('Add', ['a', 'b'], ['x']),
+             helper.make_node('Transpose', ['e'], ['t'], 'turn', perm=[1, 0]), helper.make_node('MatMul', ['x', 't'], ['y'], 'head')]
+    graph = helper.make_graph(nodes, 'g', [helper.make_tensor_value_info('i', TensorProto.INT64, [None, None])],
+                              [helper.make_tensor_value_info('y', TensorProto.FLOAT, [None, None, 4000]), helper.make_tensor_value_info('x', TensorProto.FLOAT, [None, None, 64])],
+                              [numpy_helper.from_array(e, 'e'), numpy_helper.from_array(p, 'p')])
+    model = Path(tmp) / 'tied.onnx'
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8), model)
+    i = rng.integers(0, 512, (3, 7)); want = session(model).run(None, {'i': i})
+    for scheme, newer in (('w8a16g32', True), ('w4a16g16', True), ('w4a16g32asym', True), ('w2a16g16', True), ('w4a16g32', False)):
+        outs = {}
+        for target in ('ort-cpu', 'onnx-qdq'):
+            out = Path(tmp) / f'{target}.onnx'; head = [] if newer else ['--keep-float', 'head']
+            subprocess.run([tool, 'quantize', str(model), '-o', str(out), '--scheme', 'w4a16g32', '--embeddings', scheme, '--target', target, '--recipe', 'fast', '--progress', 'none', *head], check=True, stdout=subprocess.DEVNULL)
+            onnx.checker.check_model(str(out), full_check=True)
+            if target == 'ort-cpu' and newer and ONLY_FOUR_BITS: continue
+            outs[target] = session(out, optimized=target == 'ort-cpu').run(None, {'i': i})
+            if target == 'ort-cpu':
+                ops, size = operators(out, tmp), out.stat().st_size
+                assert ops['GatherBlockQuantized'] == 2 and ops['MatMulNBits'] == newer and ops['Reshape'] == ops['DequantizeLinear'] == 0, ops
+                assert not newer or size < (4000 + 512) * 64 * (int(scheme[1]) / 8 + 4 / int(scheme[6:8]) + 1 / 16) + 5000, 'the table is there twice'
+        print(f'tables in {scheme}: ' + (f'packed is for a newer ONNX Runtime than {ort.__version__}' if len(outs) < 2 else f'{sqnr(want[0], outs["ort-cpu"][0]):.1f} dB'))
+        if len(outs) == 2: assert all(np.abs(a - b).max() <= 2e-4 for a, b in zip(*outs.values())), 'packing changed a table'
+
+
 def dynamic(tool, tmp):
     """Ranges chosen by each run: ONNX Runtime fuses the products, and optimized and plain agree within a step."""
     model = ROOT / 'fixtures/models/digits-resnet.onnx'
@@ -131,6 +160,7 @@ def main():
         for name in ('digits-resnet', 'digits-mobilenet'): digits(o.tool, name, tmp)
         formats(o.tool, tmp)
         packed(o.tool, tmp)
+        tables(o.tool, tmp)
         dynamic(o.tool, tmp)
         control_flow(o.tool, tmp)
 

@@ -1,5 +1,7 @@
 //! Every scheme that a target takes is written, read back and verified; data helps.
 
+use std::path::Path;
+
 use super::{fixture, text, tool, tool_ok};
 
 fn run(scheme: &str, recipe: &str) -> serde_json::Value {
@@ -101,6 +103,49 @@ fn ranges_of_each_run_need_no_samples_and_take_eight_bits() {
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(refused.status.code() == Some(3) && said.contains("w8a8dyn"), "{odd}: {said}");
     }
+}
+
+#[test]
+fn tables_are_written_in_blocks_and_shared_with_a_tied_head() {
+    let folder = tempfile::tempdir().unwrap();
+    let [model, out] = ["tied.onnx", "q.onnx"].map(|name| folder.path().join(name));
+    tool_ok(&["cat", text(&fixture("passes/fold-constants/tied-weight.oq")), "--to", "onnx", "-o", text(&model)]);
+    let run = |model: &Path, extra: &[&str]| {
+        let base = ["quantize", text(model), "-o", text(&out), "--scheme", "w4a16g32", "--json", "--progress", "none"];
+        let output = tool(&[&base[..], extra].concat());
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        (output.status.code(), json, String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let operators = || {
+        let graph = onnx_quant::import::file(&out).unwrap().model.graph().clone();
+        graph.nodes().map(|(_, node)| node.op.name.to_string()).collect::<Vec<_>>()
+    };
+    for scheme in ["w8a16g32", "w4a16g16", "w3a16g64asym", "w2a16g128"] {
+        for target in ["ort-cpu", "onnx-qdq"] {
+            let (code, json, error) = run(&model, &["--embeddings", scheme, "--target", target]);
+            assert_eq!((code, &json["verify"]["passed"]), (Some(0), &true.into()), "{scheme} {target}: {error}");
+            let quantized = json["totals"]["quantized"].as_u64();
+            assert_eq!(quantized, Some(2), "{scheme} {target}: the table and the head: {json:#}");
+            let packed = ["GatherBlockQuantized", "Reshape", "MatMulNBits"];
+            let plain = ["DequantizeLinear", "Gather", "Transpose", "MatMul"];
+            let want = if target == "ort-cpu" { &packed[..] } else { &plain[..] };
+            assert_eq!(operators(), want, "{scheme} {target}");
+        }
+    }
+    // What one reader keeps in float, the other still has in codes.
+    let (code, json, error) = run(&model, &["--embeddings", "w4a16g32", "--keep-float", "MatMul"]);
+    assert_eq!((code, &json["totals"]["quantized"]), (Some(0), &1.into()), "{error}");
+    assert_eq!(operators(), ["GatherBlockQuantized", "Transpose", "MatMul"]);
+    // 96 columns would not be whole blocks of 64: here 128 are none of 256.
+    let (code, json, error) = run(&model, &["--embeddings", "w4a16g256"]);
+    assert_eq!((code, &json["totals"]["quantized"]), (Some(0), &0.into()), "{error}");
+    let layers = json["layers"].to_string();
+    assert!(layers.contains("no whole blocks of 256"), "{layers}");
+    for odd in ["w8a8", "w8a16", "wnf4a16g32", "w4a16g8"] {
+        assert_eq!(run(&model, &["--embeddings", odd]).0, Some(3), "{odd}");
+    }
+    let (code, _, error) = run(&fixture("models/digits-resnet.onnx"), &["--embeddings", "w8a16g32"]);
+    assert!(code == Some(2) && error.contains("no Gather"), "{error}");
 }
 
 #[test]

@@ -2,5 +2,6 @@
 
 mod dynamic;
 mod qdq;
+mod tables;
 
 pub use qdq::{is_native, lower as qdq, lower_with_nbits as qdq_and_nbits};

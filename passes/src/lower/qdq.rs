@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::dynamic::{IntegerWeights, Quantized};
+use super::tables::Tables;
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::Grid;
@@ -29,7 +30,8 @@ pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
 }
 
 /// The same, with `com.microsoft::MatMulNBits` for matrix products of float activations with a weight of integers in blocks: it computes
-/// in float where ONNX Runtime's own fusion rounds activations to 8 bits, and has room for 2 bits.
+/// in float where ONNX Runtime's own fusion rounds activations to 8 bits, and has room for 2 bits. Tables of integers in blocks are
+/// read by `com.microsoft::GatherBlockQuantized`.
 ///
 /// # Errors
 /// [`LowerError`], as [`lower`].
@@ -52,6 +54,8 @@ fn lowered(model: &Model, nbits: bool) -> Result<Lowered, LowerError> {
         constants: BTreeMap::new(),
         dynamic: BTreeMap::new(),
         integers: BTreeMap::new(),
+        tables: BTreeMap::new(),
+        turned: BTreeMap::new(),
         unwritable: BTreeSet::new(),
         notes: Vec::new(),
     };
@@ -89,8 +93,8 @@ pub(super) struct Lowering<'a> {
     pub(super) plan: &'a Plan,
     pub(super) opset: u32,
     /// Who reads what, where weights may be packed into `MatMulNBits`; and whether one was.
-    nbits: Option<walk::Users>,
-    packed: bool,
+    pub(super) nbits: Option<walk::Users>,
+    pub(super) packed: bool,
     pub(super) builder: Builder,
     /// The names of the float graph.
     taken: BTreeSet<Name>,
@@ -102,6 +106,9 @@ pub(super) struct Lowering<'a> {
     constants: BTreeMap<CodesKey, Vec<(Encoding, ValueId)>>,
     /// Values with the codes, scale and zero point that each run gives them.
     pub(super) dynamic: BTreeMap<ValueId, Quantized>,
+    /// Tables in blocks; and their codes as products read them, by the node that transposed them.
+    pub(super) tables: Tables,
+    pub(super) turned: BTreeMap<NodeId, ValueId>,
     /// The codes and scales of weights that are multiplied as integers.
     pub(super) integers: IntegerWeights,
     /// Formats that were written as float numbers.
@@ -148,6 +155,9 @@ impl Lowering<'_> {
             && let Some(packed) = nbits::pack(self.graph, users, self.plan, id, node)
         {
             return self.packed(node, packed);
+        }
+        if self.reads_table(id, node)? {
+            return Ok(());
         }
         if self.is_dynamic(id) {
             return self.dynamic(id, node);
@@ -337,7 +347,7 @@ impl Lowering<'_> {
     }
 
     /// The constants for scale and zero point.
-    fn parameters(
+    pub(super) fn parameters(
         &mut self,
         name: &Name,
         encoding: &Encoding,

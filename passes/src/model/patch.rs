@@ -188,13 +188,18 @@ impl Patch {
     }
 
     /// A new node and its one output, called `name` or something like it.
-    pub fn node(&mut self, mut node: Node, name: &str, ty: Type, before: Option<NodeId>) -> ValueId {
+    pub fn node(&mut self, node: Node, name: &str, ty: Type, before: Option<NodeId>) -> ValueId {
+        self.node_with_id(node, name, ty, before).0
+    }
+
+    /// The same, with the id of the node, for what is planned about it.
+    pub fn node_with_id(&mut self, mut node: Node, name: &str, ty: Type, before: Option<NodeId>) -> (ValueId, NodeId) {
         let id = NodeId(u32::try_from(self.first_node + self.n_new_nodes).unwrap_or(u32::MAX));
         self.n_new_nodes += 1;
         let output = self.mint(name, ty, Def::Output { node: id, index: 0 });
         node.outputs = vec![Some(output)];
         self.edits.push(Edit::Insert { id, node, before });
-        output
+        (output, id)
     }
 
     /// Another way to compute the outputs of node `id`.

@@ -20,7 +20,8 @@ crate::declare_pass! {
     /// reader. A pair around an activation disappears: when all who read the tensor read it through the pair, the tensor
     /// itself is encoded; otherwise only those uses are. Pairs with scales that are not constant, or in grids that are
     /// not known here, stay as they are. A `MatMulNBits` becomes a `MatMul` with its weight encoded, and so does a
-    /// `MatMulInteger` of what a `DynamicQuantizeLinear` returns, cast and scaled; its activation has the range of each run.
+    /// `MatMulInteger` of what a `DynamicQuantizeLinear` returns, cast and scaled; its activation has the range of each run. A
+    /// `GatherBlockQuantized` becomes a `Gather` from an encoded table, which a `MatMulNBits` by the same codes shares.
     INFO {
         name: "absorb-qdq",
         source: "ONNX operator specification, QuantizeLinear-21 and DequantizeLinear-21",
@@ -57,6 +58,7 @@ impl Pass for AbsorbQdq {
             }
         }
         super::absorb_nbits::absorb(graph, model.meta.opset(), &mut patch);
+        super::absorb_tables::absorb(graph, &users, model.meta.opset(), &mut patch);
         super::absorb_dynamic::absorb(graph, &users, model.meta.opset(), &mut patch);
         for (source, pairs) in pairs {
             absorb_pairs(graph, &users, source, &pairs, &mut patch);

@@ -105,6 +105,8 @@ pub struct PassContext<'a> {
     pub keep_float: &'a KeepFloat,
     /// Nodes or weights in other bits because the user said so.
     pub schemes: &'a Schemes,
+    /// How tables that are gathered from are written; `None` leaves them in float.
+    pub embeddings: Option<Scheme>,
     /// Worker threads.
     pub threads: usize,
     /// The most bytes that tensors held at once for measuring may take.
@@ -131,6 +133,7 @@ impl<'a> PassContext<'a> {
             wishes: BTreeSet::new(),
             keep_float: &NOTHING_KEPT,
             schemes: &ALL_ALIKE,
+            embeddings: None,
             threads: 1,
             tap_budget: 256 << 20,
             pair_budget: 1 << 30,

@@ -2,6 +2,7 @@
 
 mod encode;
 mod select;
+mod tables;
 mod weights;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -183,6 +184,12 @@ impl Pass for AssignEncodings {
             encode::encode(model, &selection, &observers, &goals, &mut patch);
         } else {
             encode::encode_products(model, &selection, cx.scheme.dynamic, &goals, &mut patch);
+        }
+        let tables = cx.embeddings.and_then(|scheme| Goal::new(scheme, self.weights));
+        if let Some(goal) = tables
+            && tables::encode(model, cx, &goal, &mut selection, &mut patch) == 0
+        {
+            return Err(PassError::Model("--embeddings: no Gather takes rows out of a constant float matrix".into()));
         }
         for (node, choice) in &selection.choices {
             let quantized = choice.is_quantized();
