@@ -140,6 +140,7 @@ fn by_cost(model: &Model, cx: &PassContext<'_>) -> Result<Vec<String>, Error> {
         (0..inputs)
             .filter_map(|input| u16::try_from(input).ok())
             .any(|input| model.plan().encoding_of_use(graph, id, input).is_some())
+            || model.plan().transposed(graph, id).next().is_some()
     };
     let nodes: Vec<NodeId> =
         model.plan().decisions().filter(|(_, d)| d.quantized).map(|(id, _)| id).filter(|id| reads_codes(*id)).collect();

@@ -42,7 +42,8 @@ pub(crate) fn overrides(
     for pattern in keep_float {
         let option = format!("--keep-float {pattern}");
         let matched = names.matching(&option, pattern)?;
-        overrides.keep_float.extend(matched.into_iter().map(|name| (name, option.clone())));
+        let makers = names.makers_of(&matched);
+        overrides.keep_float.extend(matched.into_iter().chain(makers).map(|name| (name, option.clone())));
     }
     for Set { pattern, scheme } in set {
         let option = format!("--set {pattern}={}", scheme.map_or("float".into(), |scheme| scheme.to_string()));
@@ -51,7 +52,8 @@ pub(crate) fn overrides(
             // The last one counts.
             None => {
                 overrides.schemes.retain(|name, _| !matched.contains(name));
-                overrides.keep_float.extend(matched.into_iter().map(|name| (name, option.clone())));
+                let makers = names.makers_of(&matched);
+                overrides.keep_float.extend(matched.into_iter().chain(makers).map(|name| (name, option.clone())));
             }
             Some(scheme) => {
                 check(&option, *scheme, base, target)?;
@@ -86,6 +88,8 @@ struct Names {
     all: Vec<String>,
     /// Names of constants, with those of the nodes that read them: folding gives constants new names, nodes keep theirs.
     readers: Vec<(String, String)>,
+    /// Names of tensors, with those of the nodes that make them: splitting gives tensors new makers, nodes keep their names.
+    makers: Vec<(String, String)>,
     /// The nodes that have weights.
     weighted: BTreeSet<String>,
 }
@@ -99,8 +103,10 @@ impl Names {
         let values = graph.value_ids().map(|id| graph.value(id).name.to_string());
         // What is computed from constants alone stands for them.
         let mut roots: BTreeMap<ValueId, Vec<String>> = BTreeMap::new();
-        let (mut readers, mut weighted) = (Vec::new(), BTreeSet::new());
+        let (mut readers, mut makers, mut weighted) = (Vec::new(), Vec::new(), BTreeSet::new());
         for (_, node) in graph.nodes() {
+            let made = node.outputs.iter().flatten().map(|output| graph.value(*output).name.to_string());
+            makers.extend(made.map(|name| (name, node.name.to_string())));
             let of = |value: &ValueId| match graph.constant(*value) {
                 Some(_) => Some(vec![graph.value(*value).name.to_string()]),
                 None => roots.get(value).cloned(),
@@ -116,7 +122,7 @@ impl Names {
             }
             readers.extend(names.into_iter().map(|name| (name, node.name.to_string())));
         }
-        Self { all: nodes.chain(values).collect(), readers, weighted }
+        Self { all: nodes.chain(values).collect(), readers, makers, weighted }
     }
 
     /// Refuses an option that is about weights and matches none.
@@ -129,6 +135,12 @@ impl Names {
             "{option} changes nothing: `{first}` and whatever else it matches are no convolutions or matrix products with weights, nor \
              weights of such; `inspect` lists the nodes"
         )))
+    }
+
+    /// The names of the nodes that make what is called by one of `names`.
+    fn makers_of(&self, names: &[String]) -> Vec<String> {
+        let names: BTreeSet<&String> = names.iter().collect();
+        self.makers.iter().filter(|(tensor, _)| names.contains(tensor)).map(|(_, node)| node.clone()).collect()
     }
 
     /// The names that match, and those of nodes that read a constant whose name does.

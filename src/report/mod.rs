@@ -49,14 +49,22 @@ pub(crate) fn layers(outcome: &Outcome) -> Vec<Layer> {
 }
 
 fn weight(model: &Model, id: NodeId) -> Option<(String, String)> {
-    let roles = ops::linear(model.graph(), id)?;
-    let encoding = model.plan().encoding(Site::Use { node: id, input: roles.weight })?;
+    let (graph, plan) = (model.graph(), model.plan());
+    // What is no linear node reads a table, or one transposed.
+    let table = || Site::Use { node: id, input: 0 };
+    let site = match ops::linear(graph, id) {
+        Some(roles) => Site::Use { node: id, input: roles.weight },
+        None if graph.constant_input(graph.node(id)?, 0).is_some() => table(),
+        None => plan.transposed(graph, id).next()?,
+    };
+    let encoding = plan.encoding(site)?;
     Some((encoding.grid.info().about.name.to_owned(), granularity(encoding.granularity)))
 }
 
 fn activation(model: &Model, id: NodeId) -> Option<String> {
     let input = ops::linear(model.graph(), id).map_or(0, |roles| roles.activation);
-    let encoding = model.plan().encoding_of_use(model.graph(), id, input)?;
+    let constant = model.graph().node(id)?.input(input.into()).is_some_and(|v| model.graph().constant(v).is_some());
+    let encoding = model.plan().encoding_of_use(model.graph(), id, input).filter(|_| !constant)?;
     let name = encoding.grid.info().about.name;
     let dynamic = encoding.granularity == passes::encoding::Granularity::Dynamic;
     Some(if dynamic { format!("{name} dynamic") } else { name.to_owned() })

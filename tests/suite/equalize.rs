@@ -204,3 +204,81 @@ fn a_region_with_a_constant_or_with_something_kept_in_float_is_left_alone() {
     let summed = model("  %k = Relu(%c)\n  %s = Add(%a, %k)\n  %r = Relu(%s)\n");
     assert_eq!(regions_of(&summed, &[]), 0, "a constant cannot be divided");
 }
+
+/// A decoder of two layers with RMS norms written out both ways, biases, a scaled embedding and a head that is tied to it. 12 channels
+/// need a Hadamard matrix that is no power of two.
+fn decoder(extra: &str) -> String {
+    let norm = |x: &str, n: &str| {
+        format!(
+            "  %{n}p = Pow({x}, %two)\n  %{n}m = ReduceMean(%{n}p, %last)\n  %{n}e = Add(%{n}m, %eps)\n  %{n}s = Sqrt(%{n}e)\n"
+        )
+    };
+    format!(
+        "opset 21\ngraph (%i: i64[7]) -> (%y) {{\n{}{}{}{}{}{}  %two = const f32[] [2]\n  %eps = const f32[] [0.001]\n  %last = const i64[1] [-1]\n  \
+         %half = const f32[] [0.5]\n  %g = const f32[12] [1, 2, 3, 4, -5, 6, 0, 8, 9, 1, 2, 30]\n  %b = const f32[12] [1, 0, 0, 0, 9, 0, 0, 0, 0, 2, 0, 0]\n  \
+         %t = Gather(%e, %i)\n  %x = Mul(%t, %half)\n{}  %ar = Reciprocal(%as)\n  %an = Mul(%x, %ar)\n  %ag = Mul(%g, %an)\n  %q = MatMul(%ag, %wq)\n  \
+         %v = MatMul(%ag, %wv)\n  %f = Sigmoid(%q)\n  %h = Mul(%f, %v)\n  %o = MatMul(%h, %wo)\n  %ob = Add(%o, %b)\n  %x2 = Add(%x, %ob)\n{}  \
+         %bn = Div(%x2, %bs)\n  %u = MatMul(%bn, %wu)\n  %r = Relu(%u)\n  %d = MatMul(%r, %wd)\n  %x3 = Add(%d, %x2)\n{}  %cn = Div(%x3, %cs)\n  \
+         %cg = Mul(%cn, %g)\n  %et = Transpose(%e) {{perm=[1, 0]}}\n{extra}}}\n",
+        matrix("e", 20, 12),
+        matrix("wq", 12, 8),
+        matrix("wv", 12, 8),
+        matrix("wo", 8, 12),
+        matrix("wu", 12, 16),
+        matrix("wd", 16, 12),
+        norm("%x", "a"),
+        norm("%x2", "b"),
+        norm("%x3", "c"),
+    )
+}
+
+#[test]
+fn a_rotated_decoder_keeps_its_function_and_loses_its_gains() {
+    let plain = passes::text::parse(&decoder("  %y = MatMul(%cg, %et)\n")).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+    let rotated = |text: &str| {
+        let mut cx = PassContext::new(targets::TARGETS[0], executor.as_ref());
+        let pipeline = Pipeline::parse(text, &passes::catalogue::passes()).unwrap();
+        let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+        let counts = trace.steps.iter().find(|(name, _)| *name == "rotate").unwrap().1.counts.clone();
+        (after, format!("{counts:?}{:?}", trace.notes))
+    };
+    let feeds = [Tensor::of([7], vec![0_i64, 3, 19, 7, 7, 12, 1])];
+    let mut tables = Vec::new();
+    for seed in ["rotate", "rotate{seed=3}"] {
+        let (after, said) = rotated(&format!("infer-shapes, {seed}, drop-dead"));
+        assert!(said.contains("\"readers\": 4") && said.contains("\"streams\": 1"), "{said}");
+        check_same(&plain, &after, executor.as_ref(), &feeds, seed);
+        let graph = after.graph();
+        let count = |op: &str| graph.nodes().filter(|(_, node)| node.op.is(op)).count();
+        assert_eq!((count("Transpose"), count("MatMul"), count("Add")), (0, 6, 6), "nothing is left of the old stream");
+        let gather = graph.nodes().find(|(_, node)| node.op.is("Gather")).unwrap().1;
+        tables.push(graph.constant_input(gather, 0).unwrap().floats().unwrap().into_owned());
+        let read = graph.nodes().flat_map(|(_, node)| node.inputs.iter().flatten());
+        let gains = read.filter(|id| graph.constant(**id).is_some_and(|t| t.len() == 12)).count();
+        assert_eq!(gains, 1, "the rotated bias alone is a row");
+    }
+    assert_ne!(tables[0], tables[1], "another seed, another basis");
+}
+
+#[test]
+fn a_stream_with_another_reader_is_left_alone_and_named() {
+    for (extra, says) in [
+        (
+            "  %k = Tanh(%x2)\n  %z = MatMul(%cg, %et)\n  %s = ReduceMean(%k)\n  %y = Add(%z, %s)\n",
+            "without a root mean square norm",
+        ),
+        (
+            "  %z = MatMul(%cg, %et)\n  %k = Softmax(%cg)\n  %s = ReduceMean(%k)\n  %y = Add(%z, %s)\n",
+            "something other than products",
+        ),
+    ] {
+        let plain = passes::text::parse(&decoder(extra)).unwrap();
+        let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+        let mut cx = PassContext::new(targets::TARGETS[0], executor.as_ref());
+        let pipeline = Pipeline::parse("infer-shapes, rotate", &passes::catalogue::passes()).unwrap();
+        let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+        assert_eq!(after.graph().nodes().count(), plain.graph().nodes().count(), "{says}");
+        assert!(trace.notes.iter().any(|note| note.message.contains(says)), "{says}: {:?}", trace.notes);
+    }
+}

@@ -98,6 +98,14 @@ fn ranges_of_each_run_need_no_samples_and_take_eight_bits() {
     let json = tool_ok(&["quantize", text(&model), "-o", text(&out), "--scheme", "w8a8dyn", "--json"]);
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!((&json["verify"]["passed"], &json["totals"]["quantized"]), (&true.into(), &1.into()), "{json:#}");
+    // Without samples `best` rounds to nearest, and says so; a tensor's name keeps what makes it in float.
+    let json =
+        tool_ok(&["quantize", text(&model), "-o", text(&out), "--scheme", "w8a8dyn", "--recipe", "best", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["totals"]["quantized"], 1);
+    let args = ["quantize", text(&model), "-o", text(&out), "--scheme", "w8a8dyn", "--keep-float", "logits", "--json"];
+    let json: serde_json::Value = serde_json::from_str(&tool_ok(&args)).unwrap();
+    assert_eq!(json["totals"]["quantized"], 0, "{json:#}");
     for odd in ["w4a8dyn", "w8a4dyn", "w8a8g32dyn", "w8a8asymdyn", "w8a8pow2dyn", "we2m3a8dyn"] {
         let refused = tool(&["quantize", text(&model), "--scheme", odd, "--dry-run"]);
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
@@ -144,6 +152,12 @@ fn tables_are_written_in_blocks_and_shared_with_a_tied_head() {
     for odd in ["w8a8", "w8a16", "wnf4a16g32", "w4a16g8"] {
         assert_eq!(run(&model, &["--embeddings", odd]).0, Some(3), "{odd}");
     }
+    for name in ["Transpose", "t", "x"] {
+        let (code, json, error) = run(&model, &["--embeddings", "w4a16g32", "--keep-float", name]);
+        assert_eq!((code, &json["totals"]["quantized"]), (Some(0), &1.into()), "{name}: {error}");
+    }
+    let (code, _, error) = run(&model, &["--embeddings", "w4a16g32", "--set", "e=w8a16g32"]);
+    assert!(code == Some(2) && error.contains("both say"), "{error}");
     let (code, _, error) = run(&fixture("models/digits-resnet.onnx"), &["--embeddings", "w8a16g32"]);
     assert!(code == Some(2) && error.contains("no Gather"), "{error}");
 }

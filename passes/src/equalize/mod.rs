@@ -3,11 +3,14 @@
 mod awq;
 mod divided;
 mod equalize_layers;
+mod hadamard;
 mod region;
+mod rotate;
 mod scaled;
 mod smooth;
+mod stream;
 
 use crate::pass::PassEntry;
 
 /// Order is the order of the manual, not of the pipeline.
-pub static PASSES: &[PassEntry] = &[smooth::ENTRY, equalize_layers::ENTRY, awq::ENTRY];
+pub static PASSES: &[PassEntry] = &[smooth::ENTRY, equalize_layers::ENTRY, awq::ENTRY, rotate::ENTRY];

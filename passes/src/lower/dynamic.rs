@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::qdq::{CodesKey, Lowering, bug, signed};
+use super::qdq::{CodesKey, Lowering, bug};
 use crate::encoding::{Encoding, Granularity};
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::{Attr, Attrs, Node, OpKey, TensorType, Type};
@@ -16,8 +16,17 @@ use crate::tensor::{DType, Tensor};
 /// What a `DynamicQuantizeLinear` returns: codes, scale, zero point.
 pub(super) type Quantized = [ValueId; 3];
 
-/// The constants of weights that are multiplied as integers, codes and scale, by encoding.
-pub(super) type IntegerWeights = BTreeMap<CodesKey, Vec<(Encoding, (ValueId, ValueId))>>;
+/// The constants of a weight that is multiplied as integers.
+#[derive(Clone, Copy)]
+pub(super) struct IntegerWeight {
+    codes: ValueId,
+    scale: ValueId,
+    /// Where it is not 0 everywhere.
+    zero_point: Option<ValueId>,
+}
+
+/// Those that are written, by codes and encoding.
+pub(super) type IntegerWeights = BTreeMap<CodesKey, Vec<(Encoding, IntegerWeight)>>;
 
 impl Lowering<'_> {
     /// Whether the activation of the linear node `id` is encoded by the range of each run.
@@ -39,20 +48,21 @@ impl Lowering<'_> {
         };
         let by_column = matches!(encoding.granularity, Granularity::Axis(1) | Granularity::Tensor);
         let eight_bits = encoding.grid.info().integer && matches!(codes.dtype(), DType::I8 | DType::U8);
-        let plain = node.op.is("MatMul") && codes.shape().len() == 2 && signed(&encoding) && encoding.is_symmetric();
+        let plain = node.op.is("MatMul") && codes.shape().len() == 2;
         if !(by_column && eight_bits && plain) {
-            return Err(fail("dynamic activations take a MatMul by an 8-bit symmetric weight of one scale per column"));
+            return Err(fail("dynamic activations take a MatMul by an 8-bit weight of one scale per column"));
         }
         let [quantized, scale, zero_point] = self.dynamic_codes(activation)?;
-        let (weight_codes, weight_scale) = self.integer_weight(weight, &encoding, &codes)?;
+        let weight = self.integer_weight(weight, &encoding, &codes)?;
         let name = node.name.to_string();
         let shape = self.graph.value(output).ty.tensor().and_then(|ty| ty.shape.clone());
         let typed = |dtype| Type::Tensor(TensorType::new(Some(dtype), shape.clone()));
-        let inputs = vec![Some(quantized), Some(weight_codes), Some(zero_point)];
+        let mut inputs = vec![Some(quantized), Some(weight.codes), Some(zero_point)];
+        inputs.extend(weight.zero_point.map(Some));
         let sums = self.made("MatMulInteger", &name, inputs, Attrs::new(), typed(DType::I32))?;
         let to = [("to".into(), Attr::Int(i64::from(DType::F32.code())))].into_iter().collect();
         let cast = self.made("Cast", &format!("{name}.cast"), vec![Some(sums)], to, typed(DType::F32))?;
-        let inputs = vec![Some(scale), Some(weight_scale)];
+        let inputs = vec![Some(scale), Some(weight.scale)];
         let scales = Type::Tensor(TensorType::known(DType::F32, &encoding.scale_shape(codes.shape())));
         let scales = self.made("Mul", &format!("{name}.scales"), inputs, Attrs::new(), scales)?;
         let inputs = vec![Some(cast), Some(scales)];
@@ -89,7 +99,7 @@ impl Lowering<'_> {
         value: ValueId,
         encoding: &Encoding,
         codes: &Arc<Tensor>,
-    ) -> Result<(ValueId, ValueId), LowerError> {
+    ) -> Result<IntegerWeight, LowerError> {
         let key = (value, Some(Arc::as_ptr(codes)));
         if let Some((_, found)) = self.integers.get(&key).and_then(|all| all.iter().find(|(e, _)| e == encoding)) {
             return Ok(*found);
@@ -97,11 +107,11 @@ impl Lowering<'_> {
         let name = Arc::clone(&self.graph.value(value).name);
         let stem = self.fresh(&format!("{name}.codes"));
         let codes_id = self.builder.constant(&stem, Arc::clone(codes)).map_err(bug)?;
-        let scale = Tensor::of(encoding.scale_shape(codes.shape()), encoding.scale.to_vec());
-        let stem = self.fresh(&format!("{name}.scale"));
-        let scale_id = self.builder.constant(&stem, Arc::new(scale)).map_err(bug)?;
-        self.integers.entry(key).or_default().push((encoding.clone(), (codes_id, scale_id)));
-        Ok((codes_id, scale_id))
+        let (scale, zeros) = self.parameters(&name, encoding, codes.shape())?;
+        let zero_point = zeros.filter(|_| !encoding.is_symmetric());
+        let weight = IntegerWeight { codes: codes_id, scale, zero_point };
+        self.integers.entry(key).or_default().push((encoding.clone(), weight));
+        Ok(weight)
     }
 
     /// The result of a new node, of type `ty`, called like the node.

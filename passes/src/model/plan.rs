@@ -79,14 +79,24 @@ impl Plan {
         Self { encodings: BTreeMap::from([(site, encoding)]), ..Self::default() }
     }
 
-    /// What this plan says about the tensors that `node` reads and writes, and nothing else.
+    /// Where constants are encoded that `node` reads transposed.
+    pub fn transposed(&self, graph: &Graph, node: NodeId) -> impl Iterator<Item = Site> {
+        let inputs = graph.node(node).map(|node| node.inputs.iter().flatten()).into_iter().flatten();
+        let transposes = inputs.filter_map(|value| graph.producer(*value)).filter(|(_, made)| made.op.is("Transpose"));
+        let sites = transposes.map(|(transpose, _)| Site::Use { node: transpose, input: 0 });
+        sites.filter(|site| self.codes.contains_key(site))
+    }
+
+    /// What this plan says about the tensors that `node` reads and writes, constants that it reads transposed among them, and nothing
+    /// else.
     #[must_use]
     pub fn only_about(&self, graph: &Graph, node: NodeId) -> Self {
         let Some(content) = graph.node(node) else { return Self::default() };
         let values: Vec<_> = content.inputs.iter().chain(&content.outputs).flatten().collect();
+        let transposed: Vec<Site> = self.transposed(graph, node).collect();
         let about = |site: &Site| match site {
             Site::Value(value) => values.contains(&value),
-            Site::Use { node: reader, .. } => *reader == node,
+            Site::Use { node: reader, .. } => *reader == node || transposed.contains(site),
         };
         self.only(about)
     }

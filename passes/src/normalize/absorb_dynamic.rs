@@ -1,6 +1,6 @@
 //! Products of dynamically quantized activations back to plain ones.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::absorb_qdq::{grid_of, whole};
@@ -8,7 +8,7 @@ use crate::encoding::{self, Encoding, Granularity};
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::walk::{User, Users};
 use crate::ir::{Attrs, Graph, Node, OpKey};
-use crate::model::{Edit, Patch};
+use crate::model::{Edit, Model, Patch};
 use crate::tensor::{DType, Tensor};
 
 /// A `MatMulInteger` with what stands around it.
@@ -21,21 +21,30 @@ struct Product {
     activation: ValueId,
     /// The encoding of the activation.
     dynamic: Encoding,
-    weight: ValueId,
+    /// Codes, scale and zero point.
+    weight: (ValueId, ValueId, Option<ValueId>),
     encoding: Encoding,
     codes: Arc<Tensor>,
 }
 
 /// Turns every `MatMulInteger` of the codes of a `DynamicQuantizeLinear` with a constant, cast to float and multiplied with both
-/// scales, into a `MatMul` of ai.onnx `opset` by the float weight that its codes stand for. Anything less stays as it is.
-pub(super) fn absorb(graph: &Graph, users: &Users, opset: u32, patch: &mut Patch) {
+/// scales, into a `MatMul` by the float weight that its codes stand for. Anything less stays as it is.
+pub(super) fn absorb(model: &Model, users: &Users, patch: &mut Patch) {
+    let (graph, opset) = (model.graph(), model.meta.opset());
     let mut gone: BTreeSet<NodeId> = BTreeSet::new();
     let mut quantizers: BTreeSet<NodeId> = BTreeSet::new();
+    // What several products share is made once.
+    let mut made: BTreeMap<(ValueId, ValueId, Option<ValueId>), ValueId> = BTreeMap::new();
     for (id, node) in graph.nodes().filter(|(_, node)| node.op.is("MatMulInteger")) {
-        let Some(product) = Product::at(graph, users, id, node) else { continue };
-        let Ok(float) = product.encoding.decode(&product.codes) else { continue };
-        let name = format!("{}.float", graph.value(product.weight).name);
-        let weight = patch.constant(&name, Tensor::of(product.codes.shape(), float));
+        let Some(product) = Product::at(model, users, id, node) else { continue };
+        let weight = if let Some(weight) = made.get(&product.weight) {
+            *weight
+        } else {
+            let Ok(float) = product.encoding.decode(&product.codes) else { continue };
+            let name = format!("{}.float", graph.value(product.weight.0).name);
+            patch.constant(&name, Tensor::of(product.codes.shape(), float))
+        };
+        made.insert(product.weight, weight);
         let plain = Node {
             op: OpKey { domain: "".into(), name: "MatMul".into(), opset },
             inputs: vec![Some(product.activation), Some(weight)],
@@ -65,15 +74,23 @@ pub(super) fn absorb(graph: &Graph, users: &Users, opset: u32, patch: &mut Patch
 }
 
 impl Product {
-    fn at(graph: &Graph, users: &Users, id: NodeId, node: &Node) -> Option<Self> {
+    fn at(model: &Model, users: &Users, id: NodeId, node: &Node) -> Option<Self> {
+        let graph = model.graph();
         let (quantize, quantizer) = graph.producer(node.input(0)?).filter(|(_, q)| q.op.is("DynamicQuantizeLinear"))?;
+        // What is constant needs no range, and what is rounded already would be rounded twice.
+        let activation = quantizer.input(0).filter(|value| graph.constant(*value).is_none())?;
+        let rounded = graph.producer(activation).is_some_and(|(_, node)| node.op.is("DequantizeLinear"))
+            || model.plan().encoding_of_use(graph, quantize, 0).is_some();
+        (!rounded).then_some(())?;
         let of_quantizer = |value: Option<ValueId>, output: usize| value.is_some() && value == quantizer.output(output);
         (of_quantizer(node.input(0), 0) && of_quantizer(node.input(2), 2)).then_some(())?;
         let (cast, 0) = users.only_input(node.output(0)?)? else { return None };
         let to_float = |cast: &&Node| cast.op.is("Cast") && cast.int("to", 0) == i64::from(DType::F32.code());
         let (scaled, place) = users.only_input(graph.node(cast).filter(to_float)?.output(0)?)?;
-        let product = graph.node(scaled).filter(|node| node.op.is("Mul"))?;
-        let (scales, both) = graph.producer(product.input(usize::from(1 - place))?).filter(|(_, n)| n.op.is("Mul"))?;
+        let multiplies = |node: &Node| node.op.is("Mul") && node.inputs.len() == 2;
+        let product = graph.node(scaled).filter(|node| multiplies(node))?;
+        let other = 1_usize.checked_sub(place.into())?;
+        let (scales, both) = graph.producer(product.input(other)?).filter(|(_, node)| multiplies(node))?;
         users.only_input(both.output(0)?)?;
         let constant = (0..2).find(|input| graph.constant_input(both, *input).is_some())?;
         of_quantizer(both.input(1 - constant), 1).then_some(())?;
@@ -83,9 +100,9 @@ impl Product {
             scaled,
             inner: vec![scales, cast, id],
             quantize,
-            activation: quantizer.input(0)?,
+            activation,
             dynamic: Encoding::dynamic(grid_of(DType::U8)?),
-            weight,
+            weight: (weight, both.input(constant)?, node.input(3)),
             encoding,
             codes: Arc::clone(codes),
         })

@@ -59,7 +59,7 @@ impl Pass for AbsorbQdq {
         }
         super::absorb_nbits::absorb(graph, model.meta.opset(), &mut patch);
         super::absorb_tables::absorb(graph, &users, model.meta.opset(), &mut patch);
-        super::absorb_dynamic::absorb(graph, &users, model.meta.opset(), &mut patch);
+        super::absorb_dynamic::absorb(model, &users, &mut patch);
         for (source, pairs) in pairs {
             absorb_pairs(graph, &users, source, &pairs, &mut patch);
         }

@@ -1,6 +1,7 @@
 //! Constant factors and terms into the linear operator before them.
 
 use super::scale_linear::Scaled;
+use crate::id::Site;
 use crate::ir::Node;
 use crate::model::Patch;
 use crate::pass::{Facts, Miss, PassEntry, PassInfo, Rewrite, RewriteSite, Sweep};
@@ -49,6 +50,10 @@ impl Rewrite for FoldAffine {
         let (computed, constant, swapped) = operands(site).ok_or(Miss::NoMatch)?;
         let value = site.node.input(computed).ok_or(Miss::NoMatch)?;
         let (producer, _) = site.sole_producer(value).ok_or(Miss::NoMatch)?;
+        let in_codes = |input| site.model.plan().encoding(Site::Use { node: producer, input }).is_some();
+        if (0..3).any(in_codes) {
+            return Err(Miss::NoMatch); // its weight would be other codes
+        }
         let linear = Scaled::of(graph, producer).ok_or(Miss::NoMatch)?;
         let tensor = graph.constant_input(site.node, constant).ok_or(Miss::NoMatch)?;
         let rank = linear.fixed_rank().ok_or(Miss::NoMatch)?;

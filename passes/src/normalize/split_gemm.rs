@@ -1,11 +1,14 @@
 //! Gemm as a product and a sum.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::ir::{Attrs, Node, OpKey, TensorType, Type};
-use crate::model::Patch;
+use crate::diag::{self, Diagnostic, Place, Severity};
+use crate::id::{NodeId, ValueId};
+use crate::ir::{Attrs, Graph, Node, OpKey, TensorType, Type};
+use crate::model::{Model, Patch};
 use crate::ops;
-use crate::pass::{Facts, Miss, PassEntry, PassInfo, Rewrite, RewriteSite, Sweep};
+use crate::pass::{Facts, Miss, Pass, PassContext, PassEntry, PassError, PassInfo};
 use crate::tensor::{DType, Tensor};
 
 crate::declare_pass! {
@@ -25,63 +28,77 @@ crate::declare_pass! {
     }
 }
 
-pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::new(Sweep(SplitGemm))) };
+pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::new(SplitGemm)) };
 
 /// See [`INFO`].
 #[derive(Debug)]
 struct SplitGemm;
 
-impl Rewrite for SplitGemm {
+impl Pass for SplitGemm {
     fn info(&self) -> &'static PassInfo {
         &INFO
     }
 
-    fn anchors(&self) -> &'static [&'static str] {
-        &["Gemm"]
+    fn run(&self, model: &Model, _: &PassContext<'_>) -> Result<Patch, PassError> {
+        let mut patch = Patch::on(model);
+        // A weight that several nodes read is turned once.
+        let mut turned = BTreeMap::new();
+        for (id, node) in model.graph().nodes().filter(|(_, node)| node.op.is("Gemm")) {
+            match split(model.graph(), id, node, &mut turned, &mut patch) {
+                Ok(()) => patch.count("split", 1),
+                Err(Miss::NoMatch) => {}
+                Err(Miss::Blocked(reason)) => {
+                    let place = Place::Node(Arc::clone(&node.name));
+                    let message = format!("split-gemm: {reason}");
+                    patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Note, place, message));
+                }
+            }
+        }
+        Ok(patch)
     }
+}
 
-    #[expect(clippy::float_cmp, reason = "a factor of exactly 1 is none")]
-    fn rewrite(&self, site: &RewriteSite<'_>, patch: &mut Patch) -> Result<(), Miss> {
-        let (node, graph) = (site.node, site.graph());
-        let roles = ops::linear(graph, site.id).filter(|roles| roles.weight == 1).ok_or(Miss::NoMatch)?;
-        if node.float("alpha", 1.0) != 1.0 || node.float("beta", 1.0) != 1.0 || node.int("transA", 0) != 0 {
-            return Err(Miss::Blocked("its alpha or beta is not 1, or its activation is transposed".into()));
-        }
-        let (Some(activation), Some(weight), Some(output)) = (node.input(0), node.input(1), node.output(0)) else {
-            return Err(Miss::NoMatch);
-        };
-        let weight = match graph.constant(weight).filter(|_| roles.out_axis == 0) {
-            Some(tensor) => {
-                let turned = transposed(tensor).ok_or(Miss::Blocked("its weight is not f32".into()))?;
-                patch.constant(&format!("{}.transposed", graph.value(weight).name), turned)
-            }
-            None => weight,
-        };
-        let opset = node.op.opset;
-        let plain = |op: &str, inputs| Node {
-            op: OpKey { domain: "".into(), name: op.into(), opset },
-            inputs,
-            attrs: Attrs::new(),
-            ..node.clone()
-        };
-        let product = plain("MatMul", vec![Some(activation), Some(weight)]);
-        match node.input(2) {
-            None => patch.replace(site.id, product),
-            Some(bias) => {
-                let ty = graph.value(output).ty.tensor().cloned();
-                let ty = Type::Tensor(ty.unwrap_or_else(|| TensorType::new(Some(DType::F32), None)));
-                let name = format!("{}.product", graph.value(output).name);
-                let product = patch.node(product, &name, ty, Some(site.id));
-                let sum = Node {
-                    name: format!("{}.bias", node.name).into(),
-                    ..plain("Add", vec![Some(product), Some(bias)])
-                };
-                patch.replace(site.id, sum);
-            }
-        }
-        patch.count("split", 1);
-        Ok(())
+#[expect(clippy::float_cmp, reason = "a factor of exactly 1 is none")]
+fn split(
+    graph: &Graph,
+    id: NodeId,
+    node: &Node,
+    turned: &mut BTreeMap<ValueId, ValueId>,
+    patch: &mut Patch,
+) -> Result<(), Miss> {
+    let roles = ops::linear(graph, id).filter(|roles| roles.weight == 1).ok_or(Miss::NoMatch)?;
+    if node.float("alpha", 1.0) != 1.0 || node.float("beta", 1.0) != 1.0 || node.int("transA", 0) != 0 {
+        return Err(Miss::Blocked("its alpha or beta is not 1, or its activation is transposed".into()));
     }
+    let (Some(activation), Some(weight), Some(output)) = (node.input(0), node.input(1), node.output(0)) else {
+        return Err(Miss::NoMatch);
+    };
+    let weight = match (graph.constant(weight).filter(|_| roles.out_axis == 0), turned.get(&weight)) {
+        (None, _) => weight,
+        (_, Some(made)) => *made,
+        (Some(tensor), None) => {
+            let tensor = transposed(tensor).ok_or(Miss::Blocked("its weight is not f32".into()))?;
+            let made = patch.constant(&format!("{}.transposed", graph.value(weight).name), tensor);
+            *turned.entry(weight).or_insert(made)
+        }
+    };
+    let plain = |op: &str, inputs| Node {
+        op: OpKey { domain: "".into(), name: op.into(), opset: node.op.opset },
+        inputs,
+        attrs: Attrs::new(),
+        ..node.clone()
+    };
+    let product = plain("MatMul", vec![Some(activation), Some(weight)]);
+    let Some(bias) = node.input(2) else {
+        patch.replace(id, product);
+        return Ok(());
+    };
+    let ty = graph.value(output).ty.tensor().cloned();
+    let ty = Type::Tensor(ty.unwrap_or_else(|| TensorType::new(Some(DType::F32), None)));
+    let product = patch.node(product, &format!("{}.product", graph.value(output).name), ty, Some(id));
+    let name = format!("{}.bias", node.name).into();
+    patch.replace(id, Node { name, ..plain("Add", vec![Some(product), Some(bias)]) });
+    Ok(())
 }
 
 /// \[inputs, outputs\] of a weight \[outputs, inputs\].

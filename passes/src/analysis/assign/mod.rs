@@ -146,7 +146,7 @@ impl Pass for AssignEncodings {
         let values = match cx.scheme.fixes_ranges() {
             true => select::wishes(model, cx.target, cx.keep_float),
             // Only to tell which products lose too much.
-            false if cx.scheme.dynamic && self.least.is_some() => {
+            false if cx.scheme.dynamic && self.least.is_some() && cx.dataset.is_some_and(|data| !data.is_empty()) => {
                 let selection = select::products(model, cx, &select::Coarse::new());
                 encode::read_by_products(model.graph(), &selection)
             }
@@ -185,11 +185,8 @@ impl Pass for AssignEncodings {
         } else {
             encode::encode_products(model, &selection, cx.scheme.dynamic, &goals, &mut patch);
         }
-        let tables = cx.embeddings.and_then(|scheme| Goal::new(scheme, self.weights));
-        if let Some(goal) = tables
-            && tables::encode(model, cx, &goal, &mut selection, &mut patch) == 0
-        {
-            return Err(PassError::Model("--embeddings: no Gather takes rows out of a constant float matrix".into()));
+        if let Some(goal) = cx.embeddings.and_then(|scheme| Goal::new(scheme, self.weights)) {
+            tables::encode(model, cx, (&goal, &goals), &mut selection, &mut patch)?;
         }
         for (node, choice) in &selection.choices {
             let quantized = choice.is_quantized();

@@ -1,0 +1,190 @@
+//! Rotation of residual streams.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::hadamard::Hadamard;
+use super::stream::{Reader, Role, Stream, streams};
+use crate::diag::{self, Diagnostic, Place, Severity};
+use crate::id::ValueId;
+use crate::ir::walk::Users;
+use crate::ir::{Graph, Node};
+use crate::model::{Model, Patch};
+use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
+use crate::tensor::Tensor;
+
+crate::declare_pass! {
+    /// Turns the residual stream of a decoder into another basis, in which no channel stands out: x' = x Q, Q a Hadamard matrix with
+    /// random signs.
+    ///
+    /// What writes to the stream is multiplied by Q, what reads it by Qᵀ; root mean square norms do not see it once their gain is in
+    /// the weights that read them. So every norm loses its gain, and a head that is tied to the embedding gets a weight of its own. A stream whose norms have no
+    /// gain is taken for one that was rotated already.
+    /// Done only where every node on the stream is accounted for: sums, products with constant weights, rows of a constant table,
+    /// norms written out. Anything else, such as a `LayerNormalization`, is named in a note, and its stream is left alone.
+    INFO {
+        name: "rotate",
+        source: "Ashkboos et al. 2024, arXiv:2404.00456 (R1); Liu et al. 2024, arXiv:2405.16406",
+        requires: Facts::NONE,
+        establishes: Facts::NONE,
+        preserves: Facts::SHAPES,
+        fidelity: UpToRounding,
+        options: &[OptionInfo { name: "seed", doc: "which random signs, 0 by default" }],
+    }
+}
+
+pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |options| Ok(Box::new(Rotate::new(options)?)) };
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct Rotate {
+    seed: u64,
+}
+
+impl Rotate {
+    fn new(options: &Options) -> Result<Self, OptionError> {
+        let seed = options.number("seed")?.unwrap_or(0.0);
+        let problem =
+            || OptionError { option: "seed".into(), problem: format!("`{seed}` is no whole number from 0 on") };
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "checked to be whole, small and not negative"
+        )]
+        let whole = (seed >= 0.0 && seed.fract() == 0.0 && seed < 1e9).then_some(seed as u64);
+        Ok(Self { seed: whole.ok_or_else(problem)? })
+    }
+}
+
+impl Pass for Rotate {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn run(&self, model: &Model, _: &PassContext<'_>) -> Result<Patch, PassError> {
+        let graph = model.graph();
+        let users = Users::of(graph);
+        let mut patch = Patch::on(model);
+        for stream in streams(graph, &users) {
+            match stream {
+                Ok(stream) if stream.width > 1 && stream.readers.iter().any(|reader| reader.gain.is_some()) => {
+                    let rotation = Hadamard::new(stream.width, self.seed);
+                    let mark = patch.mark();
+                    if turn(graph, &stream, &rotation, &mut patch).is_none() {
+                        patch.roll_back(&mark);
+                        return Err(PassError::Model(
+                            "a bug in onnx-quant: a proven residual stream cannot be turned".into(),
+                        ));
+                    }
+                    patch.count("streams", 1);
+                    patch.count("readers", stream.readers.len() as u64);
+                }
+                Ok(_) => {}
+                Err((node, problem)) => {
+                    let name =
+                        node.and_then(|node| graph.node(node)).map(|node| Arc::clone(&node.name)).unwrap_or_default();
+                    let message = format!("rotate: it {problem}");
+                    patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Note, Place::Node(name), message));
+                }
+            }
+        }
+        Ok(patch)
+    }
+}
+
+/// Computes `stream` in the basis of `rotation` beside the old one, and lets its readers read that.
+fn turn(graph: &Graph, stream: &Stream, rotation: &Hadamard, patch: &mut Patch) -> Option<()> {
+    let mut turned: BTreeMap<ValueId, ValueId> = BTreeMap::new();
+    let mut weights: BTreeMap<(ValueId, Option<ValueId>, bool), ValueId> = BTreeMap::new();
+    for (id, node) in graph.nodes() {
+        let Some(role) = stream.roles.get(&id) else { continue };
+        let mut copy = node.clone();
+        for input in copy.inputs.iter_mut().flatten() {
+            *input = turned.get(input).copied().unwrap_or(*input);
+        }
+        let constant = match role {
+            Role::Writes => Some(1),
+            Role::Gathers => Some(0),
+            Role::AddsRow(input) => Some(*input),
+            Role::Adds | Role::Follows => None,
+        };
+        if let Some(input) = constant {
+            let value = node.input(input)?;
+            let key = (value, None, false);
+            let made = match weights.get(&key) {
+                Some(made) => *made,
+                None => constant_of(graph, patch, value, rows(graph.constant(value)?, None, rotation)?),
+            };
+            weights.insert(key, made);
+            copy.inputs[input] = Some(made);
+        }
+        let output = node.output(0)?;
+        let source = graph.value(output);
+        turned.insert(output, patch.node(copy, &format!("{}.rotated", source.name), source.ty.clone(), Some(id)));
+    }
+    for reader in &stream.readers {
+        let key = (reader.weight, reader.gain, true);
+        let made = match weights.get(&key) {
+            Some(made) => *made,
+            None => constant_of(graph, patch, reader.weight, read(graph, reader, rotation)?),
+        };
+        weights.insert(key, made);
+        let node = graph.node(reader.node)?;
+        let inputs = vec![Some(*turned.get(&reader.normed)?), Some(made)];
+        patch.replace(reader.node, Node { inputs, ..node.clone() });
+    }
+    Some(())
+}
+
+fn constant_of(graph: &Graph, patch: &mut Patch, old: ValueId, tensor: Tensor) -> ValueId {
+    patch.constant(&format!("{}.rotated", graph.value(old).name), tensor)
+}
+
+/// Every row of `tensor`, its entries times `gain` first, times Q.
+#[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
+fn rows(tensor: &Tensor, gain: Option<&[f32]>, rotation: &Hadamard) -> Option<Tensor> {
+    let mut values = tensor.values::<f32>()?.into_owned();
+    values.par_chunks_exact_mut(rotation.len()).for_each(|row| {
+        let mut wide: Vec<f64> = row.iter().map(|v| f64::from(*v)).collect();
+        if let Some(gain) = gain {
+            wide.iter_mut().zip(gain).for_each(|(v, g)| *v *= f64::from(*g));
+        }
+        rotation.apply(&mut wide);
+        row.iter_mut().zip(wide).for_each(|(to, from)| *to = from as f32);
+    });
+    Some(Tensor::of(tensor.shape(), values))
+}
+
+/// Qᵀ diag(gain) W for the weight \[D, N\] of `reader`.
+fn read(graph: &Graph, reader: &Reader, rotation: &Hadamard) -> Option<Tensor> {
+    let gain = match reader.gain {
+        Some(gain) => Some(graph.constant(gain)?.values::<f32>()?.into_owned()),
+        None => None,
+    };
+    let weight = graph.constant(reader.weight)?;
+    let by_output = if reader.transposed {
+        rows(weight, gain.as_deref(), rotation)?
+    } else {
+        rows(&transposed(weight)?, gain.as_deref(), rotation)?
+    };
+    transposed(&by_output)
+}
+
+/// \[M, N\] of \[N, M\].
+fn transposed(tensor: &Tensor) -> Option<Tensor> {
+    let [rows, columns] = *tensor.shape() else { return None };
+    let values = tensor.values::<f32>()?;
+    let mut turned = vec![0.0_f32; values.len()];
+    // A strip of columns at a time: its lines stay in the cache.
+    turned.par_chunks_mut((STRIP * rows).max(1)).enumerate().for_each(|(strip, part)| {
+        for (row, line) in values.chunks_exact(columns).enumerate() {
+            let from = &line[strip * STRIP..];
+            part.iter_mut().skip(row).step_by(rows).zip(from).for_each(|(to, from)| *to = *from);
+        }
+    });
+    Some(Tensor::of([columns, rows], turned))
+}
+
+const STRIP: usize = 16;
