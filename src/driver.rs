@@ -59,6 +59,8 @@ pub struct Request {
     pub scheme: Scheme,
     /// How much it may cost.
     pub goal: Goal,
+    /// Whether residual streams of decoders are turned into another basis.
+    pub rotate: bool,
     /// The exact passes, instead of the target's.
     pub pipeline: Option<String>,
     /// Overrides the observer of the target's pipeline.
@@ -339,6 +341,11 @@ fn check_request(request: &Request) -> Result<(), Error> {
     if let Some(what) = request.target.refuses(&request.scheme) {
         let name = request.target.info().about.name;
         return Err(Error::Target(format!("target `{name}` cannot take scheme {}: {what}", request.scheme)));
+    }
+    if request.rotate && request.pipeline.is_some() {
+        return Err(Error::Input(
+            "--rotate changes the recipe's pipeline: put `rotate` into the one of --pipeline instead".into(),
+        ));
     }
     if let Some(scheme) = request.embeddings {
         let blocks = scheme.weight_format.is_none() && scheme.activation_bits.is_none() && scheme.block.is_some();

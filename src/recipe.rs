@@ -25,7 +25,9 @@ pub(crate) fn pipelines(request: &Request) -> Vec<String> {
 fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     let text = request.pipeline.clone().unwrap_or_else(|| {
         let scheme = Scheme { weight_bits: fewest_bits(request), ..request.scheme };
-        with_damping(&request.target.pipeline(request.goal, &scheme), request.augment)
+        let text = request.target.pipeline(request.goal, &scheme);
+        let text = if request.rotate { with_rotation(&text) } else { text.into_owned() };
+        with_damping(&text, request.augment)
     });
     let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
     let text = request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method));
@@ -66,6 +68,12 @@ fn with_allocation(text: &str, budget: Option<f64>, max_drop: Option<f64>) -> St
     });
     let (before, after) = text.split_at(at + BEFORE.len() + options);
     format!("{before}, allocate-bits{{{}{}}}{after}", given.join(", "), weights.unwrap_or_default())
+}
+
+/// `text` with residual streams rotated before anything is measured.
+fn with_rotation(text: &str) -> String {
+    let at = text.find("calibrate").unwrap_or(text.len());
+    format!("{}rotate, infer-shapes, drop-dead,\n{}", &text[..at], &text[at..])
 }
 
 /// `text` with less damping where there are `variants` of every sample: what it guards against is few samples.
@@ -138,6 +146,11 @@ mod tests {
         );
         assert_eq!(with_rounding("a, round-in-order, b", "gptq"), "a, round-in-order{method=gptq}, b");
         assert_eq!(with_damping("a, round-in-order{refit=3}", 8), "a, round-in-order{damping=0.20, refit=3}");
+        let turned = with_rotation("fold-constants, drop-dead,\ncalibrate, smooth,\ncalibrate, round");
+        assert_eq!(
+            turned,
+            "fold-constants, drop-dead,\nrotate, infer-shapes, drop-dead,\ncalibrate, smooth,\ncalibrate, round"
+        );
         assert_eq!(with_damping("a, round-in-order", 0), "a, round-in-order");
         let budgeted = with_allocation(text, Some(4.5), None);
         assert!(budgeted.contains("min-max}, allocate-bits{budget=4.5}, round, correct-bias"), "{budgeted}");

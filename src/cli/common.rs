@@ -68,6 +68,7 @@ impl DataArgs {
             keep_float: Vec::new(),
             set: Vec::new(),
             embeddings: None,
+            rotate: false,
             budget: None,
             max_drop: None,
             executor: self.executor.clone(),

@@ -14,6 +14,7 @@ use crate::{emit, report};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
 pub(crate) struct Args {
     /// The float model.
     model: PathBuf,
@@ -59,6 +60,10 @@ pub(crate) struct Args {
     /// Write the tables that Gather reads, and heads that share them, in blocks: w8a16g32, w4a16g32asym. They stay in float otherwise.
     #[arg(long, value_name = "SCHEME")]
     embeddings: Option<String>,
+    /// Turn the residual stream of a decoder into another basis, in which no channel stands out: better rounding by data at 2 to 4 bits,
+    /// for a head of its own where it was tied to the embedding.
+    #[arg(long)]
+    rotate: bool,
     /// Mixed precision: the mean bits of a weight, spent where they lower the loss most.
     #[arg(long, value_name = "BITS", value_parser = share)]
     budget: Option<f64>,
@@ -95,6 +100,8 @@ struct Recipe {
     #[serde(default)]
     set: Vec<String>,
     embeddings: Option<String>,
+    #[serde(default)]
+    rotate: bool,
     budget: Option<Share>,
     max_drop: Option<Share>,
 }
@@ -152,6 +159,7 @@ fn request(args: &Args) -> Result<Request, Error> {
     let embeddings = args.embeddings.as_ref().or(recipe.embeddings.as_ref());
     Ok(Request {
         set,
+        rotate: args.rotate || recipe.rotate,
         embeddings: embeddings.map(|text| scheme(text)).transpose().map_err(Error::Target)?,
         budget: args.budget.or(of_file(&recipe.budget, "budget")?),
         hold_out: args.hold_out,

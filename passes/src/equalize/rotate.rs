@@ -67,7 +67,12 @@ impl Pass for Rotate {
         let graph = model.graph();
         let users = Users::of(graph);
         let mut patch = Patch::on(model);
-        for stream in streams(graph, &users) {
+        let found = streams(graph, &users);
+        if found.is_empty() {
+            let message = "rotate: no residual stream that a root mean square norm reads, written out as operators";
+            patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, Place::Model, message));
+        }
+        for stream in found {
             match stream {
                 Ok(stream) if stream.width > 1 && stream.readers.iter().any(|reader| reader.gain.is_some()) => {
                     let rotation = Hadamard::new(stream.width, self.seed);
@@ -86,7 +91,7 @@ impl Pass for Rotate {
                     let name =
                         node.and_then(|node| graph.node(node)).map(|node| Arc::clone(&node.name)).unwrap_or_default();
                     let message = format!("rotate: it {problem}");
-                    patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Note, Place::Node(name), message));
+                    patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, Place::Node(name), message));
                 }
             }
         }
