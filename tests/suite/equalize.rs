@@ -263,6 +263,7 @@ fn a_rotated_decoder_keeps_its_function_and_loses_its_gains() {
 
 #[test]
 fn a_stream_with_another_reader_is_left_alone_and_named() {
+    let both = matrix("sq", 12, 12) + "  %ww = MatMul(%bn, %sq)\n  %x4 = Add(%x3, %ww)\n  %y = MatMul(%cg, %et)\n";
     for (extra, says) in [
         (
             "  %k = Tanh(%x2)\n  %z = MatMul(%cg, %et)\n  %s = ReduceMean(%k)\n  %y = Add(%z, %s)\n",
@@ -272,6 +273,7 @@ fn a_stream_with_another_reader_is_left_alone_and_named() {
             "  %z = MatMul(%cg, %et)\n  %k = Softmax(%cg)\n  %s = ReduceMean(%k)\n  %y = Add(%z, %s)\n",
             "something other than products",
         ),
+        (both.as_str(), "writes to it at once"),
     ] {
         let plain = passes::text::parse(&decoder(extra)).unwrap();
         let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();

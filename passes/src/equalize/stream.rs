@@ -132,7 +132,11 @@ impl Walk<'_> {
                 outcome = outcome.and(step);
             }
         }
-        outcome.map(|()| self.stream)
+        outcome?;
+        match self.stream.readers.iter().find(|reader| self.stream.roles.contains_key(&reader.node)) {
+            Some(both) => Err((Some(both.node), "reads a norm of the residual stream and writes to it at once")),
+            None => Ok(self.stream),
+        }
     }
 
     /// Accounts for what makes `value`.
