@@ -17,7 +17,8 @@ impl Executor for NoExecutor {
 }
 
 const PIPELINE: &str = "infer-shapes, absorb-qdq, fold-constants,
-*(eliminate-identity, fold-gemm-scalars, fold-batch-norm, fold-affine, fold-pad, fold-constants, infer-shapes, drop-dead)";
+*(eliminate-identity, fold-gemm-scalars, fold-batch-norm, fold-affine, fold-pad, fold-constants, infer-shapes, drop-dead),
+split-gemm, rotate, infer-shapes, drop-dead";
 
 libfuzzer_sys::fuzz_target!(|text: &str| {
     let Ok(model) = passes::text::parse(text) else { return };
