@@ -172,24 +172,7 @@ fn read(graph: &Graph, reader: &Reader, rotation: &Hadamard) -> Option<Tensor> {
     let by_output = if reader.transposed {
         rows(weight, gain.as_deref(), rotation)?
     } else {
-        rows(&transposed(weight)?, gain.as_deref(), rotation)?
+        rows(&weight.transposed()?, gain.as_deref(), rotation)?
     };
-    transposed(&by_output)
+    by_output.transposed()
 }
-
-/// \[M, N\] of \[N, M\].
-fn transposed(tensor: &Tensor) -> Option<Tensor> {
-    let [rows, columns] = *tensor.shape() else { return None };
-    let values = tensor.values::<f32>()?;
-    let mut turned = vec![0.0_f32; values.len()];
-    // A strip of columns at a time: its lines stay in the cache.
-    turned.par_chunks_mut((STRIP * rows).max(1)).enumerate().for_each(|(strip, part)| {
-        for (row, line) in values.chunks_exact(columns).enumerate() {
-            let from = &line[strip * STRIP..];
-            part.iter_mut().skip(row).step_by(rows).zip(from).for_each(|(to, from)| *to = *from);
-        }
-    });
-    Some(Tensor::of([columns, rows], turned))
-}
-
-const STRIP: usize = 16;

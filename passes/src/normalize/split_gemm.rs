@@ -9,7 +9,7 @@ use crate::ir::{Attrs, Graph, Node, OpKey, TensorType, Type};
 use crate::model::{Model, Patch};
 use crate::ops;
 use crate::pass::{Facts, Miss, Pass, PassContext, PassEntry, PassError, PassInfo};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::DType;
 
 crate::declare_pass! {
     /// Turns a `Gemm` with a constant weight on the right into a `MatMul`, its weight transposed where it has to be, and an `Add`
@@ -77,7 +77,7 @@ fn split(
         (None, _) => weight,
         (_, Some(made)) => *made,
         (Some(tensor), None) => {
-            let tensor = transposed(tensor).ok_or(Miss::Blocked("its weight is not f32".into()))?;
+            let tensor = tensor.transposed().ok_or(Miss::Blocked("its weight is not f32".into()))?;
             let made = patch.constant(&format!("{}.transposed", graph.value(weight).name), tensor);
             *turned.entry(weight).or_insert(made)
         }
@@ -99,15 +99,4 @@ fn split(
     let name = format!("{}.bias", node.name).into();
     patch.replace(id, Node { name, ..plain("Add", vec![Some(product), Some(bias)]) });
     Ok(())
-}
-
-/// \[inputs, outputs\] of a weight \[outputs, inputs\].
-fn transposed(tensor: &Arc<Tensor>) -> Option<Tensor> {
-    let [rows, columns] = *tensor.shape() else { return None };
-    let values = tensor.values::<f32>()?;
-    let mut turned = vec![0.0_f32; values.len()];
-    for (row, line) in values.chunks_exact(columns.max(1)).enumerate() {
-        turned.iter_mut().skip(row).step_by(rows.max(1)).zip(line).for_each(|(to, from)| *to = *from);
-    }
-    Some(Tensor::of([columns, rows], turned))
 }

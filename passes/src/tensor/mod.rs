@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 /// A dense, row-major tensor.
 #[derive(Clone, PartialEq)]
@@ -142,6 +143,22 @@ impl Tensor {
         Ok(Self { dtype: self.dtype, shape, data: self.data.clone() })
     }
 
+    /// The transpose \[N, M\] of an f32 matrix \[M, N\]; `None` for anything else.
+    pub fn transposed(&self) -> Option<Self> {
+        /// Lines of so many columns stay in the cache.
+        const STRIP: usize = 16;
+        let [rows, columns] = *self.shape() else { return None };
+        let values = self.values::<f32>()?;
+        let mut turned = vec![0.0_f32; values.len()];
+        turned.par_chunks_mut((STRIP * rows).max(1)).enumerate().for_each(|(strip, part)| {
+            for (row, line) in values.chunks_exact(columns.max(1)).enumerate() {
+                let from = &line[strip * STRIP..];
+                part.iter_mut().skip(row).step_by(rows).zip(from).for_each(|(to, from)| *to = *from);
+            }
+        });
+        Some(Self::of([columns, rows], turned))
+    }
+
     /// Float values of any width as f32 (f64 is rounded); `None` for other types. Borrowed for aligned f32.
     pub fn floats(&self) -> Option<Cow<'_, [f32]>> {
         match self.dtype {
@@ -216,6 +233,19 @@ impl fmt::Debug for Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_transpose_swaps_rows_and_columns_of_any_number() {
+        for (rows, columns) in [(0, 0), (0, 3), (4, 0), (1, 1), (3, 2), (5, 40), (33, 17)] {
+            let at = |i: usize, j: usize| (i * 100 + j) as f32;
+            let values: Vec<f32> = (0..rows).flat_map(|i| (0..columns).map(move |j| at(i, j))).collect();
+            let want: Vec<f32> = (0..columns).flat_map(|j| (0..rows).map(move |i| at(i, j))).collect();
+            let turned = Tensor::of([rows, columns], values).transposed().unwrap();
+            assert_eq!((turned.shape(), &*turned.values::<f32>().unwrap()), (&[columns, rows][..], &want[..]));
+        }
+        assert!(Tensor::of([2], vec![1.0_f32, 2.0]).transposed().is_none());
+        assert!(Tensor::of([1, 2], vec![1_i64, 2]).transposed().is_none());
+    }
 
     #[test]
     fn unaligned_payloads_read_the_same() {
