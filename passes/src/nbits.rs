@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 
 use crate::encoding::{Encoding, Granularity};
-use crate::grid;
+use crate::grid::{self, Grid};
 use crate::id::{NodeId, Site};
 use crate::ir::walk::Users;
 use crate::ir::{Graph, Node};
@@ -80,16 +80,27 @@ pub(crate) fn pack(graph: &Graph, users: &Users, plan: &Plan, id: NodeId, node: 
     let Granularity::Block { axis: 0, size } = encoding.granularity else { return None };
     let [k, n] = *codes.shape() else { return None };
     let info = encoding.grid.info();
-    let bits = match info.bits {
-        2 => 2,
-        3 | 4 => 4,
-        5..=8 => 8,
-        _ => return None,
-    };
+    let bits = width(info.bits)?;
     // What is one block whole may be padded to one of a size that the operator has.
     let block = if size >= k { k.next_power_of_two().max(16) } else { size };
     let layout = Layout { k, n, block, bits };
     (info.integer && layout.is_sound()).then(|| packed(layout, encoding, codes))
+}
+
+/// The bits in which the operators hold codes of so many.
+pub(crate) fn width(bits: u32) -> Option<usize> {
+    match bits {
+        2 => Some(2),
+        3 | 4 => Some(4),
+        5..=8 => Some(8),
+        _ => None,
+    }
+}
+
+/// The integers of so many bits that packed codes are read as: unsigned where they have zero points, signed where they have not.
+pub(crate) fn grid_of(zero_points: bool, bits: usize) -> Option<&'static dyn Grid> {
+    let sign = if zero_points { "uint" } else { "int" };
+    grid::find(&format!("{sign}{bits}{}", if bits == 2 { "-in-4" } else { "" }))
 }
 
 /// What is added to a signed point to make it a code of the operator, whose own zero point that is.
@@ -197,8 +208,7 @@ pub(crate) fn unpacked(
     if !fits || scales.iter().any(|s| !s.is_finite() || *s == 0.0) {
         return None;
     }
-    let sign = if zeros.is_some() { "uint" } else { "int" };
-    let grid = grid::find(&format!("{sign}{bits}{}", if bits == 2 { "-in-4" } else { "" }))?;
+    let grid = grid_of(zeros.is_some(), bits)?;
     let zero_of = |column: usize, at: usize| {
         zeros.as_ref().map_or(0, |zeros| i32::from(get(&zeros[column * layout.zero_bytes()..], at, bits)))
     };

@@ -7,11 +7,10 @@
 use rayon::prelude::*;
 
 use crate::encoding::{Encoding, Granularity};
-use crate::grid;
 use crate::id::{NodeId, ValueId};
 use crate::ir::walk::{User, Users};
 use crate::ir::{Graph, Node};
-use crate::nbits::{Layout, get, mask, narrow, offset_of, put};
+use crate::nbits::{Layout, get, grid_of, mask, narrow, offset_of, put, width};
 use crate::tensor::{DType, Tensor};
 
 /// The operator.
@@ -65,12 +64,7 @@ pub(crate) fn layout(encoding: &Encoding, codes: &Tensor) -> Option<Layout> {
     };
     let (n, k) = (*n, *k);
     let info = encoding.grid.info();
-    let bits = match info.bits {
-        2 => 2,
-        3 | 4 => 4,
-        5..=8 => 8,
-        _ => return None,
-    };
+    let bits = width(info.bits)?;
     let layout = Layout { k, n, block, bits };
     (info.integer && layout.is_sound() && k.is_multiple_of(block)).then_some(layout)
 }
@@ -120,8 +114,7 @@ pub(crate) fn unpacked(
         Some(zeros) => Some(zeros.values::<u8>().filter(|zeros| zeros.len() == n * layout.zero_bytes())?),
         None => None,
     };
-    let sign = if zeros.is_some() { "uint" } else { "int" };
-    let grid = grid::find(&format!("{sign}{bits}{}", if bits == 2 { "-in-4" } else { "" }))?;
+    let grid = grid_of(zeros.is_some(), bits)?;
     let stored = grid.info().storage.bits() as usize;
     let offset = offset_of(zeros.is_none(), bits);
     let table = translated(bits, |code| i32::from(code) - offset, mask(stored));
@@ -160,6 +153,7 @@ pub(crate) fn is_plain(dtype: DType) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::grid;
 
     #[test]
     fn what_is_packed_unpacks() {
