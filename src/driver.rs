@@ -61,6 +61,8 @@ pub struct Request {
     pub goal: Goal,
     /// Whether residual streams of decoders are turned into another basis.
     pub rotate: bool,
+    /// What is learned of weights by gradients, block after block, with its options: `brecq{iterations=1000}`.
+    pub learn: Option<String>,
     /// The exact passes, instead of the target's.
     pub pipeline: Option<String>,
     /// Overrides the observer of the target's pipeline.
@@ -346,6 +348,17 @@ fn check_request(request: &Request) -> Result<(), Error> {
         return Err(Error::Input(
             "--rotate changes the recipe's pipeline: put `rotate` into the one of --pipeline instead".into(),
         ));
+    }
+    if let Some(method) = &request.learn {
+        if !pipeline_text(request).contains("learn=") {
+            return Err(Error::Input(format!(
+                "--learn {method}: codes are learned from those that `round-in-order` chose, which this recipe does not run: add \
+                 `--recipe best`"
+            )));
+        }
+        if request.data.is_none() {
+            return Err(Error::Input(format!("--learn {method} needs samples to learn from: pass them with --data")));
+        }
     }
     if let Some(scheme) = request.embeddings {
         let blocks = scheme.weight_format.is_none() && scheme.activation_bits.is_none() && scheme.block.is_some();

@@ -31,6 +31,7 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     });
     let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
     let text = request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method));
+    let text = request.learn.as_ref().map_or(text.clone(), |method| with_learning(&text, method));
     with_allocation(&text, request.budget, max_drop.filter(|_| raises(request) || request.budget.is_some()))
 }
 
@@ -96,6 +97,16 @@ fn with_option(text: &str, name: &str, option: &str) -> String {
     }
 }
 
+/// `text` in which weights are learned by `method`, which may carry options in braces, once they are rounded in order.
+fn with_learning(text: &str, method: &str) -> String {
+    let (name, options) = match method.split_once('{') {
+        Some((name, options)) => (name.trim(), options.trim().trim_end_matches('}').trim()),
+        None => (method.trim(), ""),
+    };
+    let comma = if options.is_empty() { "" } else { ", " };
+    with_option(text, "round-in-order", &format!("learn={name}{comma}{options}"))
+}
+
 /// `text` with another observer in `assign-encodings`.
 fn with_observer(text: &str, observer: &str) -> String {
     with_value(&with_value(text, "observer=", observer), "products=", observer)
@@ -152,6 +163,9 @@ mod tests {
             "fold-constants, drop-dead,\nrotate, infer-shapes, drop-dead,\ncalibrate, smooth,\ncalibrate, round"
         );
         assert_eq!(with_damping("a, round-in-order", 0), "a, round-in-order");
+        assert_eq!(with_learning("a, round-in-order, b", "lrq"), "a, round-in-order{learn=lrq}, b");
+        let learned = with_learning("a, round-in-order{refit=3}", "brecq{iterations=9, batch=2}");
+        assert_eq!(learned, "a, round-in-order{learn=brecq, iterations=9, batch=2, refit=3}");
         let budgeted = with_allocation(text, Some(4.5), None);
         assert!(budgeted.contains("min-max}, allocate-bits{budget=4.5}, round, correct-bias"), "{budgeted}");
         let both =

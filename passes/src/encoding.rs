@@ -190,6 +190,30 @@ impl Encoding {
         Ok(values)
     }
 
+    /// The scale of every element of a tensor of `shape`, and its zero point.
+    ///
+    /// # Errors
+    /// [`EncodingError`] when the scales do not match `shape`.
+    pub fn per_element(&self, shape: &[usize]) -> Result<(Vec<f32>, Vec<f32>), EncodingError> {
+        let groups = self.groups(shape)?;
+        let of = |group: &u32| (self.scale[*group as usize], self.zero_point[*group as usize] as f32);
+        Ok(groups.iter().map(of).unzip())
+    }
+
+    /// The group of every element of a tensor of `shape`: which scale is its own.
+    ///
+    /// # Errors
+    /// [`EncodingError`] when the scales do not match `shape`.
+    pub fn groups(&self, shape: &[usize]) -> Result<Vec<u32>, EncodingError> {
+        let mut all = Vec::new();
+        let narrow = |group: usize| u32::try_from(group).unwrap_or(u32::MAX);
+        self.for_each_line(shape, |range, groups| match groups {
+            Groups::One(group) => all.extend(range.map(|_| narrow(group))),
+            Groups::From(first) => all.extend((0..range.len()).map(|i| narrow(first + i))),
+        })?;
+        Ok(all)
+    }
+
     /// The shape of the scale tensor for values of shape `shape`: rank 0, `[D]`, or `shape` with the blocked axis cut.
     pub fn scale_shape(&self, shape: &[usize]) -> Vec<usize> {
         match self.granularity {

@@ -33,6 +33,16 @@ impl Pair {
         Some(self.unpadded(self.float.get(&(value, None))?.clone()))
     }
 
+    /// `value` of the float model, or of the model as planned, with its padding.
+    pub(crate) fn whole(&self, value: ValueId, planned: bool) -> Option<&Tensor> {
+        if planned { &self.planned } else { &self.float }.get(&(value, None))
+    }
+
+    /// Which rows of a tensor of `shape` are words, where some are padding.
+    pub(crate) fn words(&self, shape: &[usize]) -> Option<&[bool]> {
+        self.mask.as_ref()?.words(shape)
+    }
+
     /// A version of a value of the model as planned; padding left out.
     pub(crate) fn planned(&mut self, version: Version, crossing: &Crossing) -> Result<Tensor, PassError> {
         let tensor = crossing.version(&mut self.planned, version)?;
@@ -53,6 +63,14 @@ struct Stage {
     crossing: Crossing,
 }
 
+/// Stages that may be run again, and what is to be there when the last one begins.
+#[derive(Clone, Debug)]
+pub(crate) struct Span {
+    pub(crate) first: usize,
+    pub(crate) last: usize,
+    pub(crate) reads: Vec<ValueId>,
+}
+
 /// The walk.
 pub(crate) struct Lockstep<'a> {
     graph: &'a Graph,
@@ -61,6 +79,9 @@ pub(crate) struct Lockstep<'a> {
     stage_of: BTreeMap<NodeId, usize>,
     /// The last stage that reads a value.
     last_reader: BTreeMap<ValueId, usize>,
+    /// First and last stages of what may be run again.
+    spans: Vec<(usize, usize)>,
+    read_by_spans: BTreeSet<ValueId>,
     /// Values that the plan changes.
     touched: BTreeSet<ValueId>,
     /// One per sample; `None` for those that are run again at every stage.
@@ -73,7 +94,8 @@ pub(crate) struct Lockstep<'a> {
 }
 
 impl<'a> Lockstep<'a> {
-    /// Ready to run stage 0 of `graph` on the samples of `cx`; every node of `stops` begins a stage.
+    /// Ready to run stage 0 of `graph` on the samples of `cx`, with [`stages`], of which those in `spans` may be run
+    /// [again](Self::again).
     ///
     /// # Errors
     /// [`PassError::NoData`] without samples; what reading the first one says.
@@ -81,15 +103,21 @@ impl<'a> Lockstep<'a> {
         graph: &'a Graph,
         plan: &Plan,
         cx: &'a PassContext<'a>,
-        stops: &BTreeSet<NodeId>,
+        stage_of: BTreeMap<NodeId, usize>,
+        spans: &[Span],
     ) -> Result<Self, PassError> {
         let dataset = cx.dataset.filter(|d| !d.is_empty()).ok_or(PassError::NoData)?;
-        let stage_of = stages(graph, stops);
         let mut last_reader = BTreeMap::new();
         for (id, node) in graph.nodes() {
             for value in crate::ir::walk::reads(node) {
                 let last = last_reader.entry(value).or_insert(0);
                 *last = stage_of[&id].max(*last);
+            }
+        }
+        for span in spans {
+            for value in &span.reads {
+                let last = last_reader.entry(*value).or_insert(0);
+                *last = span.last.max(*last);
             }
         }
         let touched = touched(graph, plan);
@@ -99,6 +127,8 @@ impl<'a> Lockstep<'a> {
             dataset,
             stage_of,
             last_reader,
+            spans: spans.iter().map(|span| (span.first, span.last)).collect(),
+            read_by_spans: spans.iter().flat_map(|span| span.reads.iter().copied()).collect(),
             touched,
             kept: (0..dataset.len()).map(|_| Mutex::new(None)).collect(),
             n_kept: 0,
@@ -128,6 +158,9 @@ impl<'a> Lockstep<'a> {
             let versions = if self.touched.contains(&value) { 2 } else { 1 };
             let size = i128::from(bytes.get(&value).copied().unwrap_or(0)) * versions;
             let first = self.stage_of(producer);
+            // What a span reads is kept to its end.
+            let spans = self.spans.iter().filter(|span| span.0 <= last && last <= span.1 && first < span.0);
+            let last = spans.map(|span| span.1).max().unwrap_or(last);
             if last > first {
                 changes[first] += size;
                 changes[last] -= size;
@@ -146,8 +179,23 @@ impl<'a> Lockstep<'a> {
     /// # Errors
     /// [`PassError`] when a part does not run, a sample cannot be read, or the user interrupts.
     pub(crate) fn advance(&mut self, plan: &Plan) -> Result<(), PassError> {
-        let stage = self.prepare(plan)?;
-        let first = self.ran == 0;
+        self.run_stage(self.ran, plan)?;
+        self.ran += 1;
+        Ok(())
+    }
+
+    /// Runs the stages from `first`, which begins a span, to the last one that was run again, as `plan` says now.
+    ///
+    /// # Errors
+    /// [`PassError`], as for [`Self::advance`].
+    pub(crate) fn again(&mut self, first: usize, plan: &Plan) -> Result<(), PassError> {
+        self.stages.truncate(first);
+        (first..self.ran).try_for_each(|number| self.run_stage(number, plan))
+    }
+
+    fn run_stage(&mut self, number: usize, plan: &Plan) -> Result<(), PassError> {
+        let stage = self.prepare(number, plan)?;
+        let first = number == 0;
         parallel::workers(
             self.cx.threads,
             self.n_kept,
@@ -157,7 +205,7 @@ impl<'a> Lockstep<'a> {
                 let mut slot = self.kept[index].lock().unwrap_or_else(PoisonError::into_inner);
                 let mut pair = if first { self.start(index)? } else { slot.take().ok_or_else(lost)? };
                 run(&stage, &mut pair)?;
-                self.forget(self.ran, &mut pair);
+                self.forget(number, &mut pair);
                 *slot = Some(pair);
                 Ok::<(), PassError>(())
             },
@@ -165,7 +213,6 @@ impl<'a> Lockstep<'a> {
         if self.n_kept < self.kept.len() {
             self.stages.push(stage);
         }
-        self.ran += 1;
         Ok(())
     }
 
@@ -223,16 +270,25 @@ impl<'a> Lockstep<'a> {
         Ok(Pair { index, float: known.clone(), planned: known, mask })
     }
 
-    /// Lets go of what nobody reads after `stage`, and of rounded versions.
+    /// Lets go of what nobody reads after `stage`, or when its span is run again, and of rounded versions.
     fn forget(&self, stage: usize, pair: &mut Pair) {
-        let needed =
-            |(value, site): &Version| site.is_none() && self.last_reader.get(value).is_some_and(|&last| last > stage);
+        let next = stage + 1;
+        let span = self.spans.iter().find(|(first, last)| (*first..=*last).contains(&next));
+        let made_before = |value: ValueId, first: usize| {
+            self.graph.producer(value).is_none_or(|(producer, _)| self.stage_of(producer) < first)
+        };
+        let needed = |(value, site): &Version| {
+            let last = self.last_reader.get(value).copied().filter(|_| site.is_none());
+            last.is_some_and(|last| {
+                last > stage || span.is_some_and(|&(first, _)| last >= first && made_before(*value, first))
+            })
+        };
         pair.float.retain(|version, _| needed(version));
         pair.planned.retain(|version, _| needed(version));
     }
 
-    fn prepare(&self, plan: &Plan) -> Result<Stage, PassError> {
-        let (graph, stage) = (self.graph, self.ran);
+    fn prepare(&self, stage: usize, plan: &Plan) -> Result<Stage, PassError> {
+        let graph = self.graph;
         let nothing = Plan::default();
         let (float, planned) = (Cutter { graph, plan: &nothing }, Cutter { graph, plan });
         let depths = planned.depths();
@@ -242,7 +298,8 @@ impl<'a> Lockstep<'a> {
         };
         let place = |id: NodeId| (self.stage_of(id), changed(&id), depths.get(&id).copied().unwrap_or(0));
         let all: Vec<NodeId> = graph.nodes().map(|(id, _)| id).collect();
-        let exported = simulate::exported(&planned, &all, place);
+        let mut exported = simulate::exported(&planned, &all, place);
+        exported.extend(&self.read_by_spans);
         let mut by_depth: BTreeMap<usize, Vec<NodeId>> = BTreeMap::new();
         for &id in nodes.iter().filter(|id| changed(id)) {
             by_depth.entry(depths[&id]).or_default().push(id);
@@ -275,9 +332,9 @@ fn lost() -> PassError {
     PassError::Model("a bug in onnx-quant: a sample was lost between two stages".into())
 }
 
-/// For every node, how many of `stops` lie on the longest way to it, itself included. What no sample changes is computed where
+/// For every node the stage that it is run in: how many of `stops` lie on the longest way to it, itself included. What no sample changes is computed where
 /// it is first read: it would be kept once per sample otherwise.
-fn stages(graph: &Graph, stops: &BTreeSet<NodeId>) -> BTreeMap<NodeId, usize> {
+pub(crate) fn stages(graph: &Graph, stops: &BTreeSet<NodeId>) -> BTreeMap<NodeId, usize> {
     let mut stages: BTreeMap<NodeId, usize> = BTreeMap::new();
     for (id, node) in graph.nodes() {
         let before = crate::ir::walk::reads(node).filter_map(|value| Some(stages[&graph.producer(value)?.0]));
@@ -317,7 +374,7 @@ fn fed_by_samples(graph: &Graph) -> BTreeSet<NodeId> {
 }
 
 /// Every value that is another one under `plan` than in the float model.
-fn touched(graph: &Graph, plan: &Plan) -> BTreeSet<ValueId> {
+pub(crate) fn touched(graph: &Graph, plan: &Plan) -> BTreeSet<ValueId> {
     let cutter = Cutter { graph, plan };
     let mut touched: BTreeSet<ValueId> = BTreeSet::new();
     for (id, node) in graph.nodes() {

@@ -24,13 +24,17 @@ impl Mask {
         words.contains(&false).then_some(Self { extents, words })
     }
 
+    /// Which rows of a tensor of `shape` are words; `None` for tensors without a row per position.
+    pub(crate) fn words(&self, shape: &[usize]) -> Option<&[bool]> {
+        // Rank 3 only: of four axes the second one runs over heads.
+        let [batch, positions, _] = *shape else { return None };
+        ([batch, positions] == self.extents).then_some(&self.words)
+    }
+
     /// The words of a tensor that has a row, or several, per position; `None` for others.
     pub(crate) fn kept(&self, tensor: &Tensor) -> Option<Tensor> {
-        // Rank 3 only: of four axes the second one runs over heads.
-        let [batch, positions, width] = *tensor.shape() else { return None };
-        if [batch, positions] != self.extents {
-            return None;
-        }
+        self.words(tensor.shape())?;
+        let width = *tensor.shape().last()?;
         let values = tensor.values::<f32>()?;
         let rows = values.chunks_exact(width.max(1)).zip(&self.words);
         let kept: Vec<f32> = rows.filter(|(_, word)| **word).flat_map(|(row, _)| row.iter().copied()).collect();

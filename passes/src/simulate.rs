@@ -369,7 +369,12 @@ impl PartBuilder<'_> {
 }
 
 /// The constant at `site` as its codes say, rounded to nearest where none were chosen, or the float one that stands for it.
-fn rounded_constant(plan: &Plan, site: Site, tensor: &Arc<Tensor>, name: &str) -> Result<Arc<Tensor>, SimulateError> {
+pub(crate) fn rounded_constant(
+    plan: &Plan,
+    site: Site,
+    tensor: &Arc<Tensor>,
+    name: &str,
+) -> Result<Arc<Tensor>, SimulateError> {
     let problem = |problem: String| SimulateError::Encoding { tensor: name.to_owned(), problem };
     let Some(encoding) = plan.encoding(site) else {
         return Ok(Arc::clone(plan.substitute(site).unwrap_or(tensor)));

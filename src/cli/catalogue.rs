@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use passes::about::About;
 use passes::target::{Goal, Scheme};
-use passes::{diag, grid, observe, rounding};
+use passes::{diag, grid, observe, reconstruct, rounding};
 
 use super::{Ended, print};
 use crate::driver::Error;
@@ -15,6 +15,7 @@ use crate::{exec, targets};
 enum Kind {
     Passes,
     Roundings,
+    Parameterizations,
     Observers,
     Formats,
     Targets,
@@ -63,6 +64,7 @@ fn abouts(kind: Kind) -> Vec<&'static About> {
     match kind {
         Kind::Passes => passes::catalogue::passes().into_iter().map(|entry| &entry.info.about).collect(),
         Kind::Roundings => rounding::ROUNDINGS.iter().map(|method| method.about()).collect(),
+        Kind::Parameterizations => reconstruct::PARAMETERIZATIONS.iter().map(|p| p.about()).collect(),
         Kind::Observers => observe::OBSERVERS.iter().map(|entry| entry.about).collect(),
         Kind::Formats => grid::all()
             .map(|grid| &grid.info().about)
@@ -97,8 +99,16 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
         print(&format!("{}: {}\n\n{}\n", page.code.0, page.title, page.text));
         return Ok(Ended::Done);
     }
-    let kinds =
-        [Kind::Passes, Kind::Observers, Kind::Formats, Kind::Targets, Kind::Recipes, Kind::Executors, Kind::Roundings];
+    let kinds = [
+        Kind::Passes,
+        Kind::Observers,
+        Kind::Formats,
+        Kind::Targets,
+        Kind::Recipes,
+        Kind::Executors,
+        Kind::Roundings,
+        Kind::Parameterizations,
+    ];
     let found = kinds.into_iter().flat_map(abouts).find(|about| about.name == args.name);
     let Some(about) = found else {
         let codes = diag::CODES.iter().map(|page| page.code.0);

@@ -69,6 +69,7 @@ impl DataArgs {
             set: Vec::new(),
             embeddings: None,
             rotate: false,
+            learn: None,
             budget: None,
             max_drop: None,
             executor: self.executor.clone(),

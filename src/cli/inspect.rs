@@ -6,13 +6,17 @@ use std::path::PathBuf;
 
 use passes::ir::{Graph, Type};
 use passes::model::Model;
+use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::reconstruct::{self, Block};
+use passes::target::Target;
 use serde_json::json;
 
 use super::common::target_named;
 use super::{Ended, eprint, print};
-use crate::driver::Error;
+use crate::driver::{self, Error};
 use crate::import;
 use crate::report::readable_size;
+use crate::targets::NORMALIZE;
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -22,6 +26,9 @@ pub(crate) struct Args {
     /// What this target can run on codes.
     #[arg(long, default_value = "ort-cpu")]
     target: String,
+    /// Show the blocks that `quantize --learn` learns one after another, of at most so many weights each, and where gradients stop.
+    #[arg(long, value_name = "LAYERS", num_args = 0..=1, default_missing_value = "4")]
+    blocks: Option<usize>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -33,6 +40,10 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let imported = import::file(&args.model).map_err(Error::input)?;
     for note in &imported.notes {
         eprint(&format!("{note}\n"));
+    }
+    if let Some(layers) = args.blocks {
+        print(&blocks(imported.model, target, layers, args.json)?);
+        return Ok(Ended::Done);
     }
     let model = &imported.model;
     let graph = model.graph();
@@ -57,6 +68,41 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
         print(&text(model, imported.opset, &operators, target.info().about.name));
     }
     Ok(Ended::Done)
+}
+
+/// The blocks of `model`, normalized, with what enters and leaves them.
+fn blocks(model: Model, target: &dyn Target, layers: usize, as_json: bool) -> Result<String, Error> {
+    let pipeline = Pipeline::parse(NORMALIZE, &passes::catalogue::passes()).map_err(Error::input)?;
+    let executor = driver::executor("auto", &model)?;
+    let mut cx = PassContext::new(target, executor.as_ref());
+    let (model, _) = PassManager::new(Vec::new(), false).run(&pipeline, model, &mut cx)?;
+    let graph = model.graph();
+    let plan = reconstruct::all_weights(graph);
+    let found = reconstruct::blocks(graph, &plan, layers);
+    let name = |value: &passes::id::ValueId| graph.value(*value).name.to_string();
+    let first = |block: &Block| block.nodes.first().and_then(|id| graph.node(*id)).map(|node| node.name.to_string());
+    let rows = found.iter().map(|block| {
+        let outputs: Vec<String> = block.outputs.iter().map(name).collect();
+        (block, first(block).unwrap_or_default(), outputs, reconstruct::boundary(graph, &plan, block))
+    });
+    if as_json {
+        let rows = rows.map(|(block, first, outputs, stop)| {
+            json!({ "layers": block.layers, "nodes": block.nodes.len(), "first": first, "outputs": outputs, "boundary": stop })
+        });
+        return Ok(format!("{:#}\n", serde_json::Value::Array(rows.collect())));
+    }
+    let mut text = format!("{:>5} {:>7} {:>6}  first node .. tensors that leave\n", "block", "weights", "nodes");
+    for (i, (block, first, outputs, stop)) in rows.enumerate() {
+        let stop = stop.map_or(String::new(), |reason| format!("\n{:22}gradients stop: {reason}", ""));
+        let _ = writeln!(
+            text,
+            "{i:>5} {:>7} {:>6}  {first} .. {}{stop}",
+            block.layers,
+            block.nodes.len(),
+            outputs.join(", ")
+        );
+    }
+    Ok(text)
 }
 
 fn ends(graph: &Graph, ids: &[passes::id::ValueId]) -> Vec<String> {

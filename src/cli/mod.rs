@@ -27,7 +27,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Quantize a float model.
-    Quantize(quantize::Args),
+    Quantize(Box<quantize::Args>),
     /// Show operators, inputs, weights, what can be quantized, what cannot and why.
     Inspect(inspect::Args),
     /// Compare a quantized model with its float model, layer by layer, worst first.

@@ -64,6 +64,10 @@ pub(crate) struct Args {
     /// for a head of its own where it was tied to the embedding.
     #[arg(long)]
     rotate: bool,
+    /// Learn codes by gradients, block after block, any of `list parameterizations`: brecq, or brecq{iterations=1000, batch=16}. For
+    /// `--recipe best`, whose codes it starts from.
+    #[arg(long, value_name = "METHOD")]
+    learn: Option<String>,
     /// Mixed precision: the mean bits of a weight, spent where they lower the loss most.
     #[arg(long, value_name = "BITS", value_parser = share)]
     budget: Option<f64>,
@@ -102,6 +106,7 @@ struct Recipe {
     embeddings: Option<String>,
     #[serde(default)]
     rotate: bool,
+    learn: Option<String>,
     budget: Option<Share>,
     max_drop: Option<Share>,
 }
@@ -160,6 +165,7 @@ fn request(args: &Args) -> Result<Request, Error> {
     Ok(Request {
         set,
         rotate: args.rotate || recipe.rotate,
+        learn: args.learn.clone().or(recipe.learn),
         embeddings: embeddings.map(|text| scheme(text)).transpose().map_err(Error::Target)?,
         budget: args.budget.or(of_file(&recipe.budget, "budget")?),
         hold_out: args.hold_out,

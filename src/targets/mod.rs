@@ -14,6 +14,6 @@ pub fn find(name: &str) -> Option<&'static dyn Target> {
 }
 
 /// The part of a pipeline that every target starts with: a plain float graph, with the same function.
-const NORMALIZE: &str = "\
+pub(crate) const NORMALIZE: &str = "\
 infer-shapes, absorb-qdq, fold-constants,
 *(eliminate-identity, fold-gemm-scalars, fold-batch-norm, fold-affine, fold-pad, fold-constants, infer-shapes, drop-dead)";

@@ -211,7 +211,9 @@ fn text_and_onnx_are_two_forms_of_one_model() {
 
 #[test]
 fn the_catalogue_can_be_read() {
-    for kind in ["passes", "roundings", "observers", "formats", "targets", "recipes", "executors", "codes"] {
+    for kind in
+        ["passes", "roundings", "parameterizations", "observers", "formats", "targets", "recipes", "executors", "codes"]
+    {
         assert!(!tool_ok(&["list", kind]).is_empty(), "{kind}");
     }
     assert!(tool_ok(&["explain", "OQ4001"]).contains("stays in float"));

@@ -12,6 +12,7 @@ mod formats;
 mod hostile;
 mod import;
 mod layering;
+mod learning;
 mod mixed;
 mod registry;
 mod rounding;

@@ -6,13 +6,16 @@ use onnx_quant::{exec, targets};
 use passes::about::About;
 use passes::pass::Pipeline;
 use passes::target::Goal;
-use passes::{catalogue, grid, observe};
+use passes::{catalogue, grid, observe, reconstruct, rounding};
 
 fn everything() -> Vec<&'static About> {
     let passes = catalogue::passes().into_iter().map(|entry| &entry.info.about);
     let observers = observe::OBSERVERS.iter().map(|entry| entry.about);
     let grids = grid::all().map(|grid| &grid.info().about);
     let places = targets::TARGETS.iter().map(|target| &target.info().about);
+    let methods = rounding::ROUNDINGS.iter().map(|m| m.about());
+    let learned = reconstruct::PARAMETERIZATIONS.iter().map(|p| p.about());
+    let passes = passes.chain(methods).chain(learned);
     passes.chain(observers).chain(grids).chain(places).chain(exec::EXECUTORS.iter().map(|e| e.about)).collect()
 }
 

@@ -1,5 +1,6 @@
 //! What flows through the middle: a float graph, what was measured on it, what was decided about it.
 
+pub(crate) mod bias;
 mod patch;
 mod plan;
 mod stats;

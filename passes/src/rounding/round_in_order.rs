@@ -13,13 +13,13 @@ use crate::exec::Dataset;
 use crate::id::{NodeId, Site};
 use crate::ir::Graph;
 use crate::ir::walk::Users;
-use crate::lockstep::Lockstep;
+use crate::lockstep::{self, Lockstep, Span};
 use crate::model::{Edit, Model, Patch};
 use crate::ops;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
+use crate::reconstruct::Learner;
 use crate::simulate::{Cutter, Version};
 use crate::target::Scheme;
-use crate::tensor::Tensor;
 
 crate::declare_pass! {
     /// Chooses codes layer by layer in the order of the graph, each layer measured behind the layers rounded before it.
@@ -52,6 +52,17 @@ crate::declare_pass! {
             OptionInfo { name: "sweeps", doc: "sweeps of coordinate descent after it, 0 by default" },
             OptionInfo { name: "refit", doc: "rounds of fitting scales, with two sweeps each, 0 by default" },
             OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers; 0 by default" },
+            OptionInfo {
+                name: "learn",
+                doc: "what is learned of the weights of a block once they are rounded: none (default), or any of `list parameterizations`",
+            },
+            OptionInfo { name: "iterations", doc: "learning: steps per block, 200 by default" },
+            OptionInfo { name: "batch", doc: "learning: samples per step, 8 by default" },
+            OptionInfo { name: "layers", doc: "learning: the most weights of neighboring blocks that are learned together, 4 by default" },
+            OptionInfo { name: "rate", doc: "learning: times the usual rate of the method, 1 by default" },
+            OptionInfo { name: "drop", doc: "learning: the share of activations left in float, 0 by default" },
+            OptionInfo { name: "biases", doc: "learning: 0 leaves biases as they are; 1 by default" },
+            OptionInfo { name: "scales", doc: "learning: 0 leaves scales of weights as they are; 1 by default" },
         ],
     }
 }
@@ -76,6 +87,7 @@ struct RoundInOrder {
     sweeps: usize,
     refit: usize,
     norms: bool,
+    learner: Option<Learner>,
 }
 
 impl RoundInOrder {
@@ -103,6 +115,7 @@ impl RoundInOrder {
             sweeps: options.count("sweeps", 0)?,
             refit: options.count("refit", 0)?,
             norms: options.count("norms", 0)? > 0,
+            learner: Learner::of(options)?,
         })
     }
 
@@ -167,13 +180,8 @@ fn correct(model: &Model, bias: Site, shift: &[f64], edits: &mut Vec<Edit>) {
         Edit::Encode { site, encoding } if *site == bias => Some(encoding.clone()),
         _ => None,
     });
-    edits.push(match anew.or_else(|| model.plan().encoding(bias).cloned()) {
-        Some(encoding) => match encoding.encode(&corrected, tensor.shape()) {
-            Ok(codes) => Edit::Round { site: bias, codes: Arc::new(codes) },
-            Err(_) => return,
-        },
-        None => Edit::Substitute { site: bias, tensor: Arc::new(Tensor::of(tensor.shape(), corrected)) },
-    });
+    let encoding = anew.or_else(|| model.plan().encoding(bias).cloned());
+    edits.extend(Edit::constant(bias, tensor.shape(), corrected, encoding.as_ref()));
 }
 
 impl Pass for RoundInOrder {
@@ -198,10 +206,17 @@ impl Pass for RoundInOrder {
         let norms = if self.norms { norms::find(model.graph(), model.plan()) } else { Vec::new() };
         let stops: BTreeSet<NodeId> =
             layers.iter().map(|layer| layer.node).chain(norms.iter().map(|norm| norm.node)).collect();
-        let mut walk = Lockstep::new(model.graph(), model.plan(), cx, &stops)?;
+        let stage_of = lockstep::stages(model.graph(), &stops);
+        let blocks = match &self.learner {
+            Some(learner) => learner.blocks(model.graph(), model.plan(), &stage_of),
+            None => Vec::new(),
+        };
+        let spans: Vec<Span> = blocks.iter().map(|(_, span)| span.clone()).collect();
+        let mut walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &spans)?;
         let last = stops.iter().map(|node| walk.stage_of(*node)).max().unwrap_or(0);
         let samples = cx.dataset.map_or(0, Dataset::len);
-        cx.progress.begin(INFO.about.name, layers.len() as u64);
+        let to_learn = self.learner.as_ref().map_or(0, |learner| learner.steps(blocks.len()));
+        cx.progress.begin(INFO.about.name, layers.len() as u64 + to_learn);
         for stage in 1..=last {
             walk.advance(work.plan())?;
             let mut here: Vec<Inputs> =
@@ -218,28 +233,33 @@ impl Pass for RoundInOrder {
                 let bias = ops::bias_site(model.graph(), &users, inputs.node);
                 let edits = self.layer(&work, inputs, &measured, bias, &cx.scheme).unwrap_or_default();
                 patch.count("rounded in order", u64::from(!edits.is_empty()));
-                record(edits, &mut work, &mut patch)?;
+                patch.and_on(&mut work, edits)?;
                 cx.progress.step();
             }
             let norms: Vec<Norm> = norms.iter().filter(|norm| walk.stage_of(norm.node) == stage).copied().collect();
             let fitted = norms::fit(&walk, model.graph(), work.plan(), &norms)?;
             patch.count("norms fitted", fitted.iter().filter(|edit| norms::is_scale(edit, &norms)).count() as u64);
-            record(fitted, &mut work, &mut patch)?;
+            patch.and_on(&mut work, fitted)?;
+            let ended = blocks.iter().enumerate().find(|(_, (_, span))| span.last == stage);
+            if let (Some(learner), Some((number, (block, span)))) = (&self.learner, ended) {
+                match learner.learn(&walk, &work, cx, block, number)? {
+                    Ok(edits) if edits.is_empty() => patch.count("blocks that learning did not help", 1),
+                    Ok(edits) => {
+                        patch.count("blocks learned", 1);
+                        patch.and_on(&mut work, edits)?;
+                        walk.again(span.first, work.plan())?;
+                    }
+                    Err(reason) => {
+                        patch.count("blocks that gradients do not pass", 1);
+                        tracing::info!(block = number, reason, "not learned");
+                    }
+                }
+            }
         }
         cx.progress.end();
         round::to_nearest(&work, &BTreeSet::new(), &mut patch)?;
         Ok(patch)
     }
-}
-
-/// Adds `edits` to `patch`, and makes them in `work`.
-fn record(edits: Vec<Edit>, work: &mut Model, patch: &mut Patch) -> Result<(), PassError> {
-    let mut step = Patch::on(work);
-    for edit in edits {
-        patch.edit(edit.clone());
-        step.edit(edit);
-    }
-    work.apply(step).map_err(|error| PassError::Model(format!("a bug in onnx-quant: {error}")))
 }
 
 /// The encoded layers with a weight of their own, in graph order.

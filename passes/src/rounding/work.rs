@@ -9,14 +9,10 @@ use crate::encoding::Encoding;
 use crate::grid::Grid;
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::walk::Users;
-use crate::model::{Edit, Model, Patch};
+use crate::model::{Edit, Model, Patch, bias};
 use crate::ops;
 use crate::parallel;
 use crate::pass::{PassContext, PassError, Wish};
-use crate::tensor::Tensor;
-
-/// A 32-bit bias is kept this far from saturation.
-const BIAS_LIMIT: f64 = (1_u64 << 31) as f64 * 0.999;
 
 /// New points and scales of a layer, in the order of storage.
 pub(super) struct Rounded {
@@ -168,7 +164,7 @@ impl Rounded {
         let encoding = Encoding { scale: self.scales.into(), ..layer.encoding.clone() };
         let codes = Arc::new(encoding.pack_points(&self.points, layer.tensor.shape()));
         if encoding != *layer.encoding {
-            let Some(bias) = bias_edits(model, layer, &encoding) else {
+            let Some(bias) = bias::behind_weight(model, layer.node, &encoding) else {
                 return Vec::new(); // the bias would saturate: what was chosen before stays
             };
             edits.extend(bias);
@@ -177,30 +173,4 @@ impl Rounded {
         edits.push(Edit::Round { site: layer.site, codes });
         edits
     }
-}
-
-/// The bias of `layer` encoded and rounded anew for the scales of `weight`, where it is encoded; `None` when it would not fit
-/// 32 bits.
-fn bias_edits(model: &Model, layer: &Layer<'_>, weight: &Encoding) -> Option<Vec<Edit>> {
-    let graph = model.graph();
-    let bias = ops::linear(graph, layer.node).and_then(|roles| roles.bias);
-    let site = bias.map(|input| Site::Use { node: layer.node, input });
-    let Some((site, old)) = site.and_then(|site| Some((site, model.plan().encoding(site)?))) else {
-        return Some(Vec::new());
-    };
-    // Exactly the f32 product: runtimes check it, or ignore what is stored and use it.
-    let roles = ops::linear(graph, layer.node)?;
-    let input_scale = *model.plan().encoding_of_use(graph, layer.node, roles.activation)?.scale.first()?;
-    let last = weight.scale.len() - 1;
-    let scale = (0..old.scale.len()).map(|i| input_scale * weight.scale[i.min(last)]).collect();
-    let encoding = Encoding { scale, ..old.clone() };
-    let tensor: &Tensor = graph.constant_input(graph.node(layer.node)?, bias?.into())?;
-    let values = tensor.floats()?;
-    let scale_of = |index: usize| encoding.scale[index.min(encoding.scale.len() - 1)];
-    let fits = |(index, value): (usize, &f32)| f64::from(*value).abs() < f64::from(scale_of(index)) * BIAS_LIMIT;
-    if !values.iter().enumerate().all(fits) {
-        return None;
-    }
-    let codes = Arc::new(encoding.encode(&values, tensor.shape()).ok()?);
-    Some(vec![Edit::Encode { site, encoding }, Edit::Round { site, codes }])
 }

@@ -1,0 +1,195 @@
+//! A block as a tape: weights, biases and scales of activations are leaves, rounding of activations is a step.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::blocks::{self, Block};
+use super::fake_quant::FakeQuant;
+use crate::encoding::Encoding;
+use crate::grad::{self, Slot, Tape, Value};
+use crate::id::{NodeId, Site, ValueId};
+use crate::ir::walk::Users;
+use crate::ir::{Graph, Node};
+use crate::lockstep;
+use crate::model::Plan;
+use crate::ops;
+use crate::simulate::{self, Cutter, Version};
+use crate::tensor::Tensor;
+
+/// The program of a block. Leaves are filled per sample (`feeds`), once (`constants`), or by what is learned.
+#[derive(Debug)]
+pub(super) struct Program {
+    pub(super) tape: Tape,
+    /// What a sample brings, with padding.
+    pub(super) feeds: Vec<(Slot, ValueId)>,
+    /// Those of the feeds that only the block itself computes: whole numbers that depend on shapes alone.
+    pub(super) inner: Vec<ValueId>,
+    pub(super) constants: Vec<(Slot, Value<f32>)>,
+    /// Encoded weights of linear nodes.
+    pub(super) weights: Vec<(Slot, Site, Arc<Tensor>)>,
+    /// Their biases.
+    pub(super) biases: Vec<(Slot, Site, Arc<Tensor>)>,
+    /// Which share of the activations stays in float, with a seed.
+    pub(super) drop: Slot,
+    pub(super) outputs: Vec<(Slot, ValueId)>,
+}
+
+struct Maker<'a> {
+    graph: &'a Graph,
+    plan: &'a Plan,
+    touched: &'a BTreeSet<ValueId>,
+    program: Program,
+    slots: BTreeMap<Version, Slot>,
+    /// Sites of biases.
+    biases: BTreeSet<Site>,
+    /// What nodes of the block compute, and the tape does not.
+    inner: BTreeSet<ValueId>,
+    produced: BTreeSet<ValueId>,
+}
+
+impl Program {
+    /// The program of `block`, or why gradients do not pass it.
+    pub(super) fn of(graph: &Graph, plan: &Plan, block: &Block) -> Result<Self, String> {
+        let touched = lockstep::touched(graph, plan);
+        let users = Users::of(graph);
+        let layers = block.nodes.iter().filter(|id| blocks::is_layer(graph, plan, **id));
+        let biases = layers.filter_map(|id| ops::bias_site(graph, &users, *id)).collect();
+        let mut tape = Tape::default();
+        let drop = tape.leaf(false);
+        let program = Self {
+            tape,
+            feeds: Vec::new(),
+            inner: Vec::new(),
+            constants: Vec::new(),
+            weights: Vec::new(),
+            biases: Vec::new(),
+            drop,
+            outputs: Vec::new(),
+        };
+        let outputs =
+            block.nodes.iter().filter_map(|id| graph.node(*id)).flat_map(|node| node.outputs.iter().flatten());
+        let produced = outputs.copied().collect();
+        let (slots, inner) = (BTreeMap::new(), BTreeSet::new());
+        let mut maker = Maker { graph, plan, touched: &touched, program, slots, biases, inner, produced };
+        for &id in &block.nodes {
+            if let Some(node) = graph.node(id) {
+                maker.node(id, node)?;
+            }
+        }
+        for &value in block.outputs.iter().filter(|value| simulate::is_float_activation(graph, **value)) {
+            let slot = maker.slots.get(&(value, None)).ok_or("its result does not depend on its weights")?;
+            maker.program.outputs.push((*slot, value));
+        }
+        Ok(maker.program)
+    }
+}
+
+impl Maker<'_> {
+    fn node(&mut self, id: NodeId, node: &Node) -> Result<(), String> {
+        let depends = |value: &ValueId| self.touched.contains(value) && !self.inner.contains(value);
+        let reads = crate::ir::walk::reads(node).filter(|value| self.graph.constant(*value).is_none());
+        let changes = reads.into_iter().any(|value| depends(&value))
+            || node
+                .inputs
+                .iter()
+                .enumerate()
+                .any(|(i, value)| value.is_some_and(|v| self.version(id, i, v).1.is_some()));
+        let is_real = node.outputs.iter().flatten().all(|value| simulate::is_float_activation(self.graph, *value));
+        if !changes || node.op.is("Shape") || node.op.is("Size") {
+            self.inner.extend(node.outputs.iter().flatten());
+            return Ok(());
+        }
+        if !is_real {
+            return Err(format!(
+                "node `{}` ({}) decides by values that rounding changes",
+                node.name,
+                node.op.display()
+            ));
+        }
+        let rule = grad::rule(node).map_err(|error| format!("node `{}`: {error}", node.name))?;
+        let mut inputs = Vec::new();
+        for (i, value) in node.inputs.iter().enumerate() {
+            inputs.push(value.map(|value| self.read(id, i, value)).transpose()?);
+        }
+        let outputs = self.program.tape.push(&node.name, rule, inputs, node.outputs.len());
+        for (value, slot) in node.outputs.iter().zip(outputs) {
+            if let Some(value) = value {
+                self.slots.insert((*value, None), slot);
+            }
+        }
+        Ok(())
+    }
+
+    fn version(&self, id: NodeId, input: usize, value: ValueId) -> Version {
+        Cutter { graph: self.graph, plan: self.plan }.of_use(id, input, value)
+    }
+
+    /// The slot of what `input` of node `id` reads.
+    fn read(&mut self, id: NodeId, input: usize, value: ValueId) -> Result<Slot, String> {
+        let version = self.version(id, input, value);
+        if let Some(&slot) = self.slots.get(&version) {
+            return Ok(slot);
+        }
+        let slot = if let Some(tensor) = self.graph.constant(value) {
+            self.constant(id, input, version, tensor)?
+        } else if let Some(site) = version.1 {
+            let raw = self.raw(value);
+            self.rounded(site, raw)?
+        } else {
+            self.raw(value)
+        };
+        self.slots.insert(version, slot);
+        Ok(slot)
+    }
+
+    /// The slot of a value as computed.
+    fn raw(&mut self, value: ValueId) -> Slot {
+        if let Some(&slot) = self.slots.get(&(value, None)) {
+            return slot;
+        }
+        let slot = self.program.tape.leaf(false);
+        self.program.feeds.push((slot, value));
+        if self.produced.contains(&value) {
+            self.program.inner.push(value);
+        }
+        self.slots.insert((value, None), slot);
+        slot
+    }
+
+    fn constant(&mut self, id: NodeId, input: usize, version: Version, tensor: &Arc<Tensor>) -> Result<Slot, String> {
+        let name = &self.graph.value(version.0).name;
+        let read = match version.1 {
+            Some(site) => {
+                simulate::rounded_constant(self.plan, site, tensor, name).map_err(|error| error.to_string())?
+            }
+            None => Arc::clone(tensor),
+        };
+        let value = grad::value_of(&read).ok_or_else(|| format!("tensor `{name}` is {}", read.dtype().name()))?;
+        let here = u16::try_from(input).ok().map(|input| Site::Use { node: id, input });
+        let of_layer = ops::linear(self.graph, id).filter(|roles| usize::from(roles.weight) == input);
+        let coded = version.1.filter(|site| self.plan.codes(*site).is_some());
+        let slot = if let (Some(site), true) = (coded, of_layer.is_some()) {
+            let slot = self.program.tape.leaf(true);
+            self.program.weights.push((slot, site, Arc::clone(tensor)));
+            slot
+        } else if let Some(site) = here.filter(|site| self.biases.contains(site)) {
+            let slot = self.program.tape.leaf(true);
+            self.program.biases.push((slot, site, read));
+            slot
+        } else {
+            let slot = self.program.tape.leaf(false);
+            self.program.constants.push((slot, value));
+            slot
+        };
+        Ok(slot)
+    }
+
+    /// The slot of `raw` as rounded at `site`.
+    fn rounded(&mut self, site: Site, raw: Slot) -> Result<Slot, String> {
+        let encoding: &Encoding = self.plan.encoding(site).ok_or("a bug in onnx-quant: a site without an encoding")?;
+        let rule = FakeQuant { encoding: encoding.clone() };
+        let inputs = vec![Some(raw), Some(self.program.drop)];
+        let outputs = self.program.tape.push("rounding", Box::new(rule), inputs, 1);
+        outputs.first().copied().ok_or_else(|| "a bug in onnx-quant: a step without a result".to_owned())
+    }
+}

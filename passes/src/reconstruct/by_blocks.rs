@@ -1,0 +1,142 @@
+//! Learning block after block, each behind the blocks that have been learned.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::block::Program;
+use super::blocks::{self, Block};
+use super::objective::{Objective, Outcome};
+use super::parameterization;
+use super::samples;
+use super::train::{self, Settings};
+use crate::encoding::Encoding;
+use crate::id::{NodeId, Site};
+use crate::ir::Graph;
+use crate::lockstep::{Lockstep, Span};
+use crate::model::{Edit, Model, Plan, bias};
+use crate::pass::{OptionError, Options, PassContext, PassError};
+
+/// How blocks are learned. The pass that does it lists the options.
+#[derive(Debug)]
+pub(crate) struct Learner {
+    settings: Settings,
+    layers: usize,
+}
+
+impl Learner {
+    /// What `options` say; `None` where nothing is to be learned.
+    pub(crate) fn of(options: &Options) -> Result<Option<Self>, OptionError> {
+        let name = options.text("learn", "none");
+        if name == "none" {
+            return Ok(None);
+        }
+        let method = parameterization::find(name).ok_or_else(|| {
+            let names: Vec<&str> = super::PARAMETERIZATIONS.iter().map(|p| p.about().name).collect();
+            OptionError { option: "learn".into(), problem: format!("`{name}` is none of none, {}", names.join(", ")) }
+        })?;
+        let positive = |name: &str, default: f64, most: f64| -> Result<f64, OptionError> {
+            match options.number(name)?.unwrap_or(default) {
+                value if (0.0..=most).contains(&value) => Ok(value),
+                _ => Err(OptionError { option: name.into(), problem: format!("it must lie between 0 and {most}") }),
+            }
+        };
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked just above")]
+        let settings = Settings {
+            method,
+            iterations: positive("iterations", 200.0, 1e6)? as usize,
+            batch: options.count("batch", 8)?.max(1),
+            rate: positive("rate", 1.0, 1e3)? as f32,
+            drop: (positive("drop", 0.0, 1.0)? * 1000.0) as i64,
+            biases: options.count("biases", 1)? > 0,
+            scales: options.count("scales", 1)? > 0,
+        };
+        Ok(Some(Self { settings, layers: options.count("layers", 4)? }))
+    }
+
+    /// The blocks to learn, with the stages of their weights.
+    pub(crate) fn blocks(&self, graph: &Graph, plan: &Plan, stage_of: &BTreeMap<NodeId, usize>) -> Vec<(Block, Span)> {
+        let mut all: Vec<(Block, Span)> = Vec::new();
+        for block in blocks::blocks(graph, plan, self.layers) {
+            let stages = block.nodes.iter().filter(|id| blocks::is_layer(graph, plan, **id)).map(|id| stage_of[id]);
+            let (first, last) =
+                stages.fold((usize::MAX, 0), |(first, last), stage| (first.min(stage), last.max(stage)));
+            // A block that does not lie behind the one before it as a whole would be learned behind weights that still change.
+            if first <= last && all.last().is_none_or(|(_, before)| before.last < first) {
+                let reads = samples::before(graph, &block.nodes);
+                all.push((block, Span { first, last, reads }));
+            }
+        }
+        all
+    }
+
+    /// The steps that learning so many blocks takes.
+    pub(crate) fn steps(&self, blocks: usize) -> u64 {
+        (blocks * self.settings.iterations) as u64
+    }
+
+    /// The edits that `block`, which `number` tells from others, comes to: none where learning does no better on the samples held out
+    /// from it. The reason where gradients do not pass it.
+    pub(crate) fn learn(
+        &self,
+        walk: &Lockstep<'_>,
+        model: &Model,
+        cx: &PassContext<'_>,
+        block: &Block,
+        number: usize,
+    ) -> Result<Result<Vec<Edit>, String>, PassError> {
+        let program = match Program::of(model.graph(), model.plan(), block) {
+            Ok(program) => program,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        let before = samples::before(model.graph(), &block.nodes);
+        let samples = samples::gather(walk, model.graph(), cx, &program, &before)?;
+        let learn = || {
+            let objective = Objective::new(&program, &samples, model.plan())?;
+            let start = objective.start();
+            let first = objective.loss(&start)?;
+            let tick = || {
+                cx.progress.step();
+                !cx.progress.cancelled()
+            };
+            let learned = train::learn(&objective, &self.settings, &start, number as u64, tick)?;
+            let last = objective.loss(&learned)?;
+            tracing::debug!(block = number, layers = block.layers, samples = samples.len(), ?first, ?last, "learned");
+            let better = last.held_out < first.held_out;
+            Ok(if better { edits(model, &program, &objective, learned) } else { None }.unwrap_or_default())
+        };
+        if cx.progress.cancelled() {
+            return Err(PassError::Interrupted);
+        }
+        let learned: Result<Vec<Edit>, crate::grad::GradError> = learn();
+        if cx.progress.cancelled() {
+            return Err(PassError::Interrupted);
+        }
+        Ok(learned.map_err(|error| error.to_string()))
+    }
+}
+
+/// The edits that write `learned` into the plan; `None` where a bias would not fit its codes any more.
+fn edits(model: &Model, program: &Program, objective: &Objective<'_>, learned: Outcome) -> Option<Vec<Edit>> {
+    let mut edits = Vec::new();
+    let weights = program.weights.iter().zip(&objective.weights).zip(learned.units.iter().zip(learned.scales));
+    for (((_, site, tensor), weight), (units, scales)) in weights {
+        let encoding = Encoding { scale: scales.into(), ..weight.encoding.clone() };
+        let codes = Arc::new(encoding.pack_points(units, tensor.shape()));
+        if encoding != weight.encoding {
+            if let Site::Use { node, .. } = site {
+                edits.extend(bias::behind_weight(model, *node, &encoding)?);
+            }
+            edits.push(Edit::Encode { site: *site, encoding });
+        }
+        edits.push(Edit::Round { site: *site, codes });
+    }
+    for ((_, site, tensor), values) in program.biases.iter().zip(learned.biases) {
+        let anew = edits.iter().find_map(|edit| match edit {
+            Edit::Encode { site: other, encoding } if other == site => Some(encoding.clone()),
+            _ => None,
+        });
+        let encoding = anew.or_else(|| model.plan().encoding(*site).cloned());
+        edits.push(Edit::constant(*site, tensor.shape(), values, encoding.as_ref())?);
+    }
+    Some(edits)
+}

@@ -1,0 +1,103 @@
+//! Rounding an activation on the tape, with a straight-through gradient.
+
+use crate::encoding::{Encoding, Granularity};
+use crate::grad::{self, Array, Call, GradError, Grads, Inputs, Real, Rule};
+use crate::seed;
+
+/// x̂ of x, as [`Encoding::simulate`] computes it.
+///
+/// Inputs: the numbers, then a share in thousandths and a seed: that share of the elements, drawn anew from every seed, passes as it
+/// is. Gradients pass where x lies in the range of the codes.
+///
+/// Source: Bengio et al. 2013, arXiv:1308.3432, for passing straight through; Wei et al. 2022 (`QDrop`), arXiv:2203.05740, for the share.
+#[derive(Debug)]
+pub(super) struct FakeQuant {
+    pub(super) encoding: Encoding,
+}
+
+impl FakeQuant {
+    /// Which elements pass as they are; `None` where none does.
+    fn passes<T: Real>(inputs: &Inputs<'_, T>) -> Result<Option<impl Fn(usize) -> bool + use<T>>, GradError> {
+        let Some(list) = inputs.list(1)? else { return Ok(None) };
+        let [share, seed] = list[..] else { return Err(GradError("a share and a seed are needed".into())) };
+        let seed = seed::mixed(seed.cast_unsigned());
+        let share = share as f64 / 1000.0;
+        Ok((share > 0.0).then_some(move |i: usize| seed::uniform(seed ^ (i as u64)) < share))
+    }
+}
+
+impl<T: Real> Rule<T> for FakeQuant {
+    fn forward(&self, inputs: &Inputs<'_, T>) -> Result<Vec<Array<T>>, GradError> {
+        let x = inputs.real(0)?;
+        let mut values = T::narrowed(x);
+        self.encoding.simulate(&mut values, x.shape()).map_err(|error| GradError(error.to_string()))?;
+        let mut rounded = T::widened(values);
+        if let Some(passes) = Self::passes(inputs)? {
+            let kept = rounded.iter_mut().zip(x.iter()).enumerate().filter(|(i, _)| passes(*i));
+            kept.for_each(|(_, (rounded, x))| *rounded = *x);
+        }
+        let rounded = Array::from_shape_vec(x.raw_dim(), rounded);
+        Ok(vec![rounded.map_err(|error| GradError(error.to_string()))?])
+    }
+
+    fn backward(&self, call: &Call<'_, T>) -> Result<Grads<T>, GradError> {
+        let (x, mut grad) = (call.inputs.real(0)?, call.grad()?.clone());
+        let per_tensor = self.encoding.granularity == Granularity::Tensor;
+        let range = self.encoding.scale.first().zip(self.encoding.zero_point.first()).filter(|_| per_tensor);
+        // Other granularities have ranges that hold everything.
+        if let Some((scale, zero)) = range {
+            let (low, high) = self.encoding.grid.range();
+            let (scale, zero) = (f64::from(*scale), f64::from(*zero));
+            let (low, high) = (T::of((low - zero - 0.5) * scale), T::of((high - zero + 0.5) * scale));
+            let outside = |x: T| x < low || x > high;
+            match Self::passes(&call.inputs)? {
+                None => grad = grad::map_two(&grad, x, |g, x| if outside(x) { T::zero() } else { g })?,
+                Some(passes) => {
+                    let cut =
+                        grad.iter_mut().zip(x.iter()).enumerate().filter(|(i, (_, x))| outside(**x) && !passes(*i));
+                    cut.for_each(|(_, (g, _))| *g = T::zero());
+                }
+            }
+        }
+        Ok(vec![Some(grad), None])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::grad::{Slot, Tape, Value};
+
+    fn run(x: &[f32], share: i64) -> (Vec<f32>, Vec<f32>) {
+        let encoding = Encoding::per_tensor(crate::grid::find("uint8").unwrap(), 0.1, 128);
+        let mut tape = Tape::default();
+        let (input, drop): (Slot, Slot) = (tape.leaf(true), tape.leaf(false));
+        let output = tape.push("q", Box::new(FakeQuant { encoding }), vec![Some(input), Some(drop)], 1)[0];
+        let array = |values: &[f32]| Array::from_shape_vec(vec![values.len()], values.to_vec()).unwrap();
+        let list = Array::from_shape_vec(vec![2], vec![share, 5]).unwrap();
+        let leaves = [(input, Value::Real(array(x))), (drop, Value::Whole(list))];
+        let values = tape.forward::<f32>(leaves).unwrap();
+        let ones = array(&vec![1.0; x.len()]);
+        let grads = tape.backward(&values, [(output, ones)], &[input]).unwrap();
+        let flat = |array: &Array<f32>| array.iter().copied().collect();
+        (flat(values.real(output).unwrap()), flat(grads[0].as_ref().unwrap()))
+    }
+
+    /// Codes 0 to 255 less 128, at 0.1: −12.8 to 12.7.
+    #[test]
+    fn gradients_pass_in_the_range_only() {
+        let (values, grads) = run(&[0.04, 0.06, -12.8, 12.7, -13.0, 40.0], 0);
+        let want = [0.0, 0.1, -12.8, 12.7, -12.8, 12.7];
+        assert!(values.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-5), "{values:?}");
+        assert_eq!(grads, [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn a_share_stays_in_float() {
+        let x: Vec<f32> = (0..1000_u16).map(|i| f32::from(i) * 0.01 + 0.003).collect();
+        let (values, _) = run(&x, 500);
+        let kept = values.iter().zip(&x).filter(|(a, b)| a.to_bits() == b.to_bits()).count();
+        assert!((400..600).contains(&kept), "{kept}");
+        assert_eq!(run(&x, 1000).0, x);
+    }
+}

@@ -1,0 +1,20 @@
+//! Reconstruction: codes learned by gradients through blocks of the graph.
+//!
+//! `blocks` cuts the graph where a single tensor carries everything on; `program` turns a block into a tape whose
+//! leaves are its weights; `samples` holds what blocks read and should give, `objective` measures how far they are from it; `train` is the loop; a [`Parameterization`]
+//! says what is learned about a weight and how codes come out of it. `by_blocks` does this block after block, for passes that round in order.
+
+mod adam;
+mod block;
+mod blocks;
+mod by_blocks;
+mod fake_quant;
+mod objective;
+mod parameterization;
+mod samples;
+mod train;
+
+pub use blocks::{Block, all_weights, blocks, boundary};
+pub use parameterization::{PARAMETERIZATIONS, Parameterization};
+
+pub(crate) use by_blocks::Learner;

@@ -1,0 +1,215 @@
+//! What a block should give, and how far it is from that: losses, and gradients of all that is learned.
+
+use super::block::Program;
+use super::parameterization::Weight;
+use super::samples::Sample;
+use crate::grad::{Array, GradError, Slot, Value, Values};
+use crate::model::Plan;
+use crate::parallel;
+use crate::seed;
+
+/// Of so many samples one is held out, to judge by.
+const HELD_OUT: usize = 8;
+/// Samples of a batch are added up in so many sums, whatever the number of threads.
+const LANES: usize = 4;
+
+/// What a block has come to.
+#[derive(Clone, Debug)]
+pub(super) struct Outcome {
+    /// Of every weight, in units of its scales, in the order of storage.
+    pub(super) units: Vec<Vec<f32>>,
+    /// Of every weight, one per group.
+    pub(super) scales: Vec<Vec<f32>>,
+    pub(super) biases: Vec<Vec<f32>>,
+}
+
+impl Outcome {
+    /// Weight `i`.
+    fn weight(&self, i: usize, groups: &[u32]) -> Vec<f32> {
+        self.units[i].iter().zip(groups).map(|(unit, group)| unit * self.scales[i][*group as usize]).collect()
+    }
+}
+
+/// How a block does, as error over signal: on the samples that were held out, and on those learned from.
+#[derive(Clone, Copy)]
+pub(super) struct Loss {
+    pub(super) held_out: f64,
+    pub(super) fitted: f64,
+}
+
+impl std::fmt::Debug for Loss {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.6} held out, {:.6} fitted", self.held_out, self.fitted)
+    }
+}
+
+/// Gradients of what is learned.
+pub(super) struct Gradients {
+    /// By the weights themselves; empty where none arrived.
+    pub(super) weights: Vec<Vec<f32>>,
+    pub(super) biases: Vec<Vec<f32>>,
+}
+
+/// A block with its samples.
+pub(super) struct Objective<'a> {
+    program: &'a Program,
+    samples: &'a [Sample],
+    pub(super) weights: Vec<Weight>,
+    /// Per output, what errors are measured by: the mean square of its elements.
+    power: Vec<f64>,
+    /// The samples to learn from.
+    pub(super) fitted: Vec<usize>,
+    held_out: Vec<usize>,
+}
+
+fn misfit(error: &impl std::fmt::Display) -> GradError {
+    GradError(error.to_string())
+}
+
+impl<'a> Objective<'a> {
+    pub(super) fn new(program: &'a Program, samples: &'a [Sample], plan: &Plan) -> Result<Self, GradError> {
+        let weight = |(_, site, tensor): &(Slot, _, std::sync::Arc<crate::tensor::Tensor>)| {
+            let bug = || GradError("a bug in onnx-quant: a weight without codes".into());
+            let (encoding, codes) = plan.encoding(*site).zip(plan.codes(*site)).ok_or_else(bug)?;
+            Weight::new(tensor, encoding, codes).ok_or_else(bug)
+        };
+        let weights = program.weights.iter().map(weight).collect::<Result<Vec<_>, GradError>>()?;
+        let (held_out, fitted) = (0..samples.len()).partition(|i| i % HELD_OUT == HELD_OUT / 2);
+        let power = (0..program.outputs.len()).map(|output| power(samples, output)).collect();
+        Ok(Self { program, samples, weights, power, fitted, held_out })
+    }
+
+    /// Where everything starts.
+    pub(super) fn start(&self) -> Outcome {
+        let biases = self.program.biases.iter();
+        Outcome {
+            units: self.weights.iter().map(|weight| weight.points.clone()).collect(),
+            scales: self.weights.iter().map(|weight| weight.encoding.scale.to_vec()).collect(),
+            biases: biases
+                .map(|(_, _, tensor)| tensor.floats().map(std::borrow::Cow::into_owned).unwrap_or_default())
+                .collect(),
+        }
+    }
+
+    /// The leaves that are the same for all samples.
+    fn leaves(&self, at: &Outcome) -> Result<Vec<(Slot, Value<f32>)>, GradError> {
+        let mut leaves = self.program.constants.clone();
+        let shaped =
+            |shape: &[usize], values| Array::from_shape_vec(shape, values).map(Value::Real).map_err(|e| misfit(&e));
+        for (i, (slot, _, tensor)) in self.program.weights.iter().enumerate() {
+            leaves.push((*slot, shaped(tensor.shape(), at.weight(i, &self.weights[i].groups))?));
+        }
+        for ((slot, _, tensor), values) in self.program.biases.iter().zip(&at.biases) {
+            leaves.push((*slot, shaped(tensor.shape(), values.clone())?));
+        }
+        Ok(leaves)
+    }
+
+    /// Runs `sample`, with a share of the activations left in float, in thousandths, drawn by a seed.
+    fn run(&self, leaves: &[(Slot, Value<f32>)], sample: &Sample, drop: (i64, u64)) -> Result<Values<f32>, GradError> {
+        let feeds = self.program.feeds.iter().zip(&sample.feeds).map(|((slot, _), value)| (*slot, value.clone()));
+        let drop = Array::from_shape_vec(vec![2], vec![drop.0, drop.1.cast_signed()]).map_err(|e| misfit(&e))?;
+        self.program.tape.forward(leaves.iter().cloned().chain(feeds).chain([(self.program.drop, Value::Whole(drop))]))
+    }
+
+    /// Error over signal of `at`, on all samples.
+    pub(super) fn loss(&self, at: &Outcome) -> Result<Loss, GradError> {
+        Ok(Loss { held_out: self.held_out_loss(at)?, fitted: self.loss_on(at, &self.fitted)? })
+    }
+
+    /// Error over signal of `at` on the samples that were held out; on all where there are too few to hold one out.
+    pub(super) fn held_out_loss(&self, at: &Outcome) -> Result<f64, GradError> {
+        self.loss_on(at, if self.held_out.is_empty() { &self.fitted } else { &self.held_out })
+    }
+
+    fn loss_on(&self, at: &Outcome, samples: &[usize]) -> Result<f64, GradError> {
+        let leaves = self.leaves(at)?;
+        let losses = parallel::map(samples, |i| {
+            let sample = &self.samples[*i];
+            let values = self.run(&leaves, sample, (0, 0))?;
+            let mut sum = (0.0, 0);
+            for (output, (slot, _)) in self.program.outputs.iter().enumerate() {
+                let difference = sample.difference(output, values.real(*slot))?;
+                let mut error = 0.0;
+                sample.rows(output, &difference, |row| {
+                    error += row.iter().map(|d| f64::from(*d) * f64::from(*d)).sum::<f64>();
+                    sum.1 += row.len();
+                });
+                sum.0 += error / self.power[output];
+            }
+            Ok(sum)
+        });
+        let losses = losses.into_iter().collect::<Result<Vec<(f64, usize)>, GradError>>()?;
+        let (sum, count) = losses.into_iter().fold((0.0, 0), |all, one| (all.0 + one.0, all.1 + one.1));
+        Ok(sum / count.max(1) as f64)
+    }
+
+    /// The gradients of all that is learned, over the samples of `batch`.
+    pub(super) fn gradients(
+        &self,
+        at: &Outcome,
+        batch: &[usize],
+        drop: i64,
+        seed: u64,
+    ) -> Result<Gradients, GradError> {
+        let leaves = self.leaves(at)?;
+        let p = self.program;
+        let wanted: Vec<Slot> = p.weights.iter().map(|w| w.0).chain(p.biases.iter().map(|b| b.0)).collect();
+        let lanes: Vec<&[usize]> = batch.chunks(batch.len().div_ceil(LANES).max(1)).collect();
+        let sums = parallel::map(&lanes, |lane| {
+            let mut sums: Vec<Vec<f32>> = vec![Vec::new(); wanted.len()];
+            for &i in *lane {
+                let values = self.run(&leaves, &self.samples[i], (drop, seed::mixed(seed) ^ i as u64))?;
+                let seeds = self.seeds(&self.samples[i], &values)?;
+                for (sum, grad) in sums.iter_mut().zip(p.tape.backward(&values, seeds, &wanted)?) {
+                    if let Some(grad) = grad {
+                        add(sum, grad.iter().copied());
+                    }
+                }
+            }
+            Ok::<_, GradError>(sums)
+        });
+        let mut weights: Vec<Vec<f32>> = vec![Vec::new(); wanted.len()];
+        for sums in sums {
+            let sums = weights.iter_mut().zip(sums?).filter(|(_, sum)| !sum.is_empty());
+            sums.for_each(|(total, sum)| add(total, sum.into_iter()));
+        }
+        let biases = weights.split_off(p.weights.len());
+        Ok(Gradients { weights, biases })
+    }
+
+    /// The gradient of the loss by every output.
+    fn seeds(&self, sample: &Sample, values: &Values<f32>) -> Result<Vec<(Slot, Array<f32>)>, GradError> {
+        let seed = |(output, (slot, _)): (usize, &(Slot, _))| {
+            let mut grad = sample.difference(output, values.real(*slot))?;
+            #[expect(clippy::cast_possible_truncation, reason = "a factor of the gradient")]
+            let factor = (1.0 / self.power[output]) as f32;
+            grad.iter_mut().for_each(|g| *g *= factor);
+            sample.blank_padding(output, &mut grad);
+            let shape = sample.targets[output].raw_dim();
+            Ok((*slot, Array::from_shape_vec(shape, grad).map_err(|e| misfit(&e))?))
+        };
+        self.program.outputs.iter().enumerate().map(seed).collect()
+    }
+}
+
+/// Σ z² of an output over all samples, per element that counts.
+fn power(samples: &[Sample], output: usize) -> f64 {
+    let (mut sum, mut count) = (0.0, 0_usize);
+    for sample in samples {
+        let target: Vec<f32> = sample.targets[output].iter().copied().collect();
+        sample.rows(output, &target, |row| {
+            sum += row.iter().map(|z| f64::from(*z) * f64::from(*z)).sum::<f64>();
+            count += row.len();
+        });
+    }
+    (sum / count.max(1) as f64).max(1e-30)
+}
+
+fn add(sum: &mut Vec<f32>, with: impl Iterator<Item = f32>) {
+    if sum.is_empty() {
+        sum.extend(with);
+    } else {
+        sum.iter_mut().zip(with).for_each(|(sum, g)| *sum += g);
+    }
+}

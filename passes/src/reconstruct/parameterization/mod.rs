@@ -1,0 +1,186 @@
+//! What is learned about a weight.
+
+mod brecq;
+mod flexround;
+mod lora;
+mod low_rank;
+mod lrq;
+mod signround;
+mod soft;
+
+use std::fmt::Debug;
+
+use crate::about::About;
+use crate::encoding::Encoding;
+use crate::tensor::Tensor;
+
+/// Every parameterization, in the order of the manual.
+pub static PARAMETERIZATIONS: &[&dyn Parameterization] =
+    &[&brecq::Brecq, &lora::LoraRounding, &flexround::FlexRound, &lrq::Lrq, &signround::SignRound];
+
+/// A way to learn the points of a weight.
+#[allow(private_interfaces, reason = "parameterizations are listed outside, and implemented here only")]
+pub trait Parameterization: Debug + Send + Sync {
+    /// Name, documentation, source.
+    fn about(&self) -> &'static About;
+    /// The parameters of one weight, at their start; what is drawn is drawn from `seed`.
+    fn start(&self, weight: &Weight, seed: u64) -> Box<dyn Learned>;
+}
+
+/// The parameterization called `name`.
+pub(super) fn find(name: &str) -> Option<&'static dyn Parameterization> {
+    PARAMETERIZATIONS.iter().copied().find(|p| p.about().name == name)
+}
+
+/// How far from a point what rounds to it may lie at the start, in gaps to its neighbor.
+const REACH: f32 = 0.25;
+
+/// A weight before learning.
+#[derive(Debug)]
+pub(super) struct Weight {
+    /// As in the float model, in units of its scales, in the order of storage.
+    pub(super) float: Vec<f32>,
+    /// The points (codes less zero points) that were chosen so far.
+    pub(super) points: Vec<f32>,
+    /// The group of every element.
+    pub(super) groups: Vec<u32>,
+    /// Of the matrix as which it is stored: its first axis, and all others.
+    pub(super) rows: usize,
+    pub(super) encoding: Encoding,
+}
+
+impl Weight {
+    /// A weight and its codes; `None` where they do not fit.
+    pub(super) fn new(tensor: &Tensor, encoding: &Encoding, codes: &Tensor) -> Option<Self> {
+        let groups = encoding.groups(tensor.shape()).ok()?;
+        let in_units = |values: &[f32]| -> Vec<f32> {
+            values.iter().zip(&groups).map(|(w, group)| w / encoding.scale[*group as usize]).collect()
+        };
+        let unit = Encoding { scale: vec![1.0; encoding.scale.len()].into(), ..encoding.clone() };
+        Some(Self {
+            float: in_units(&tensor.floats()?),
+            points: unit.decode(codes).ok()?,
+            rows: tensor.shape().first().copied().unwrap_or(1).max(1),
+            groups,
+            encoding: encoding.clone(),
+        })
+    }
+
+    fn zero(&self, i: usize) -> f64 {
+        f64::from(self.encoding.zero_point[self.groups[i] as usize])
+    }
+
+    /// The neighbor of element `i`'s point that lies towards the float weight, or on the other side where there is none.
+    #[expect(clippy::cast_possible_truncation, reason = "points of grids of up to 16 bits are exact in f32")]
+    fn neighbor(&self, i: usize) -> f32 {
+        let at = f64::from(self.points[i]) + self.zero(i);
+        let nudge = 1e-6 * at.abs().max(1e-3);
+        let (above, below) = (self.encoding.grid.above(at + nudge), self.encoding.grid.below(at - nudge));
+        let up = self.float[i] > self.points[i];
+        let (wanted, other) = if up { (above, below) } else { (below, above) };
+        let beyond = if up { wanted <= at } else { wanted >= at };
+        ((if beyond { other } else { wanted }) - self.zero(i)) as f32
+    }
+
+    /// The points that `units` round to.
+    fn rounded(&self, units: &[f32]) -> Vec<f32> {
+        let mut points = units.to_vec();
+        if self.encoding.is_symmetric() {
+            self.encoding.grid.snap(&mut points, 0.0);
+        } else {
+            #[expect(clippy::cast_possible_truncation, reason = "zero points of integer grids of up to 16 bits")]
+            let snap = |(i, point): (usize, &mut f32)| {
+                self.encoding.grid.snap(std::slice::from_mut(point), self.zero(i) as f32);
+            };
+            points.iter_mut().enumerate().for_each(snap);
+        }
+        points
+    }
+
+    /// The float weight moved so near to every point that was chosen that it rounds to it, but stays on its side.
+    fn within_reach(&self) -> Vec<f32> {
+        let moved = |(i, (float, point)): (usize, (&f32, &f32))| {
+            let gap = (self.neighbor(i) - point).abs();
+            point + (float - point).clamp(-REACH * gap, REACH * gap)
+        };
+        self.float.iter().zip(&self.points).enumerate().map(moved).collect()
+    }
+}
+
+/// The parameters of one weight.
+pub(super) trait Learned: Debug + Send + Sync {
+    /// The weight as the block is run with it at `progress` of the way, 0 to 1, in units of its scales.
+    fn soft(&mut self, progress: f32, weight: &Weight) -> Vec<f32>;
+    /// Moves the parameters against `gradient`, that of the loss by the units that [`Self::soft`] returned, by `rate` times what is
+    /// usual.
+    fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, weight: &Weight);
+    /// The points that it has come to.
+    fn hard(&self, weight: &Weight) -> Vec<f32>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::grid;
+
+    fn weight(grid: &str, zero: i32) -> Weight {
+        let grid = grid::find(grid).unwrap();
+        let n = 24_u16;
+        let float: Vec<f32> = (0..n).map(|i| (f32::from(i) - 11.3) * 0.137).collect();
+        let encoding = Encoding {
+            grid,
+            granularity: crate::encoding::Granularity::Axis(0),
+            scale: vec![0.21, -0.3, 0.4, 0.5].into(),
+            zero_point: vec![zero; 4].into(),
+        };
+        let tensor = Tensor::of([4, 6], float);
+        let codes = encoding.encode(&tensor.values::<f32>().unwrap(), &[4, 6]).unwrap();
+        Weight::new(&tensor, &encoding, &codes).unwrap()
+    }
+
+    const GRIDS: [(&str, i32); 5] = [("int4", 0), ("int2", 0), ("uint4", 7), ("float4e2m1", 0), ("float8e4m3fn", 0)];
+
+    /// Nothing is lost by starting: without a step every method gives the points that were chosen before.
+    #[test]
+    fn every_parameterization_starts_at_the_points_that_were_chosen() {
+        for (grid, zero) in GRIDS {
+            let weight = weight(grid, zero);
+            for method in PARAMETERIZATIONS {
+                let mut learned = method.start(&weight, 7);
+                assert_eq!(learned.soft(0.0, &weight).len(), 24);
+                assert_eq!(learned.hard(&weight), weight.points, "{} on {grid}", method.about().name);
+            }
+        }
+    }
+
+    /// Whatever the gradient says, what comes out lies on the grid.
+    #[test]
+    fn every_parameterization_stays_on_the_grid() {
+        for (grid, zero) in GRIDS {
+            let weight = weight(grid, zero);
+            for method in PARAMETERIZATIONS {
+                let mut learned = method.start(&weight, 7);
+                let first = learned.soft(0.0, &weight);
+                for step in 0..50_u8 {
+                    let progress = f32::from(step) / 50.0;
+                    let units = learned.soft(progress, &weight);
+                    let gradient: Vec<f32> = units.iter().map(|unit| unit - 1.7).collect();
+                    learned.step(&gradient, progress, 10.0, &weight);
+                }
+                let hard = learned.hard(&weight);
+                assert_eq!(hard, weight.rounded(&hard), "{} on {grid}", method.about().name);
+                assert_ne!(learned.soft(0.5, &weight), first, "{} on {grid} does not move", method.about().name);
+            }
+        }
+    }
+
+    /// The neighbor is the next point, on the side of the float weight where the grid goes on.
+    #[test]
+    fn neighbors_are_the_next_points() {
+        let weight = weight("int2", 0);
+        for i in 0..24 {
+            let (point, next) = (weight.points[i], weight.neighbor(i));
+            assert!(((point - next).abs() - 1.0).abs() < 1e-6 && (-2.0..=1.0).contains(&next), "{point} {next}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! What a block reads behind rounded blocks, and what it should give: the float model's results.
+
+use std::collections::BTreeMap;
+
+use super::block::Program;
+use crate::exec::Session;
+use crate::grad::{self, Array, GradError, Value};
+use crate::id::ValueId;
+use crate::ir::{Graph, walk};
+use crate::lockstep::{Lockstep, Pair};
+use crate::pass::{PassContext, PassError};
+
+/// One sample of a block.
+#[derive(Debug)]
+pub(super) struct Sample {
+    /// One per feed of the program.
+    pub(super) feeds: Vec<Value<f32>>,
+    /// One per output of the program.
+    pub(super) targets: Vec<Array<f32>>,
+    /// For every output, which of its rows are words, where some are padding.
+    pub(super) words: Vec<Option<Vec<bool>>>,
+}
+
+/// What computes the targets, and those feeds that the block makes itself, from the float model's tensors.
+struct Source {
+    session: Box<dyn Session>,
+    reads: Vec<ValueId>,
+    wanted: Vec<ValueId>,
+}
+
+impl Source {
+    fn new(graph: &Graph, cx: &PassContext<'_>, program: &Program, before: &[ValueId]) -> Result<Self, PassError> {
+        let outputs = program.outputs.iter().map(|(_, value)| *value);
+        let wanted: Vec<ValueId> = outputs.chain(program.inner.iter().copied()).collect();
+        let part = walk::extract(graph, before, &wanted);
+        let session = cx.executor.prepare(&part).map_err(crate::simulate::SimulateError::from)?;
+        Ok(Self { session, reads: part.inputs().to_vec(), wanted })
+    }
+
+    fn sample(&self, program: &Program, pair: &Pair) -> Result<Sample, PassError> {
+        let missing = || PassError::Model("a bug in onnx-quant: a block reads what is not there".into());
+        let float = |value: &ValueId| pair.whole(*value, false).cloned().ok_or_else(missing);
+        let feeds = self.reads.iter().map(float).collect::<Result<Vec<_>, _>>()?;
+        let computed = self.session.run(&feeds).map_err(crate::simulate::SimulateError::from)?;
+        let computed: BTreeMap<ValueId, _> = self.wanted.iter().copied().zip(computed).collect();
+        let value = |(_, value): &(_, ValueId)| {
+            let tensor = match computed.get(value).filter(|_| program.inner.contains(value)) {
+                Some(tensor) => tensor,
+                None => pair.whole(*value, true).ok_or_else(missing)?,
+            };
+            grad::value_of(tensor).ok_or_else(missing)
+        };
+        let target = |(_, value): &(_, ValueId)| match computed.get(value).and_then(grad::value_of) {
+            Some(Value::Real(array)) => Ok(array),
+            _ => Err(missing()),
+        };
+        let targets = program.outputs.iter().map(target).collect::<Result<Vec<_>, PassError>>()?;
+        let words = targets.iter().map(|target| pair.words(target.shape()).map(<[bool]>::to_vec)).collect();
+        Ok(Sample { feeds: program.feeds.iter().map(value).collect::<Result<_, PassError>>()?, targets, words })
+    }
+}
+
+/// The values that the nodes of the block read and do not make themselves, constants left out.
+pub(super) fn before(graph: &Graph, nodes: &[crate::id::NodeId]) -> Vec<ValueId> {
+    let inside: std::collections::BTreeSet<_> = nodes.iter().copied().collect();
+    let reads = nodes.iter().filter_map(|id| graph.node(*id)).flat_map(walk::reads);
+    let outer = reads.filter(|value| {
+        graph.constant(*value).is_none() && graph.producer(*value).is_none_or(|(id, _)| !inside.contains(&id))
+    });
+    outer.collect::<std::collections::BTreeSet<_>>().into_iter().collect()
+}
+
+/// Samples of a block, in order: all, or as many of them, spread over all, as memory holds.
+pub(super) fn gather(
+    walk: &Lockstep<'_>,
+    graph: &Graph,
+    cx: &PassContext<'_>,
+    program: &Program,
+    before: &[ValueId],
+) -> Result<Vec<Sample>, PassError> {
+    let source = Source::new(graph, cx, program, before)?;
+    let count = cx.dataset.map_or(0, crate::exec::Dataset::len);
+    let first = walk.each_on(
+        1,
+        || None,
+        |kept: &mut Option<u64>, pair| {
+            if pair.index == 0 {
+                *kept = Some(bytes(&source.sample(program, pair)?));
+            }
+            Ok(())
+        },
+    )?;
+    let each = first.into_iter().flatten().next().unwrap_or(1).max(1);
+    let room = usize::try_from(cx.pair_budget / each).unwrap_or(usize::MAX).clamp(1, count.max(1));
+    // Sample i is taken where i · room / count reaches a new whole number.
+    let taken = |index: usize| index * room / count != (index + 1) * room / count;
+    let gathered = walk.each(Vec::new, |kept: &mut Vec<(usize, Sample)>, pair| {
+        if taken(pair.index) {
+            kept.push((pair.index, source.sample(program, pair)?));
+        }
+        Ok(())
+    })?;
+    let mut samples: Vec<(usize, Sample)> = gathered.into_iter().flatten().collect();
+    samples.sort_by_key(|(index, _)| *index);
+    Ok(samples.into_iter().map(|(_, sample)| sample).collect())
+}
+
+impl Sample {
+    /// A result less its target.
+    pub(super) fn difference(&self, output: usize, got: Option<&Array<f32>>) -> Result<Vec<f32>, GradError> {
+        let target = &self.targets[output];
+        match got.filter(|got| got.shape() == target.shape()) {
+            Some(got) => {
+                let difference = grad::map_two(got, target, |got, want| got - want)?;
+                Ok(difference.into_owned().into_raw_vec_and_offset().0)
+            }
+            None => Err(GradError(format!("a result does not have the shape {:?} of its target", target.shape()))),
+        }
+    }
+
+    /// Shows the rows of `values`, which are laid out as an output, that are no padding.
+    pub(super) fn rows(&self, output: usize, values: &[f32], mut see: impl FnMut(&[f32])) {
+        match &self.words[output] {
+            None => see(values),
+            Some(words) => {
+                let width = (values.len() / words.len().max(1)).max(1);
+                values.chunks_exact(width).zip(words).filter(|(_, word)| **word).for_each(|(row, _)| see(row));
+            }
+        }
+    }
+
+    /// Makes the rows of `values` that are padding 0.
+    pub(super) fn blank_padding(&self, output: usize, values: &mut [f32]) {
+        if let Some(words) = &self.words[output] {
+            let width = (values.len() / words.len().max(1)).max(1);
+            values.chunks_exact_mut(width).zip(words).filter(|(_, word)| !**word).for_each(|(row, _)| row.fill(0.0));
+        }
+    }
+}
+
+fn bytes(sample: &Sample) -> u64 {
+    let feeds: usize = sample.feeds.iter().map(|value| value.shape().iter().product::<usize>()).sum();
+    let targets: usize = sample.targets.iter().map(Array::len).sum();
+    4 * (feeds + targets) as u64
+}

@@ -1,0 +1,103 @@
+//! Codes learned by gradients, on the small residual network.
+
+use onnx_quant::{exec, import};
+use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::reconstruct;
+
+use super::{fixture, text, tool, tool_ok};
+
+fn quantize(out: &std::path::Path, more: &[&str]) -> String {
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let args = ["quantize", text(&model), "--data", text(&data), "-o", text(out), "--progress", "none"];
+    tool_ok(&[&args[..], &["--recipe", "best", "--scheme", "w2a8", "--hold-out", "32"], more].concat())
+}
+
+/// The decibels of the summary.
+fn decibels(summary: &str) -> f64 {
+    let line = summary.lines().find(|line| line.starts_with("fidelity")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn learning_lifts_two_bits_and_the_threads_do_not_matter() {
+    let folder = tempfile::tempdir().unwrap();
+    let learn = ["--learn", "brecq{iterations=400, batch=8}"];
+    let plain = quantize(&folder.path().join("plain.onnx"), &[]);
+    let files: Vec<(String, Vec<u8>)> = ["1", "3"]
+        .iter()
+        .map(|threads| {
+            let out = folder.path().join(format!("{threads}.onnx"));
+            let summary = quantize(&out, &[&learn[..], &["--threads", threads]].concat());
+            (summary, std::fs::read(out).unwrap())
+        })
+        .collect();
+    assert!(files[0].1 == files[1].1, "other bytes with other threads");
+    let (before, after) = (decibels(&plain), decibels(&files[0].0));
+    assert!(after > before, "{before} dB before, {after} dB after");
+}
+
+#[test]
+fn every_parameterization_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    for method in reconstruct::PARAMETERIZATIONS {
+        let learn = format!("{}{{iterations=4, batch=4, layers=2}}", method.about().name);
+        let summary = quantize(&folder.path().join("q.onnx"), &["--learn", &learn, "--samples", "64"]);
+        assert!(decibels(&summary) > 10.0, "{}: {summary}", method.about().name);
+    }
+}
+
+#[test]
+fn what_cannot_be_learned_is_refused_with_the_fix() {
+    let model = fixture("models/digits-resnet.onnx");
+    let data = fixture("data/digits");
+    let args = ["quantize", text(&model), "--data", text(&data), "--dry-run", "--learn"];
+    let refused = |more: &[&str]| {
+        let output = tool(&[&args[..], more].concat());
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(refused(&["brecq"]).contains("add `--recipe best`"));
+    assert!(refused(&["brec", "--recipe", "best"]).contains("brecq, lora-rounding"));
+    assert!(refused(&["brecq{iterations=-1}", "--recipe", "best"]).contains("between 0 and"));
+}
+
+/// Two residual blocks, and what lies before and behind them.
+#[test]
+fn blocks_do_not_cut_residual_sums() {
+    let imported = import::file(&fixture("models/digits-resnet.onnx")).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&imported.model.meta).unwrap();
+    let mut cx = PassContext::new(onnx_quant::targets::TARGETS[0], executor.as_ref());
+    let catalogue = passes::catalogue::passes();
+    let pipeline =
+        Pipeline::parse("infer-shapes, *(fold-batch-norm, fold-constants, drop-dead), infer-shapes", &catalogue);
+    let model = PassManager::new(Vec::new(), true).run(&pipeline.unwrap(), imported.model, &mut cx).unwrap().0;
+    let graph = model.graph();
+    let plan = reconstruct::all_weights(graph);
+    for layers in [1, 3, 4, 99] {
+        let blocks = reconstruct::blocks(graph, &plan, layers);
+        let nodes: Vec<_> = blocks.iter().flat_map(|block| block.nodes.iter().copied()).collect();
+        assert_eq!(nodes.len(), graph.n_nodes(), "every node is in one block");
+        assert_eq!(blocks.iter().map(|block| block.layers).sum::<usize>(), 10);
+        for block in &blocks {
+            assert_eq!(block.outputs.len(), 1, "one tensor leaves");
+            assert_eq!(reconstruct::boundary(graph, &plan, block), None);
+            let sums = block.nodes.iter().filter_map(|id| graph.node(*id)).filter(|node| node.op.is("Add"));
+            for value in sums.flat_map(|node| node.inputs.iter().flatten()) {
+                let (producer, _) = graph.producer(*value).unwrap();
+                let before = blocks.iter().any(|other| other.outputs.contains(value));
+                assert!(before || block.nodes.contains(&producer));
+            }
+        }
+        assert!(layers < 99 || blocks.len() == 1);
+    }
+}
+
+#[test]
+fn inspect_shows_the_blocks() {
+    let model = fixture("models/digits-resnet.onnx");
+    let shown = tool_ok(&["inspect", text(&model), "--blocks", "3"]);
+    assert!(shown.contains("first node") && shown.lines().count() >= 4, "{shown}");
+    let json: serde_json::Value =
+        serde_json::from_str(&tool_ok(&["inspect", text(&model), "--blocks", "--json"])).unwrap();
+    assert!(json.as_array().unwrap().iter().all(|row| row["boundary"].is_null()));
+}
