@@ -43,6 +43,18 @@ fn memory_between_stages_does_not_matter() {
     }
 }
 
+/// Learning goes on with as many samples as memory holds, one at least; those that were not kept are run again from their inputs.
+#[test]
+fn codes_are_learned_from_as_many_samples_as_memory_holds() {
+    let model = plain("digits-resnet");
+    for budget in [1 << 30, 3 << 20, 0] {
+        let tail = "assign-encodings, round-in-order{learn=brecq, iterations=5, layers=3}";
+        let after = rounded(&model, tail, "w3a8", budget);
+        let encoded = after.plan().encodings().filter(|(site, _)| after.plan().codes(*site).is_some()).count();
+        assert!(encoded >= 10, "{encoded}");
+    }
+}
+
 /// The bias takes back what weights and earlier layers shifted: the mean output is the float model's.
 #[test]
 fn biases_are_corrected_where_weights_alone_are_rounded() {

@@ -27,6 +27,8 @@ const BIAS_RATE: f32 = 1e-3;
 /// The rate of the logarithms of scales.
 const SCALE_RATE: f32 = 5e-4;
 
+/// Rates are meant for so many steps; they rise where there are fewer.
+const USUAL_STEPS: f32 = 1000.0;
 /// So often what has been learned is judged on the way.
 const CHECKS: usize = 10;
 
@@ -66,6 +68,8 @@ pub(super) fn learn(
     let mut at = start.clone();
     let mut biases = Beside::new(&at.biases, |bias| BIAS_RATE * root_mean_square(bias).max(1e-6));
     let mut scales = Beside::new(&at.scales, |_| SCALE_RATE);
+    // So that as few steps get as far.
+    let rate = settings.rate * (USUAL_STEPS / settings.iterations.max(1) as f32).clamp(1.0, 10.0);
     let mut order = Order::new(&objective.fitted, seed);
     let hardened = |at: &Outcome, learned: &[Box<dyn Learned>]| Outcome {
         units: learned.iter().zip(&objective.weights).map(|(learned, weight)| learned.hard(weight)).collect(),
@@ -88,7 +92,7 @@ pub(super) fn learn(
         if grads.weights.iter().chain(&grads.biases).flatten().any(|g| !g.is_finite()) {
             break; // what has been learned so far is judged as it is
         }
-        let decay = settings.rate * 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
+        let decay = rate * 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
         for (i, grad) in grads.weights.iter().enumerate().filter(|(_, grad)| !grad.is_empty()) {
             let weight = &objective.weights[i];
             let by_unit: Vec<f32> =
@@ -103,7 +107,7 @@ pub(super) fn learn(
                 scales.step(i, &mut moved, &by_log, decay);
                 at.scales[i].iter_mut().zip(moved).for_each(|(scale, log)| *scale *= log.exp());
             }
-            learned[i].step(&by_unit, progress, settings.rate, weight);
+            learned[i].step(&by_unit, progress, rate, weight);
         }
         for (i, grad) in grads.biases.iter().enumerate().filter(|(_, grad)| settings.biases && !grad.is_empty()) {
             biases.step(i, &mut at.biases[i], grad, decay);

@@ -12,7 +12,7 @@ static ABOUT: About = About {
 };
 
 /// The size of the first step, in grid steps.
-const RATE: f32 = 5e-3;
+const RATE: f32 = 1e-3;
 /// How far an offset may move a weight, in grid steps.
 const REACH: f32 = 1.0;
 

@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""What learning codes by gradients adds to the recipe best: scores on the zoo, time and peak memory, one line per run.
+
+    learning.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME] [--methods brecq,lrq] [--schemes w2a8]
+"""
+import argparse, json, os, subprocess, sys, tempfile, time
+from pathlib import Path
+
+FILES = {'digits-resnet': 'digits-resnet.onnx', 'digits-mobilenet': 'digits-mobilenet.onnx', 'efficientnet-lite0': 'efficientnet-lite0.onnx',
+         'minilm': 'minilm-l6.onnx', 'ppocr-rec': 'ppocr-rec.onnx'}
+# Model, schemes, options of learning: small models take more steps in the same time.
+RUNS = [('digits-resnet', ('w4a8', 'w4a4', 'w3a8', 'w2a8', 'w2a4'), 'iterations=400, batch=16'),
+        ('digits-mobilenet', ('w4a8', 'w4a4', 'w3a8', 'w2a8'), 'iterations=400, batch=16'),
+        ('minilm', ('w3a16g64', 'w2a16g32'), 'iterations=200, layers=6'),
+        ('efficientnet-lite0', ('w4a8', 'w3a8'), 'iterations=200'),
+        ('ppocr-rec', ('w4a8',), 'iterations=100')]
+METHODS = ['', 'brecq', 'lora-rounding', 'flexround', 'lrq', 'signround']
+
+
+def run(command):
+    """Seconds and megabytes of `command`."""
+    start = time.perf_counter(); process = subprocess.Popen(command, stdout=subprocess.DEVNULL); _, status, usage = os.wait4(process.pid, 0)
+    if status: sys.exit(f'{command} ended with {status}')
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--tool', required=True); p.add_argument('--zoo', required=True); p.add_argument('--only')
+    p.add_argument('--methods'); p.add_argument('--schemes'); o = p.parse_args()
+    zoo = Path(o.zoo).resolve(); methods = METHODS if o.methods is None else ['', *o.methods.split(',')]
+    print('| model | scheme | learned by | score | seconds | MB |\n|---|---|---|---|---|---|')
+    with tempfile.TemporaryDirectory() as tmp:
+        for name, schemes, options in RUNS:
+            if o.only and name != o.only: continue
+            feeds, out = Path(tmp) / f'{name}.feeds', Path(tmp) / f'{name}.onnx'
+            subprocess.run([sys.executable, zoo / 'zoo.py', 'feeds', name, '--out', feeds], check=True, stdout=subprocess.DEVNULL)
+            for scheme in schemes:
+                if o.schemes and scheme not in o.schemes.split(','): continue
+                for method in methods:
+                    learn = ['--learn', f'{method}{{{options}}}'] if method else []
+                    wall, memory = run([o.tool, 'quantize', zoo / 'models' / FILES[name], '--scheme', scheme, '--recipe', 'best', '--data', feeds, '-o', out, '--progress', 'none', *learn])
+                    score = json.loads(subprocess.run([sys.executable, zoo / 'zoo.py', 'score', name, out, '--json', '--float', zoo / 'models' / FILES[name]], check=True, capture_output=True, text=True).stdout); score.pop('seconds')
+                    print(f'| {name} | {scheme} | {method or "nothing"} | ' + ', '.join(f'{k} {v:.4g}' for k, v in score.items()) + f' | {wall:.1f} | {memory:.0f} |', flush=True)
+
+
+if __name__ == '__main__':
+    main()
