@@ -204,6 +204,8 @@ impl<'a> Lockstep<'a> {
                 self.interrupted()?;
                 let mut slot = self.kept[index].lock().unwrap_or_else(PoisonError::into_inner);
                 let mut pair = if first { self.start(index)? } else { slot.take().ok_or_else(lost)? };
+                // What was rounded to measure by may be computed anew now.
+                pair.planned.retain(|(_, site), _| site.is_none());
                 run(&stage, &mut pair)?;
                 self.forget(number, &mut pair);
                 *slot = Some(pair);

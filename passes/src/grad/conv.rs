@@ -23,6 +23,9 @@ struct Conv {
     transposed: bool,
 }
 
+/// The most elements that the windows of one image and group may have together.
+const MAX_COLUMNS: usize = 1 << 28;
+
 /// The sizes of one call.
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
@@ -73,6 +76,10 @@ impl Conv {
         } else {
             (second, first / groups, self.windows.over(plane, kernel)?, second == c / groups)
         };
+        let columns = below.saturating_mul(geometry.taps()).saturating_mul(geometry.count());
+        if columns > MAX_COLUMNS {
+            return err(format!("windows of {columns} elements"));
+        }
         if fits {
             Ok(Sizes { n, groups, below, above, geometry })
         } else {
@@ -107,7 +114,7 @@ fn correlate<T: Real>(below: &[T], w: &[T], s: &Sizes) -> Vec<T> {
     for (i, out) in above.chunks_exact_mut(high.max(1)).enumerate() {
         let (planes, group) = (&below[i * low..][..low], i % s.groups);
         if s.is_depthwise() {
-            for (row, out) in out.chunks_exact_mut(g.count()).enumerate() {
+            for (row, out) in out.chunks_exact_mut(g.count().max(1)).enumerate() {
                 let taps = &w[(group * s.above + row) * g.taps()..][..g.taps()];
                 vectorized_always(Depthwise { g, taps, below: planes, above: out });
             }
@@ -198,7 +205,7 @@ fn spread<T: Real>(above: &[T], w: &[T], s: &Sizes) -> Vec<T> {
     for (i, out) in below.chunks_exact_mut(low.max(1)).enumerate() {
         let (rows, group) = (&above[i * high..][..high], i % s.groups);
         if s.is_depthwise() {
-            for (row, rows) in rows.chunks_exact(g.count()).enumerate() {
+            for (row, rows) in rows.chunks_exact(g.count().max(1)).enumerate() {
                 let taps = &w[(group * s.above + row) * g.taps()..][..g.taps()];
                 vectorized_always(DepthwiseBack { g, taps, above: rows, below: out });
             }
@@ -224,7 +231,7 @@ fn outer<T: Real>(below: &[T], above: &[T], s: &Sizes) -> Vec<T> {
         let size = s.above * s.columns();
         let into = &mut w[group * size..][..size];
         if s.is_depthwise() {
-            for (rows, into) in rows.chunks_exact(g.count()).zip(into.chunks_exact_mut(g.taps())) {
+            for (rows, into) in rows.chunks_exact(g.count().max(1)).zip(into.chunks_exact_mut(g.taps().max(1))) {
                 vectorized_always(DepthwiseTaps { g, above: rows, below: planes, taps: into });
             }
             continue;

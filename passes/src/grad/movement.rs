@@ -341,7 +341,7 @@ struct Blocks {
 
 fn blocks(node: &Node, inner: bool, to_space: bool) -> Result<Box<dyn super::AnyRule>, GradError> {
     match usize::try_from(node.int("blocksize", 0)) {
-        Ok(size) if size > 0 => Ok(Box::new(Blocks { size, inner, to_space })),
+        Ok(size) if (1..1 << 16).contains(&size) => Ok(Box::new(Blocks { size, inner, to_space })),
         _ => err("blocksize is not positive"),
     }
 }

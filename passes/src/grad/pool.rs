@@ -7,6 +7,9 @@ use crate::ir::Node;
 
 pub(super) static ROWS: &[Row] = &[
     row("AveragePool", |node| {
+        if node.int("ceil_mode", 0) != 0 && node.int("count_include_pad", 0) != 0 {
+            return err("AveragePool that rounds up and counts its padding");
+        }
         Ok(Box::new(Pool::of(node, Kind::Mean { counts_pads: node.int("count_include_pad", 0) != 0 })))
     }),
     row("MaxPool", |node| match node.outputs.get(1).copied().flatten() {

@@ -43,6 +43,9 @@ type Reads = Vec<[(usize, f64); 2]>;
 impl Resize {
     fn of(node: &Node) -> Result<Box<dyn super::AnyRule>, GradError> {
         let old = !node.op.is("Resize") || node.op.opset < 11;
+        if node.text("keep_aspect_ratio_policy", "stretch") != "stretch" {
+            return err("Resize that keeps the aspect ratio");
+        }
         if node.ints("axes").is_some() || node.int("antialias", 0) != 0 {
             return err("Resize with axes or antialias");
         }
@@ -126,7 +129,8 @@ impl Resize {
         if sizes.len() != shape.len() || shape.contains(&0) || total.is_none_or(|n| n == 0 || n > 1 << 30) {
             return err(format!("Resize of {shape:?} to {sizes:?}"));
         }
-        let changes = sizes.into_iter().enumerate().filter(|&(i, (size, _))| size != shape[i]);
+        let changes =
+            sizes.into_iter().enumerate().filter(|&(i, (size, scale))| size != shape[i] || (scale - 1.0).abs() > 0.0);
         Ok(changes.map(|(i, (size, scale))| (i, self.reads(size, shape[i], scale))).collect())
     }
 }

@@ -36,7 +36,10 @@ pub(super) static ROWS: &[Row] = &[
         to => err(format!("Cast to element type {to}")),
     }),
     microsoft("Gelu", |_| Ok(Box::new(Unary::Gelu))),
-    microsoft("FastGelu", |_| Ok(Box::new(Unary::GeluTanh))),
+    microsoft("FastGelu", |node| match node.input(1) {
+        Some(_) => err("FastGelu with a bias"),
+        None => Ok(Box::new(Unary::GeluTanh)),
+    }),
     microsoft("QuickGelu", |node| Ok(Box::new(Unary::Swish(f64::from(node.float("alpha", 1.702)))))),
 ];
 

@@ -27,16 +27,18 @@ pub(super) struct Program {
     pub(super) constants: Vec<(Slot, Value<f32>)>,
     /// Encoded weights of linear nodes.
     pub(super) weights: Vec<(Slot, Site, Arc<Tensor>)>,
-    /// Their biases.
+    /// Their biases as they are read, and as the float model has them.
     pub(super) biases: Vec<(Slot, Site, Arc<Tensor>)>,
     /// Which share of the activations stays in float, with a seed.
     pub(super) drop: Slot,
+    pub(super) float_biases: Vec<(Slot, Site, Arc<Tensor>)>,
     pub(super) outputs: Vec<(Slot, ValueId)>,
 }
 
 struct Maker<'a> {
     graph: &'a Graph,
     plan: &'a Plan,
+    given: &'a Plan,
     touched: &'a BTreeSet<ValueId>,
     program: Program,
     slots: BTreeMap<Version, Slot>,
@@ -48,8 +50,8 @@ struct Maker<'a> {
 }
 
 impl Program {
-    /// The program of `block`, or why gradients do not pass it.
-    pub(super) fn of(graph: &Graph, plan: &Plan, block: &Block) -> Result<Self, String> {
+    /// The program of `block`, or why gradients do not pass it. Weights that had codes in the `given` plan keep them.
+    pub(super) fn of(graph: &Graph, plan: &Plan, given: &Plan, block: &Block) -> Result<Self, String> {
         let touched = lockstep::touched(graph, plan);
         let users = Users::of(graph);
         let layers = block.nodes.iter().filter(|id| blocks::is_layer(graph, plan, **id));
@@ -64,13 +66,14 @@ impl Program {
             weights: Vec::new(),
             biases: Vec::new(),
             drop,
+            float_biases: Vec::new(),
             outputs: Vec::new(),
         };
         let outputs =
             block.nodes.iter().filter_map(|id| graph.node(*id)).flat_map(|node| node.outputs.iter().flatten());
         let produced = outputs.copied().collect();
         let (slots, inner) = (BTreeMap::new(), BTreeSet::new());
-        let mut maker = Maker { graph, plan, touched: &touched, program, slots, biases, inner, produced };
+        let mut maker = Maker { graph, plan, given, touched: &touched, program, slots, biases, inner, produced };
         for &id in &block.nodes {
             if let Some(node) = graph.node(id) {
                 maker.node(id, node)?;
@@ -127,7 +130,10 @@ impl Maker<'_> {
     /// The slot of what `input` of node `id` reads.
     fn read(&mut self, id: NodeId, input: usize, value: ValueId) -> Result<Slot, String> {
         let version = self.version(id, input, value);
-        if let Some(&slot) = self.slots.get(&version) {
+        // Biases that share a constant are learned apart.
+        let here = u16::try_from(input).ok().map(|input| Site::Use { node: id, input });
+        let is_bias = here.is_some_and(|site| self.biases.contains(&site));
+        if let Some(&slot) = self.slots.get(&version).filter(|_| !is_bias) {
             return Ok(slot);
         }
         let slot = if let Some(tensor) = self.graph.constant(value) {
@@ -138,7 +144,9 @@ impl Maker<'_> {
         } else {
             self.raw(value)
         };
-        self.slots.insert(version, slot);
+        if !is_bias {
+            self.slots.insert(version, slot);
+        }
         Ok(slot)
     }
 
@@ -167,7 +175,7 @@ impl Maker<'_> {
         let value = grad::value_of(&read).ok_or_else(|| format!("tensor `{name}` is {}", read.dtype().name()))?;
         let here = u16::try_from(input).ok().map(|input| Site::Use { node: id, input });
         let of_layer = ops::linear(self.graph, id).filter(|roles| usize::from(roles.weight) == input);
-        let coded = version.1.filter(|site| self.plan.codes(*site).is_some());
+        let coded = version.1.filter(|site| self.plan.codes(*site).is_some() && self.given.codes(*site).is_none());
         let slot = if let (Some(site), true) = (coded, of_layer.is_some()) {
             let slot = self.program.tape.leaf(true);
             self.program.weights.push((slot, site, Arc::clone(tensor)));
@@ -175,6 +183,7 @@ impl Maker<'_> {
         } else if let Some(site) = here.filter(|site| self.biases.contains(site)) {
             let slot = self.program.tape.leaf(true);
             self.program.biases.push((slot, site, read));
+            self.program.float_biases.push((slot, site, Arc::clone(tensor)));
             slot
         } else {
             let slot = self.program.tape.leaf(false);

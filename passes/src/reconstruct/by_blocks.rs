@@ -80,27 +80,41 @@ impl Learner {
         &self,
         walk: &Lockstep<'_>,
         model: &Model,
+        given: &Plan,
         cx: &PassContext<'_>,
         block: &Block,
         number: usize,
     ) -> Result<Result<Vec<Edit>, String>, PassError> {
-        let program = match Program::of(model.graph(), model.plan(), block) {
+        let program = match Program::of(model.graph(), model.plan(), given, block) {
             Ok(program) => program,
             Err(reason) => return Ok(Err(reason)),
         };
         let before = samples::before(model.graph(), &block.nodes);
-        let samples = samples::gather(walk, model.graph(), cx, &program, &before)?;
+        let Some(samples) = samples::gather(walk, model.graph(), cx, &program, &before)? else {
+            return Ok(Err("a tensor that it reads is computed behind its weights".into()));
+        };
+        // Scales in a format of their own, and powers of two, stay what they are.
+        let free = cx.scheme.block_format().is_none() && !cx.scheme.power_of_two;
+        let settings = Settings { scales: self.settings.scales && free, ..self.settings.clone() };
         let learn = || {
-            let objective = Objective::new(&program, &samples, model.plan())?;
+            Objective::agrees(&program, &samples.float)?;
+            let objective = Objective::new(&program, &samples.all, model.plan())?;
             let start = objective.start();
             let first = objective.loss(&start)?;
             let tick = || {
                 cx.progress.step();
                 !cx.progress.cancelled()
             };
-            let learned = train::learn(&objective, &self.settings, &start, number as u64, tick)?;
+            let learned = train::learn(&objective, &settings, &start, number as u64, tick)?;
             let last = objective.loss(&learned)?;
-            tracing::debug!(block = number, layers = block.layers, samples = samples.len(), ?first, ?last, "learned");
+            tracing::debug!(
+                block = number,
+                layers = block.layers,
+                samples = samples.all.len(),
+                ?first,
+                ?last,
+                "learned"
+            );
             let better = last.held_out < first.held_out;
             Ok(if better { edits(model, &program, &objective, learned) } else { None }.unwrap_or_default())
         };

@@ -10,6 +10,8 @@ use crate::seed;
 
 /// Of so many samples one is held out, to judge by.
 const HELD_OUT: usize = 8;
+/// The error over signal from which on a tape does not compute what the model does: other constants than weights and biases are rounded in it.
+const DISAGREEMENT: f64 = 1e-2;
 /// Samples of a batch are added up in so many sums, whatever the number of threads.
 const LANES: usize = 4;
 
@@ -79,6 +81,21 @@ impl<'a> Objective<'a> {
         Ok(Self { program, samples, weights, power, fitted, held_out })
     }
 
+    /// Whether the tape gives what the float model gives, on float inputs, with float weights and nothing rounded.
+    ///
+    /// # Errors
+    /// [`GradError`] where it does not: a rule is wrong then, and nothing may be learned by it.
+    pub(super) fn agrees(program: &'a Program, float: &'a Sample) -> Result<(), GradError> {
+        let samples = std::slice::from_ref(float);
+        let power = (0..program.outputs.len()).map(|output| power(samples, output)).collect();
+        let alone = Self { program, samples, weights: Vec::new(), power, fitted: vec![0], held_out: Vec::new() };
+        let mut leaves = program.constants.clone();
+        let learned = program.weights.iter().chain(&program.float_biases);
+        leaves.extend(learned.filter_map(|(slot, _, tensor)| Some((*slot, crate::grad::value_of(tensor)?))));
+        let loss = alone.loss_with(&leaves, &[0], (1000, 0))?;
+        if loss < DISAGREEMENT { Ok(()) } else { Err(GradError(format!("its tape is {loss:.1e} off the float model"))) }
+    }
+
     /// Where everything starts.
     pub(super) fn start(&self) -> Outcome {
         let biases = self.program.biases.iter();
@@ -123,10 +140,13 @@ impl<'a> Objective<'a> {
     }
 
     fn loss_on(&self, at: &Outcome, samples: &[usize]) -> Result<f64, GradError> {
-        let leaves = self.leaves(at)?;
+        self.loss_with(&self.leaves(at)?, samples, (0, 0))
+    }
+
+    fn loss_with(&self, leaves: &[(Slot, Value<f32>)], samples: &[usize], drop: (i64, u64)) -> Result<f64, GradError> {
         let losses = parallel::map(samples, |i| {
             let sample = &self.samples[*i];
-            let values = self.run(&leaves, sample, (0, 0))?;
+            let values = self.run(leaves, sample, drop)?;
             let mut sum = (0.0, 0);
             for (output, (slot, _)) in self.program.outputs.iter().enumerate() {
                 let difference = sample.difference(output, values.real(*slot))?;

@@ -37,7 +37,17 @@ impl Source {
         Ok(Self { session, reads: part.inputs().to_vec(), wanted })
     }
 
-    fn sample(&self, program: &Program, pair: &Pair) -> Result<Sample, PassError> {
+    /// Whether everything is there.
+    fn is_fed(&self, program: &Program, pair: &Pair) -> bool {
+        let feeds = program.feeds.iter().map(|(_, value)| value).filter(|value| !program.inner.contains(value));
+        self.reads
+            .iter()
+            .chain(feeds)
+            .all(|value| pair.whole(*value, false).is_some() && pair.whole(*value, true).is_some())
+    }
+
+    /// The sample of a pair: what the block reads as planned, or in float.
+    fn sample(&self, program: &Program, pair: &Pair, planned: bool) -> Result<Sample, PassError> {
         let missing = || PassError::Model("a bug in onnx-quant: a block reads what is not there".into());
         let float = |value: &ValueId| pair.whole(*value, false).cloned().ok_or_else(missing);
         let feeds = self.reads.iter().map(float).collect::<Result<Vec<_>, _>>()?;
@@ -46,7 +56,7 @@ impl Source {
         let value = |(_, value): &(_, ValueId)| {
             let tensor = match computed.get(value).filter(|_| program.inner.contains(value)) {
                 Some(tensor) => tensor,
-                None => pair.whole(*value, true).ok_or_else(missing)?,
+                None => pair.whole(*value, planned).ok_or_else(missing)?,
             };
             grad::value_of(tensor).ok_or_else(missing)
         };
@@ -70,39 +80,50 @@ pub(super) fn before(graph: &Graph, nodes: &[crate::id::NodeId]) -> Vec<ValueId>
     outer.collect::<std::collections::BTreeSet<_>>().into_iter().collect()
 }
 
-/// Samples of a block, in order: all, or as many of them, spread over all, as memory holds.
+/// Samples of a block.
+#[derive(Debug)]
+pub(super) struct Samples {
+    /// In order: all, or as many of them, spread over all, as memory holds.
+    pub(super) all: Vec<Sample>,
+    /// The first one as the float model has it.
+    pub(super) float: Sample,
+}
+
+/// The samples of a block; `None` where something that it reads is not there yet.
 pub(super) fn gather(
     walk: &Lockstep<'_>,
     graph: &Graph,
     cx: &PassContext<'_>,
     program: &Program,
     before: &[ValueId],
-) -> Result<Vec<Sample>, PassError> {
+) -> Result<Option<Samples>, PassError> {
     let source = Source::new(graph, cx, program, before)?;
     let count = cx.dataset.map_or(0, crate::exec::Dataset::len);
     let first = walk.each_on(
         1,
         || None,
-        |kept: &mut Option<u64>, pair| {
-            if pair.index == 0 {
-                *kept = Some(bytes(&source.sample(program, pair)?));
+        |kept: &mut Option<Sample>, pair| {
+            if pair.index == 0 && source.is_fed(program, pair) {
+                *kept = Some(source.sample(program, pair, false)?);
             }
             Ok(())
         },
     )?;
-    let each = first.into_iter().flatten().next().unwrap_or(1).max(1);
-    let room = usize::try_from(cx.pair_budget / each).unwrap_or(usize::MAX).clamp(1, count.max(1));
+    let Some(float) = first.into_iter().flatten().next() else { return Ok(None) };
+    // As much again waits between the stages of the walk.
+    let room = cx.pair_budget / 2 / bytes(&float).max(1);
+    let room = usize::try_from(room).unwrap_or(usize::MAX).clamp(1, count.max(1));
     // Sample i is taken where i · room / count reaches a new whole number.
     let taken = |index: usize| index * room / count != (index + 1) * room / count;
     let gathered = walk.each(Vec::new, |kept: &mut Vec<(usize, Sample)>, pair| {
         if taken(pair.index) {
-            kept.push((pair.index, source.sample(program, pair)?));
+            kept.push((pair.index, source.sample(program, pair, true)?));
         }
         Ok(())
     })?;
     let mut samples: Vec<(usize, Sample)> = gathered.into_iter().flatten().collect();
     samples.sort_by_key(|(index, _)| *index);
-    Ok(samples.into_iter().map(|(_, sample)| sample).collect())
+    Ok(Some(Samples { all: samples.into_iter().map(|(_, sample)| sample).collect(), float }))
 }
 
 impl Sample {
@@ -138,8 +159,9 @@ impl Sample {
     }
 }
 
+/// An upper bound: whole numbers take eight bytes.
 fn bytes(sample: &Sample) -> u64 {
     let feeds: usize = sample.feeds.iter().map(|value| value.shape().iter().product::<usize>()).sum();
     let targets: usize = sample.targets.iter().map(Array::len).sum();
-    4 * (feeds + targets) as u64
+    8 * (feeds + targets) as u64
 }

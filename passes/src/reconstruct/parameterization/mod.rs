@@ -165,7 +165,7 @@ mod tests {
                     let progress = f32::from(step) / 50.0;
                     let units = learned.soft(progress, &weight);
                     let gradient: Vec<f32> = units.iter().map(|unit| unit - 1.7).collect();
-                    learned.step(&gradient, progress, 10.0, &weight);
+                    learned.step(&gradient, progress, 100.0, &weight);
                 }
                 let hard = learned.hard(&weight);
                 assert_eq!(hard, weight.rounded(&hard), "{} on {grid}", method.about().name);
