@@ -30,7 +30,7 @@ mod window;
 
 use std::fmt::Debug;
 
-use crate::ir::{Graph, Node};
+use crate::ir::Node;
 pub(crate) use real::map_two;
 pub use real::{Array, Real};
 pub use tape::{Slot, Tape, Values};
@@ -235,9 +235,4 @@ fn axis(axis: i64, rank: usize) -> Result<usize, GradError> {
 /// The list attribute `name`.
 fn ints(node: &Node, name: &str) -> Option<Vec<i64>> {
     node.ints(name).map(<[i64]>::to_vec)
-}
-
-/// Whether gradients pass every node of `graph`: for `inspect`.
-pub fn boundaries(graph: &Graph) -> Vec<(crate::id::NodeId, String)> {
-    graph.nodes().filter_map(|(id, node)| Some((id, rule(node).err()?.0))).collect()
 }

@@ -55,11 +55,6 @@ impl Tape {
         outputs
     }
 
-    /// Whether a wanted gradient passes `slot`.
-    pub fn carries(&self, slot: Slot) -> bool {
-        self.carries[slot.0]
-    }
-
     /// Runs all steps with the leaves at what `leaves` says.
     ///
     /// # Errors

@@ -1,8 +1,9 @@
 //! Reconstruction: codes learned by gradients through blocks of the graph.
 //!
-//! `blocks` cuts the graph where a single tensor carries everything on; `program` turns a block into a tape whose
-//! leaves are its weights; `samples` holds what blocks read and should give, `objective` measures how far they are from it; `train` is the loop; a [`Parameterization`]
-//! says what is learned about a weight and how codes come out of it. `by_blocks` does this block after block, for passes that round in order.
+//! `blocks` cuts the graph where a single tensor carries everything on; `block` turns one into a tape whose leaves are its
+//! weights; `samples` holds what it reads and should give, `objective` measures how far it is from that, `train` is the loop; a
+//! [`Parameterization`] says what is learned about a weight and how codes come out of it. `by_blocks` does this block after block,
+//! for passes that round in order.
 
 mod adam;
 mod block;

@@ -10,7 +10,8 @@ use crate::seed;
 
 /// Of so many samples one is held out, to judge by.
 const HELD_OUT: usize = 8;
-/// The error over signal from which on a tape does not compute what the model does: other constants than weights and biases are rounded in it.
+/// The error over signal from which on a tape does not compute what the model does; constants other than weights and biases are
+/// rounded in it.
 const DISAGREEMENT: f64 = 1e-2;
 /// Samples of a batch are added up in so many sums, whatever the number of threads.
 const LANES: usize = 4;

@@ -1,6 +1,7 @@
 //! What is learned about a weight.
 
 mod brecq;
+mod divisors;
 mod flexround;
 mod lora;
 mod low_rank;
