@@ -455,7 +455,7 @@ fn context<'a>(
         keep_float: &overrides.keep_float,
         schemes: &overrides.schemes,
         embeddings: request.embeddings,
-        scheme: request.scheme,
+        scheme: request.target.accepts().completed(request.scheme),
         threads: request.threads,
         progress,
         ..PassContext::new(request.target, executor)

@@ -18,6 +18,10 @@ pub trait Target: Debug + Send + Sync {
     fn info(&self) -> &'static TargetInfo;
     /// What it runs on codes, by operator.
     fn rules(&self) -> &'static [Rule];
+    /// How it wants numbers written.
+    fn accepts(&self) -> &'static Accepts {
+        &Accepts::USUAL
+    }
     /// The passes that prepare a model for it.
     fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str>;
     /// Why it cannot take `scheme`, with what it can; `None` when it can.
@@ -43,6 +47,82 @@ pub struct TargetInfo {
     pub version: &'static str,
 }
 
+/// How a target wants the numbers written that it computes on.
+#[derive(Clone, Copy, Debug)]
+pub struct Accepts {
+    /// The integers that activations become.
+    pub activations: Activations,
+    /// The operators whose weights have one scale per output channel; those of others have one in all.
+    pub per_channel: PerChannel,
+    /// How biases are written.
+    pub bias: Bias,
+    /// Whether the most negative code of 8-bit weights is left out.
+    pub narrow: bool,
+    /// Whether every scale must be a power of two.
+    pub power_of_two: bool,
+    /// Whether the scale of a block may be negative, which gives its longer tail the extra code.
+    pub negative_scales: bool,
+    /// Whether weights that are no whole number of blocks stay in float.
+    pub whole_blocks: bool,
+}
+
+impl Accepts {
+    /// What most runtimes on processors take: unsigned activations with zero points, a scale per output channel, 32-bit biases.
+    pub const USUAL: Self = Self {
+        activations: Activations::Affine,
+        per_channel: PerChannel::Everywhere,
+        bias: Bias::Int32,
+        narrow: false,
+        power_of_two: false,
+        negative_scales: true,
+        whole_blocks: false,
+    };
+
+    /// Whether weights of `op` have one scale per output channel.
+    pub fn per_channel(&self, op: &OpKey) -> bool {
+        match self.per_channel {
+            PerChannel::Everywhere => true,
+            PerChannel::Only(ops) => ops.iter().any(|name| op.is(name)),
+        }
+    }
+
+    /// `scheme` with what this asks of every scheme.
+    #[must_use]
+    pub fn completed(&self, scheme: Scheme) -> Scheme {
+        let rounds = scheme.weight_format.is_none() && scheme.activation_format.is_none();
+        Scheme { power_of_two: scheme.power_of_two || self.power_of_two && rounds, ..scheme }
+    }
+}
+
+/// The integers that activations become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activations {
+    /// Unsigned, with a zero point.
+    Affine,
+    /// Signed, the zero point 0.
+    Symmetric,
+    /// Unsigned for tensors that are never negative, signed for others; the zero point 0.
+    BySign,
+}
+
+/// Where weights have one scale per output channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PerChannel {
+    /// Wherever there are output channels.
+    Everywhere,
+    /// In these ai.onnx operators.
+    Only(&'static [&'static str]),
+}
+
+/// How biases are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bias {
+    /// 32-bit integers at input scale times weight scale.
+    Int32,
+    /// As float numbers.
+    Float,
+}
+
 /// How one operator runs on codes.
 #[derive(Clone, Copy, Debug)]
 pub struct Rule {
@@ -54,6 +134,32 @@ pub struct Rule {
     pub result: Outcome,
     /// Whether a clamp (Relu, Clip) that reads the result disappears into the quantizer after it.
     pub absorbs_clamp: bool,
+    /// The fewest inputs and outputs of a matrix product that make it worth it.
+    pub least: usize,
+}
+
+impl Rule {
+    /// A rule for an operator that is always quantized, and absorbs a clamp.
+    pub const fn always(op: &'static str, result: Outcome) -> Self {
+        Self { op, when: When::Always, result, absorbs_clamp: true, least: 0 }
+    }
+
+    /// A rule for an operator that is quantized where its inputs are codes.
+    pub const fn on_codes(op: &'static str, result: Outcome) -> Self {
+        Self { op, when: When::OnCodes, result, absorbs_clamp: false, least: 0 }
+    }
+
+    /// The same, for an operator that absorbs a clamp.
+    #[must_use]
+    pub const fn with_clamp(self) -> Self {
+        Self { absorbs_clamp: true, ..self }
+    }
+
+    /// The same, for an operator that is not worth it below so many inputs and outputs.
+    #[must_use]
+    pub const fn from(self, least: usize) -> Self {
+        Self { least, ..self }
+    }
 }
 
 /// When an operator is quantized.
@@ -63,6 +169,8 @@ pub enum When {
     Always,
     /// When all its activations already are codes.
     OnCodes,
+    /// An addition that fuses into the heavy operator in front of it: only what comes from elsewhere is read as codes.
+    Skip,
 }
 
 /// What the result of a quantized operator must be.
@@ -206,7 +314,8 @@ fn number(text: &str) -> Option<(u32, Option<&'static str>)> {
     if let Some(format) = block::find(name) {
         return Some((format.element.info().bits, Some(format.about.name)));
     }
-    let info = grid::find(name).filter(|grid| !grid.info().integer)?.info();
+    // Of integers only those that are no plain number of bits: 16 alone leaves activations in float.
+    let info = grid::find(name).filter(|grid| !grid.info().integer || matches!(name, "uint16" | "int16"))?.info();
     Some((info.bits, Some(info.about.name)))
 }
 

@@ -109,13 +109,19 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
         Kind::Roundings,
         Kind::Parameterizations,
     ];
-    let found = kinds.into_iter().flat_map(abouts).find(|about| about.name == args.name);
-    let Some(about) = found else {
+    let found: Vec<&About> = kinds.into_iter().flat_map(abouts).filter(|about| about.name == args.name).collect();
+    if found.is_empty() {
         let codes = diag::CODES.iter().map(|page| page.code.0);
         let names = kinds.into_iter().flat_map(abouts).map(|about| about.name).chain(codes);
         let near = passes::pass::nearest(&args.name, names).map_or(String::new(), |n| format!("; did you mean `{n}`?"));
         return Err(Error::Input(format!("there is no page `{}`{near}", args.name)));
-    };
+    }
+    found.into_iter().for_each(|about| print(&page(about)));
+    Ok(Ended::Done)
+}
+
+/// The page of one thing.
+fn page(about: &About) -> String {
     let mut text = format!("{}\n\n", about.name);
     for line in about.doc.lines() {
         let _ = writeln!(text, "{}", line.strip_prefix(' ').unwrap_or(line));
@@ -132,7 +138,7 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
             let _ = writeln!(text, "Option {}: {}.", option.name, option.doc);
         }
     }
-    if let Some(target) = targets::find(about.name) {
+    if let Some(target) = targets::find(about.name).filter(|target| std::ptr::eq(&target.info().about, about)) {
         let goals = [("fast", Goal::Fast), ("balanced", Goal::Balanced), ("best", Goal::Best)];
         for (name, goal) in goals {
             let _ = writeln!(text, "Recipe {name} for w8a8:\n{}\n", target.pipeline(goal, &Scheme::W8A8));
@@ -142,6 +148,5 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
             let _ = writeln!(text, "Recipe {name} for w4a16g32:\n{}\n", target.pipeline(goal, &weights_only));
         }
     }
-    print(&text);
-    Ok(Ended::Done)
+    text
 }

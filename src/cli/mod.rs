@@ -7,6 +7,7 @@ mod inspect;
 mod opt;
 mod progress;
 mod quantize;
+mod run;
 mod stats;
 
 use std::io::Write as _;
@@ -32,6 +33,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Compare a quantized model with its float model, layer by layer, worst first.
     Compare(compare::Args),
+    /// Run a model, float or quantized, by our own arithmetic.
+    Run(run::Args),
     /// Run any passes over a model.
     Opt(opt::Args),
     /// Convert between ONNX and the text form.
@@ -72,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Run(args) => run::run(&args),
         Command::Opt(args) => opt::run(&args),
         Command::Cat(args) => opt::cat(&args),
         Command::Stats(args) => stats::run(&args),

@@ -154,13 +154,15 @@ fn recipe(name: &str) -> Result<(Goal, Recipe), Error> {
 
 fn request(args: &Args) -> Result<Request, Error> {
     let (goal, recipe) = recipe(&args.recipe)?;
-    let target = args.target.clone().or(recipe.target).unwrap_or_else(|| "ort-cpu".into());
+    let target_name = args.target.clone().or(recipe.target).unwrap_or_else(|| "ort-cpu".into());
+    let target = target_named(&target_name)?;
     let scheme_text = args.scheme.clone().or(recipe.scheme).unwrap_or_else(|| "w8a8".into());
     let output = args.output.clone().unwrap_or_else(|| args.model.with_extension("q.onnx"));
     let of_recipe = recipe.set.iter().map(|text| text.parse().map_err(|e| Error::Input(format!("set `{text}`: {e}"))));
     let of_file = |share: &Option<Share>, name: &str| share.as_ref().map(|share| share.value(name)).transpose();
     // Of several that match, the last counts: the command line's.
     let set = of_recipe.chain(args.set.iter().cloned().map(Ok)).collect::<Result<_, Error>>()?;
+    let scheme_of = |text: &str| scheme(text).map(|scheme| target.accepts().completed(scheme)).map_err(Error::Target);
     let embeddings = args.embeddings.as_ref().or(recipe.embeddings.as_ref());
     Ok(Request {
         set,
@@ -173,14 +175,14 @@ fn request(args: &Args) -> Result<Request, Error> {
         max_drop: args.max_drop.or(of_file(&recipe.max_drop, "max-drop")?),
         output: (!args.dry_run).then_some(output),
         stats: args.stats.clone(),
-        target: target_named(&target)?,
-        scheme: scheme(&scheme_text).map_err(Error::Target)?,
+        target,
+        scheme: scheme_of(&scheme_text)?,
         goal,
         pipeline: args.pipeline.clone().or(recipe.pipeline),
         observer: args.observer.clone().or(recipe.observer),
         rounding: args.rounding.clone().or(recipe.rounding),
         keep_float: args.keep_float.iter().chain(&recipe.keep_float).cloned().collect(),
-        ..args.data.request(&args.model, &target)?
+        ..args.data.request(&args.model, &target_name)?
     })
 }
 

@@ -92,6 +92,7 @@ impl Files {
                 "there are no .npz, .npy, .pb, .safetensors files here, and images need --image",
             ));
         }
+        let slots = counting_samples(slots);
         let split = opens_with_batch(&slots);
         let mut files = Self { slots, sources, image, samples: Vec::new(), split, kept: Mutex::new(Vec::new()) };
         let limit = limit.unwrap_or(usize::MAX);
@@ -194,6 +195,17 @@ fn data_error(path: &Path, problem: impl Into<String>) -> DataError {
 }
 
 /// Whether the leading dimension of every input is open, so that it counts samples.
+/// `slots`, where each takes exactly one sample with any number of them: files are cut into single ones.
+fn counting_samples(mut slots: Vec<Slot>) -> Vec<Slot> {
+    let one = |slot: &Slot| slot.ty.shape.as_ref().is_some_and(|shape| shape.first() == Some(&Dim::Known(1)));
+    if slots.iter().all(one) {
+        for dim in slots.iter_mut().filter_map(|slot| slot.ty.shape.as_mut()?.first_mut()) {
+            *dim = Dim::Unknown;
+        }
+    }
+    slots
+}
+
 fn opens_with_batch(slots: &[Slot]) -> bool {
     let leading = |slot: &Slot| slot.ty.shape.as_ref().and_then(|shape| shape.first().cloned());
     !slots.is_empty() && slots.iter().all(|slot| leading(slot).is_some_and(|dim| !matches!(dim, Dim::Known(_))))

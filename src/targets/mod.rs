@@ -1,12 +1,32 @@
 //! Targets: one file each, mostly a table.
 
+mod finn;
+mod fpga;
+mod hls4ml;
 mod onnx_qdq;
+mod openvino_cpu;
 mod ort_cpu;
+mod qnn;
+mod qonnx;
+mod tensorrt;
+mod tract;
+mod vitisai;
 
 use passes::target::Target;
 
 /// Every target, in the order of the manual. The first is the default.
-pub static TARGETS: &[&dyn Target] = &[&ort_cpu::OrtCpu, &onnx_qdq::OnnxQdq];
+pub static TARGETS: &[&dyn Target] = &[
+    &ort_cpu::OrtCpu,
+    &onnx_qdq::OnnxQdq,
+    &openvino_cpu::OpenVinoCpu,
+    &tensorrt::TensorRt,
+    &qonnx::Qonnx,
+    &hls4ml::Hls4ml,
+    &finn::Finn,
+    &tract::Tract,
+    &qnn::Qnn,
+    &vitisai::VitisAi,
+];
 
 /// The target called `name`.
 pub fn find(name: &str) -> Option<&'static dyn Target> {

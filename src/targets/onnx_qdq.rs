@@ -16,7 +16,8 @@ static INFO: TargetInfo = TargetInfo {
     about: About {
         name: "onnx-qdq",
         doc: "Plain ONNX with QuantizeLinear and DequantizeLinear from ai.onnx opset 21. Placement as for ort-cpu, whose \
-              rules are the widest that standard consumers share.",
+              rules are the widest that standard consumers share. Activations of other than 4, 8 and 16 bits are clamped between both \
+              nodes.",
         source: "ONNX operator specification, opset 21",
     },
     version: "opset 21",
@@ -36,7 +37,7 @@ impl Target for OnnxQdq {
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
-        ort_cpu::refuses(scheme)
+        ort_cpu::refuses(scheme, &[2, 3, 4, 5, 6, 7, 8, 16])
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {

@@ -6,7 +6,7 @@ use passes::about::About;
 use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::ir::Node;
 use passes::model::Model;
-use passes::target::{Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo, When};
+use passes::target::{Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo};
 
 use super::NORMALIZE;
 
@@ -25,41 +25,33 @@ static INFO: TargetInfo = TargetInfo {
     version: "1.31.1",
 };
 
-const fn always(op: &'static str, result: Outcome) -> Rule {
-    Rule { op, when: When::Always, result, absorbs_clamp: true }
-}
-
-const fn on_codes(op: &'static str, result: Outcome) -> Rule {
-    Rule { op, when: When::OnCodes, result, absorbs_clamp: false }
-}
-
 /// What fuses. Everything else runs in float between dequantize and quantize, where those nodes would only cost time.
 pub(super) static RULES: &[Rule] = &[
     // QLinearConv: without codes after it, the convolution runs in float and its weights are dequantized on every run.
-    always("Conv", Outcome::Codes),
+    Rule::always("Conv", Outcome::Codes),
     // QLinearMatMul with codes after it, MatMulIntegerToFloat without.
-    always("MatMul", Outcome::Float),
+    Rule::always("MatMul", Outcome::Float),
     // QGemm, with codes or float after it.
-    always("Gemm", Outcome::Float),
-    Rule { op: "Add", when: When::OnCodes, result: Outcome::Codes, absorbs_clamp: true },
-    Rule { op: "Mul", when: When::OnCodes, result: Outcome::Codes, absorbs_clamp: true },
-    on_codes("Concat", Outcome::Codes),
-    on_codes("AveragePool", Outcome::Codes),
-    on_codes("GlobalAveragePool", Outcome::Codes),
-    on_codes("LeakyRelu", Outcome::Codes),
-    on_codes("Sigmoid", Outcome::Codes),
+    Rule::always("Gemm", Outcome::Float),
+    Rule::on_codes("Add", Outcome::Codes).with_clamp(),
+    Rule::on_codes("Mul", Outcome::Codes).with_clamp(),
+    Rule::on_codes("Concat", Outcome::Codes),
+    Rule::on_codes("AveragePool", Outcome::Codes),
+    Rule::on_codes("GlobalAveragePool", Outcome::Codes),
+    Rule::on_codes("LeakyRelu", Outcome::Codes),
+    Rule::on_codes("Sigmoid", Outcome::Codes),
     // Data movement on codes: the same scale and zero point on both sides.
-    on_codes("MaxPool", Outcome::Same),
-    on_codes("Reshape", Outcome::Same),
-    on_codes("Transpose", Outcome::Same),
-    on_codes("Flatten", Outcome::Same),
-    on_codes("Squeeze", Outcome::Same),
-    on_codes("Unsqueeze", Outcome::Same),
-    on_codes("Slice", Outcome::Same),
-    on_codes("Gather", Outcome::Same),
-    on_codes("Expand", Outcome::Same),
-    on_codes("Tile", Outcome::Same),
-    on_codes("DepthToSpace", Outcome::Same),
+    Rule::on_codes("MaxPool", Outcome::Same),
+    Rule::on_codes("Reshape", Outcome::Same),
+    Rule::on_codes("Transpose", Outcome::Same),
+    Rule::on_codes("Flatten", Outcome::Same),
+    Rule::on_codes("Squeeze", Outcome::Same),
+    Rule::on_codes("Unsqueeze", Outcome::Same),
+    Rule::on_codes("Slice", Outcome::Same),
+    Rule::on_codes("Gather", Outcome::Same),
+    Rule::on_codes("Expand", Outcome::Same),
+    Rule::on_codes("Tile", Outcome::Same),
+    Rule::on_codes("DepthToSpace", Outcome::Same),
 ];
 
 impl Target for OrtCpu {
@@ -72,35 +64,17 @@ impl Target for OrtCpu {
     }
 
     fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
-        if !scheme.fixes_ranges() {
-            return products(goal, scheme.dynamic);
-        }
-        let rest = match (scheme.activation_bits, goal) {
-            (_, Goal::Fast) => "assign-encodings{observer=min-max, weights=min-max}, round, correct-bias",
-            (Some(8), Goal::Balanced) if scheme.weight_bits == 8 => {
-                "assign-encodings{observer=mse, weights=min-max}, round, correct-bias"
-            }
-            (_, Goal::Balanced) => {
-                "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=mse}, \
-                 round{method=gptq}, refit-scales, correct-bias"
-            }
-            (bits, Goal::Best) => {
-                // What fewer bits would leave in float would be nearly everything.
-                let least = if bits == Some(8) { ", least-db=31" } else { "" };
-                let (weights, refit) = if scheme.weight_bits == 8 { ("min-max", "") } else { ("mse", ", refit=3") };
-                return format!(
-                    "{NORMALIZE},\ncalibrate, smooth, equalize-layers, drop-dead,\ncalibrate, \
-                     assign-encodings{{observer=mse, products=min-max, weights={weights}{least}}}, \
-                     round-in-order{{method=enumerate{refit}}}, correct-bias"
-                )
-                .into();
-            }
-        };
-        format!("{NORMALIZE},\ncalibrate, {rest}").into()
+        pipeline(goal, scheme)
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
         let formats = [scheme.activation_format, scheme.weight_format.filter(|_| scheme.activation_bits.is_some())];
+        if scheme.activation_format.is_some_and(|name| matches!(name, "uint16" | "int16")) {
+            return Some(
+                "it computes on 16-bit codes in float, slower than without them: take w8a8, or `--target qnn` for a device that has them"
+                    .into(),
+            );
+        }
         if let Some(format) = formats.into_iter().flatten().find(|name| is_native(name)) {
             return Some(format!(
                 "ONNX Runtime {} does not load models that compute on {format} (its optimizer makes a QLinearConv of them, and \
@@ -108,7 +82,7 @@ impl Target for OrtCpu {
                 INFO.version
             ));
         }
-        refuses(scheme)
+        refuses(scheme, &[4, 8])
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
@@ -134,6 +108,35 @@ impl Target for OrtCpu {
     }
 }
 
+/// The passes for `scheme`, which other targets share.
+pub(super) fn pipeline(goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
+    if !scheme.fixes_ranges() {
+        return products(goal, scheme.dynamic);
+    }
+    let rest = match (scheme.activation_bits, goal) {
+        (_, Goal::Fast) => "assign-encodings{observer=min-max, weights=min-max}, round, correct-bias",
+        (Some(8), Goal::Balanced) if scheme.weight_bits == 8 => {
+            "assign-encodings{observer=mse, weights=min-max}, round, correct-bias"
+        }
+        (_, Goal::Balanced) => {
+            "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=mse}, \
+             round{method=gptq}, refit-scales, correct-bias"
+        }
+        (bits, Goal::Best) => {
+            // What fewer bits would leave in float would be nearly everything.
+            let least = if bits == Some(8) { ", least-db=31" } else { "" };
+            let (weights, refit) = if scheme.weight_bits == 8 { ("min-max", "") } else { ("mse", ", refit=3") };
+            return format!(
+                "{NORMALIZE},\ncalibrate, smooth, equalize-layers, drop-dead,\ncalibrate, \
+                 assign-encodings{{observer=mse, products=min-max, weights={weights}{least}}}, \
+                 round-in-order{{method=enumerate{refit}}}, correct-bias"
+            )
+            .into();
+        }
+    };
+    format!("{NORMALIZE},\ncalibrate, {rest}").into()
+}
+
 /// The passes for schemes that fix no ranges of activations: only matrix products are about weights, so all of them become `MatMul`.
 fn products(goal: Goal, dynamic: bool) -> Cow<'static, str> {
     let rest = match (goal, dynamic) {
@@ -152,12 +155,12 @@ fn is_native(name: &str) -> bool {
     passes::grid::find(name).is_some_and(passes::lower::is_native)
 }
 
-/// Why no consumer of plain quantize and dequantize nodes takes `scheme`.
-pub(super) fn refuses(scheme: &Scheme) -> Option<String> {
+/// Why no consumer of plain quantize and dequantize nodes takes `scheme`, with activations of one of these numbers of `bits`.
+pub(super) fn refuses(scheme: &Scheme, bits: &[u32]) -> Option<String> {
     let weights = scheme.weight_format.is_some() || (2..=8).contains(&scheme.weight_bits);
     let activations = match scheme.activation_format {
         Some(name) => is_native(name),
-        None => scheme.activation_bits.is_none_or(|bits| matches!(bits, 4 | 8)),
+        None => scheme.activation_bits.is_none_or(|n| bits.contains(&n)),
     };
     let in_blocks = scheme.block_format().is_none() || (scheme.activation_bits.is_none() && scheme.block.is_none());
     let blocks = match scheme.block {
@@ -172,8 +175,8 @@ pub(super) fn refuses(scheme: &Scheme) -> Option<String> {
             && !scheme.power_of_two;
     let zero_points = !scheme.asymmetric || scheme.activation_bits.is_none();
     (!(weights && activations && in_blocks && blocks && zero_points && dynamic)).then(|| {
-        "it takes weights of 2 to 8 bits or any of `list formats`, activations of 4 or 8 bits or in float (a16), onnx-qdq also in \
-         8-bit floats (afp8, afp8e5m2); activations with the range of each run \
+        "it takes weights of 2 to 8 bits or any of `list formats`, activations of 4 or 8 bits or in float (a16), onnx-qdq also of other \
+         numbers of bits and in 8-bit floats (afp8, afp8e5m2); activations with the range of each run \
          (w8a8dyn) are of 8 bits, beside weights of 5 to 8; with float activations also blocks of 16, 32, 64, 128 or 256 inputs (g32), zero points \
          (asym) and block formats (wmxfp4a16)"
             .to_owned()

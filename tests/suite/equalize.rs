@@ -284,3 +284,58 @@ fn a_stream_with_another_reader_is_left_alone_and_named() {
         assert!(trace.notes.iter().any(|note| note.message.contains(says)), "{says}: {:?}", trace.notes);
     }
 }
+
+/// A pass for fixed-point hardware over `source`, with what it counted.
+fn for_hardware(source: &str, pass: &str) -> (Model, Model, String) {
+    let catalogue = passes::catalogue::passes();
+    let plain = passes::text::parse(source).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+    let target = targets::find("hls4ml").unwrap();
+    let scheme = target.accepts().completed(passes::target::Scheme::W8A8);
+    let mut cx = PassContext { scheme, ..PassContext::new(target, executor.as_ref()) };
+    let run = |text: &str, model: Model, cx: &mut PassContext<'_>| {
+        let pipeline = Pipeline::parse(text, &catalogue).unwrap();
+        PassManager::new(Vec::new(), true).run(&pipeline, model, cx).unwrap()
+    };
+    let (before, _) = run("infer-shapes", plain, &mut cx);
+    let (after, trace) = run(&format!("infer-shapes, {pass}"), before.clone(), &mut cx);
+    let counts = trace.steps.last().map(|(_, step)| format!("{:?}", step.counts)).unwrap_or_default();
+    let feed = Tensor::of([1, 2, 3, 3], (0..18).map(|i| (i as f32 - 7.0) * 0.9).collect::<Vec<f32>>());
+    check_same(&before, &after, executor.as_ref(), &[feed], pass);
+    (before, after, counts)
+}
+
+/// A convolution, a clamp, what comes after it, and a product.
+fn clamped(between: &str) -> String {
+    format!(
+        "opset 21\ngraph (%x: f32[1,2,3,3]) -> (%y) {{\n  %w = const f32[2,2,1,1] [1, -0.5, 2, 0.75]\n  %b = const f32[2] [0.5, -1]\n  \
+         %low = const f32[] [0]\n  %high = const f32[] [6]\n  %c = Conv(%x, %w, %b)\n  %r = Clip(%c, %low, %high)\n{between}  \
+         %f = Flatten(%p)\n{}  %v = const f32[3] [1, 2, 3]\n  %y = Gemm(%f, %g, %v)\n}}",
+        matrix("g", 2, 3)
+    )
+}
+
+#[test]
+fn clamps_end_where_codes_at_a_power_of_two_end() {
+    let (_, after, counts) = for_hardware(&clamped("  %p = GlobalAveragePool(%r)\n"), "fit-clamps");
+    assert!(counts.contains('1'), "{counts}");
+    let (_, clip) = after.graph().nodes().find(|(_, node)| node.op.is("Clip")).unwrap();
+    let high = after.graph().constant_input(clip, 2).unwrap().floats().unwrap()[0];
+    // 255 / 32 lies farther from 6 than 255 / 64 does, in octaves: 7.97 / 6 = 1.33 and 6 / 3.98 = 1.5.
+    assert!((high - 255.0 / 32.0).abs() < 1e-6, "{high}");
+    // Another reader would see the scaled tensor.
+    let (_, _, counts) = for_hardware(&clamped("  %q = GlobalAveragePool(%r)\n  %p = Sigmoid(%q)\n"), "fit-clamps");
+    assert!(!counts.contains('1'), "{counts}");
+}
+
+#[test]
+fn pools_become_convolutions_by_powers_of_two() {
+    let (_, after, _) = for_hardware(&clamped("  %p = GlobalAveragePool(%r)\n"), "pool-to-conv");
+    let taps = |model: &Model| {
+        let pool = model.graph().nodes().find(|(_, node)| node.op.is("Conv") && node.int("group", 1) == 2);
+        model.graph().constant_input(pool.unwrap().1, 1).unwrap().floats().unwrap()[0]
+    };
+    assert!((taps(&after) - 0.125).abs() < f32::EPSILON, "the nearest to 1/9");
+    let (_, after, _) = for_hardware(&clamped("  %q = GlobalAveragePool(%r)\n  %p = Sigmoid(%q)\n"), "pool-to-conv");
+    assert!((taps(&after) - 1.0 / 9.0).abs() < f32::EPSILON, "nothing behind it makes up for another");
+}

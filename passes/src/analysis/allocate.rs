@@ -138,7 +138,7 @@ fn candidates(model: &Model, cx: &PassContext<'_>, choices: &[u32], weights: Wei
         let tensor = graph.constant(value)?;
         let values = tensor.floats()?;
         let encoding = |bits: u32| {
-            let edits = reencode(model, node, in_bits(cx.scheme, bits), weights)?;
+            let edits = reencode(model, node, (in_bits(cx.scheme, bits), weights), cx.target.accepts())?;
             edits.iter().find_map(|edit| encoding_at(edit, site)).cloned()
         };
         let noise = choices.iter().map(|&bits| {
@@ -197,7 +197,12 @@ impl Pass for AllocateBits {
         patch.note(Diagnostic::new(diag::ALLOCATED, Severity::Note, Place::Model, message));
         for ((candidate, &at), loss) in candidates.iter().zip(&chosen).zip(&losses) {
             if at != base {
-                let edits = reencode(model, candidate.node, in_bits(cx.scheme, choices[at]), self.weights);
+                let edits = reencode(
+                    model,
+                    candidate.node,
+                    (in_bits(cx.scheme, choices[at]), self.weights),
+                    cx.target.accepts(),
+                );
                 edits.into_iter().flatten().for_each(|edit| patch.edit(edit));
                 patch.count(if at > base { "given more bits" } else { "given fewer bits" }, 1);
             }

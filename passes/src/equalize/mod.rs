@@ -3,7 +3,10 @@
 mod awq;
 mod divided;
 mod equalize_layers;
+mod factors;
+mod fit_clamps;
 mod hadamard;
+mod pool_to_conv;
 mod region;
 mod rotate;
 mod scaled;
@@ -13,4 +16,5 @@ mod stream;
 use crate::pass::PassEntry;
 
 /// Order is the order of the manual, not of the pipeline.
-pub static PASSES: &[PassEntry] = &[smooth::ENTRY, equalize_layers::ENTRY, awq::ENTRY, rotate::ENTRY];
+pub static PASSES: &[PassEntry] =
+    &[smooth::ENTRY, equalize_layers::ENTRY, awq::ENTRY, rotate::ENTRY, fit_clamps::ENTRY, pool_to_conv::ENTRY];

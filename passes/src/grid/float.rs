@@ -1,6 +1,6 @@
 //! Floating-point numbers of 3 to 8 bits.
 
-use super::{Grid, GridInfo};
+use super::{FloatFormat, Grid, GridInfo};
 use crate::about::About;
 use crate::tensor::DType;
 
@@ -168,6 +168,12 @@ impl Grid for FloatGrid {
 
     fn range(&self) -> (f64, f64) {
         (-self.largest(), self.largest())
+    }
+
+    fn float_format(&self) -> Option<FloatFormat> {
+        let (exponent, mantissa, bias) = (self.exponent, self.mantissa, self.bias);
+        let (infinities, nan) = (self.special == Special::Ieee, self.special != Special::None);
+        Some(FloatFormat { exponent, mantissa, bias, infinities, nan })
     }
 
     fn nearest(&self, x: f64) -> f64 {

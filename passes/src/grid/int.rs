@@ -61,6 +61,55 @@ pub(super) static UINT2_IN_4: IntGrid =
 pub(super) static INT32: IntGrid =
     int("int32", "Signed 32-bit integers, for biases.", 32, DType::I32, -2_147_483_648.0, 2_147_483_647.0);
 
+/// Symmetric integers of fewer than 8 bits.
+macro_rules! narrow {
+    ($($static:ident $name:literal $bits:literal $storage:ident;)*) => {
+        $(pub(super) static $static: IntGrid = int(
+            $name,
+            concat!("Symmetric signed ", $bits, "-bit integers: the most negative code is left out."),
+            $bits,
+            DType::$storage,
+            1.0 - (1 << ($bits - 1)) as f64,
+            ((1 << ($bits - 1)) - 1) as f64,
+        );)*
+    };
+}
+
+narrow! {
+    INT7_NARROW "int7-narrow" 7 I8; INT6_NARROW "int6-narrow" 6 I8; INT5_NARROW "int5-narrow" 5 I8;
+    INT4_NARROW "int4-narrow" 4 I4; INT3_NARROW "int3-narrow" 3 I4; INT2_NARROW "int2-narrow" 2 I4;
+}
+
+/// Integers of more than 8 bits that have no type of their own.
+macro_rules! wide {
+    ($($signed:ident $unsigned:ident $name:literal $unsigned_name:literal $bits:literal;)*) => {
+        $(
+            pub(super) static $signed: IntGrid = int(
+                $name,
+                concat!("Signed ", $bits, "-bit integers, stored in 16 bits."),
+                $bits,
+                DType::I16,
+                -((1 << ($bits - 1)) as f64),
+                ((1 << ($bits - 1)) - 1) as f64,
+            );
+            pub(super) static $unsigned: IntGrid = int(
+                $unsigned_name,
+                concat!("Unsigned ", $bits, "-bit integers, stored in 16 bits."),
+                $bits,
+                DType::U16,
+                0.0,
+                ((1 << $bits) - 1) as f64,
+            );
+        )*
+    };
+}
+
+wide! {
+    INT9 UINT9 "int9" "uint9" 9; INT10 UINT10 "int10" "uint10" 10; INT11 UINT11 "int11" "uint11" 11;
+    INT12 UINT12 "int12" "uint12" 12; INT13 UINT13 "int13" "uint13" 13; INT14 UINT14 "int14" "uint14" 14;
+    INT15 UINT15 "int15" "uint15" 15;
+}
+
 /// Adding and subtracting 1.5·2²³ rounds an f32 below 2²² to a whole number, ties to even, without a call.
 const ROUND: f32 = 12_582_912.0;
 

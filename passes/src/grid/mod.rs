@@ -30,6 +30,10 @@ pub trait Grid: Debug + Send + Sync {
     /// Replaces every `x` by the point of the grid shifted by `-zero` that ONNX's `QuantizeLinear` picks: the value is
     /// rounded first and `zero`, a whole number for integer grids and 0 otherwise, is added after.
     fn snap(&self, xs: &mut [f32], zero: f32);
+    /// How its numbers are laid out, where they are floating-point numbers.
+    fn float_format(&self) -> Option<FloatFormat> {
+        None
+    }
     /// The code of a point of the grid, in as many low bits as the storage type has.
     fn encode(&self, point: f64) -> u32;
     /// The point of a code; bits above the storage type's are ignored.
@@ -51,6 +55,21 @@ pub trait Grid: Debug + Send + Sync {
     }
 }
 
+/// The layout of a floating-point format: a sign, and `(1 + m / 2^mantissa) · 2^(e − bias)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FloatFormat {
+    /// Bits of the exponent.
+    pub exponent: u32,
+    /// Bits of the mantissa.
+    pub mantissa: u32,
+    /// What is taken off the exponent.
+    pub bias: i32,
+    /// Whether some codes are infinities.
+    pub infinities: bool,
+    /// Whether some codes are NaN.
+    pub nan: bool,
+}
+
 /// What a grid says about itself.
 #[derive(Debug)]
 pub struct GridInfo {
@@ -64,7 +83,7 @@ pub struct GridInfo {
     pub integer: bool,
 }
 
-/// Every grid, in the order of the manual.
+/// Every grid, in the order of the manual. Of those that share a storage type the first has all its codes.
 pub static GRIDS: &[&dyn Grid] = &[
     &int::INT8,
     &int::UINT8,
@@ -86,6 +105,26 @@ pub static GRIDS: &[&dyn Grid] = &[
     &int::INT2_IN_4,
     &int::UINT2_IN_4,
     &int::INT32,
+    &int::INT7_NARROW,
+    &int::INT6_NARROW,
+    &int::INT5_NARROW,
+    &int::INT4_NARROW,
+    &int::INT3_NARROW,
+    &int::INT2_NARROW,
+    &int::INT9,
+    &int::UINT9,
+    &int::INT10,
+    &int::UINT10,
+    &int::INT11,
+    &int::UINT11,
+    &int::INT12,
+    &int::UINT12,
+    &int::INT13,
+    &int::UINT13,
+    &int::INT14,
+    &int::UINT14,
+    &int::INT15,
+    &int::UINT15,
     &float::FLOAT8_E4M3FN,
     &float::FLOAT8_E4M3FNUZ,
     &float::FLOAT8_E5M2,

@@ -2,6 +2,8 @@
 
 mod dynamic;
 mod qdq;
+mod qonnx;
 mod tables;
 
 pub use qdq::{is_native, lower as qdq, lower_with_nbits as qdq_and_nbits};
+pub use qonnx::lower as qonnx;

@@ -26,7 +26,7 @@ use crate::tensor::{DType, Tensor};
 /// # Errors
 /// [`LowerError`] for an encoded constant without codes, a tensor with two different encodings, or a name clash.
 pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
-    lowered(model, false)
+    lowered(model, Dialect::Qdq)
 }
 
 /// The same, with `com.microsoft::MatMulNBits` for matrix products of float activations with a weight of integers in blocks: it computes
@@ -36,16 +36,29 @@ pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
 /// # Errors
 /// [`LowerError`], as [`lower`].
 pub fn lower_with_nbits(model: &Model) -> Result<Lowered, LowerError> {
-    lowered(model, true)
+    lowered(model, Dialect::QdqAndNbits)
 }
 
-fn lowered(model: &Model, nbits: bool) -> Result<Lowered, LowerError> {
+/// The operators that encodings become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dialect {
+    /// `QuantizeLinear` and `DequantizeLinear`.
+    Qdq,
+    /// The same, and `MatMulNBits`.
+    QdqAndNbits,
+    /// `Quant` and `FloatQuant`.
+    Qonnx,
+}
+
+pub(super) fn lowered(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
     let graph = model.graph();
     let mut lowering = Lowering {
         graph,
         plan: model.plan(),
         opset: model.meta.opset(),
-        nbits: nbits.then(|| walk::Users::of(graph)),
+        nbits: (dialect == Dialect::QdqAndNbits).then(|| walk::Users::of(graph)),
+        dialect,
+        batch: if dialect == Dialect::Qonnx { super::qonnx::batch_symbols(graph) } else { BTreeSet::new() },
         packed: false,
         builder: Builder::new(graph.name(), graph.doc()),
         taken: graph.value_ids().map(|id| Arc::clone(&graph.value(id).name)).collect(),
@@ -61,7 +74,8 @@ fn lowered(model: &Model, nbits: bool) -> Result<Lowered, LowerError> {
     };
     for &input in graph.inputs() {
         let value = graph.value(input);
-        let id = lowering.builder.input(&value.name, value.ty.clone()).map_err(bug)?;
+        let ty = lowering.type_of(&value.ty);
+        let id = lowering.builder.input(&value.name, ty).map_err(bug)?;
         lowering.raw.insert(input, id);
     }
     lowering.reserve_names();
@@ -73,6 +87,9 @@ fn lowered(model: &Model, nbits: bool) -> Result<Lowered, LowerError> {
     }
     let notes = lowering.notes;
     let mut meta = Arc::clone(&model.meta);
+    if dialect == Dialect::Qonnx {
+        super::qonnx::import(Arc::make_mut(&mut meta));
+    }
     if lowering.packed {
         let (domain, version) = nbits::DOMAIN;
         Arc::make_mut(&mut meta).opsets.insert(domain.into(), version);
@@ -94,6 +111,9 @@ pub(super) struct Lowering<'a> {
     pub(super) opset: u32,
     /// Who reads what, where weights may be packed into `MatMulNBits`; and whether one was.
     pub(super) nbits: Option<walk::Users>,
+    pub(super) dialect: Dialect,
+    /// Symbols of extents that are written as 1.
+    batch: BTreeSet<Name>,
     pub(super) packed: bool,
     pub(super) builder: Builder,
     /// The names of the float graph.
@@ -134,7 +154,8 @@ impl Lowering<'_> {
                 let name = if hidden { format!("{}.float", value.name) } else { value.name.to_string() };
                 let name = if hidden { self.fresh(&name) } else { name };
                 let id = self.builder.value(&name);
-                self.builder.set_type(id, value.ty.clone());
+                let ty = self.type_of(&value.ty);
+                self.builder.set_type(id, ty);
                 self.raw.insert(output, id);
             }
         }
@@ -181,8 +202,18 @@ impl Lowering<'_> {
         for output in copy.outputs.iter_mut().flatten() {
             *output = self.raw[output];
         }
+        if self.dialect == Dialect::Qonnx {
+            self.plain_for_qonnx(&mut copy, node)?;
+        }
         self.builder.node(copy).map_err(bug)?;
         Ok(())
+    }
+
+    fn type_of(&self, ty: &Type) -> Type {
+        match self.dialect {
+            Dialect::Qonnx => super::qonnx::of_one_sample(ty, &self.batch),
+            Dialect::Qdq | Dialect::QdqAndNbits => ty.clone(),
+        }
     }
 
     /// A matrix product with its weight in it.
@@ -271,8 +302,12 @@ impl Lowering<'_> {
         if let Some((_, id)) = self.constants.get(&key).and_then(|all| all.iter().find(|(e, _)| e == encoding)) {
             return Ok(*id);
         }
-        if !is_native(encoding.grid) {
-            let result = self.rounded(&name, encoding, codes)?;
+        if self.dialect == Dialect::Qonnx || !is_native(encoding.grid) {
+            let codes = Arc::clone(codes);
+            let mut result = self.rounded(&name, encoding, &codes)?;
+            if self.dialect == Dialect::Qonnx {
+                result = self.quant((&name, codes.shape()), result, encoding, None)?;
+            }
             self.constants.entry(key).or_default().push((encoding.clone(), result));
             return Ok(result);
         }
@@ -290,7 +325,7 @@ impl Lowering<'_> {
         let values = encoding.decode(codes).map_err(|e| fail(e.to_string()))?;
         let stem = self.fresh(&format!("{name}.rounded"));
         let tensor = Arc::new(Tensor::of(codes.shape(), values));
-        if self.unwritable.insert(encoding.grid.info().about.name) {
+        if self.dialect != Dialect::Qonnx && self.unwritable.insert(encoding.grid.info().about.name) {
             let message = format!(
                 "`{}` has no operator in opset {}: its weights are written as the float numbers that their codes stand for",
                 encoding.grid.info().about.name,
@@ -311,7 +346,18 @@ impl Lowering<'_> {
             let problem = "its range is chosen by each run, which only products with a constant weight can use".into();
             return Err(LowerError { place: format!("tensor `{name}`"), problem });
         }
-        let shape_type = self.graph.value(value).ty.tensor().cloned().unwrap_or_default();
+        let shape_type = self.type_of(&self.graph.value(value).ty).tensor().cloned().unwrap_or_default();
+        let returned = self.graph.outputs().contains(&value) && self.plan.encoding(Site::Value(value)).is_some();
+        if self.dialect == Dialect::Qonnx {
+            if !returned && self.is_moved(value, encoding) {
+                return Ok(self.raw[&value]);
+            }
+            let result_name = returned.then(|| name.to_string());
+            let result = self.quant((&name, &[]), self.raw[&value], encoding, result_name)?;
+            self.builder.set_type(result, Type::Tensor(shape_type));
+            self.pairs.entry(value).or_default().push((encoding.clone(), result));
+            return Ok(result);
+        }
         let storage = encoding.grid.info().storage;
         let codes_name = self.fresh(&format!("{name}.codes"));
         let codes = self.builder.value(&codes_name);
@@ -319,13 +365,41 @@ impl Lowering<'_> {
         let (scale, zero_point) = self.parameters(&name, encoding, &[])?;
         let inputs = vec![Some(self.raw[&value]), Some(scale), zero_point];
         self.add("QuantizeLinear", &format!("{name}.quantize"), inputs, codes, encoding, &[])?;
-        let returned = self.graph.outputs().contains(&value) && self.plan.encoding(Site::Value(value)).is_some();
+        let codes = if fills_storage(encoding.grid) { codes } else { self.clipped(&name, codes, encoding)? };
         let result_name = if returned { name.to_string() } else { self.fresh(&format!("{name}.dequantized")) };
         let result = self.builder.value(&result_name);
         self.builder.set_type(result, Type::Tensor(shape_type));
         let inputs = vec![Some(codes), Some(scale), zero_point];
         self.add("DequantizeLinear", &format!("{name}.dequantize"), inputs, result, encoding, &[])?;
         self.pairs.entry(value).or_default().push((encoding.clone(), result));
+        Ok(result)
+    }
+
+    /// A clamp of `codes`, the result of a quantize node, to the codes of a grid that has fewer than their type.
+    fn clipped(&mut self, name: &Name, codes: ValueId, encoding: &Encoding) -> Result<ValueId, LowerError> {
+        let storage = encoding.grid.info().storage;
+        let (low, high) = encoding.grid.range();
+        let mut inputs = vec![Some(codes)];
+        for (what, bound) in [("lowest", low), ("highest", high)] {
+            let bytes = encoding.grid.encode(bound).to_le_bytes()[..storage.bits().div_ceil(8) as usize].to_vec();
+            let bound = Tensor::new(storage, Vec::new(), bytes.into());
+            let bound = bound.map_err(|e| LowerError { place: format!("tensor `{name}`"), problem: e.to_string() })?;
+            let name = self.fresh(&format!("{name}.{what}"));
+            inputs.push(Some(self.builder.constant(&name, Arc::new(bound)).map_err(bug)?));
+        }
+        let result = self.builder.value(&self.fresh(&format!("{name}.clipped")));
+        let ty = self.builder.get(codes).ty.clone();
+        self.builder.set_type(result, ty);
+        let node = Node {
+            name: format!("{name}.clip").into(),
+            op: OpKey { domain: "".into(), name: "Clip".into(), opset: self.opset },
+            inputs,
+            outputs: vec![Some(result)],
+            attrs: Attrs::new(),
+            bodies: Vec::new(),
+            notes: None,
+        };
+        self.builder.node(node).map_err(bug)?;
         Ok(result)
     }
 
@@ -403,6 +477,13 @@ impl Lowering<'_> {
         self.builder.node(node).map_err(bug)?;
         Ok(())
     }
+}
+
+/// Whether every code of the type that `grid` is stored in is one of its own.
+fn fills_storage(grid: &dyn Grid) -> bool {
+    let info = grid.info();
+    let (low, high) = grid.range();
+    !info.integer || high - low + 1.0 >= f64::from(info.storage.bits()).exp2()
 }
 
 /// Whether codes are signed: a missing zero point then means 0.

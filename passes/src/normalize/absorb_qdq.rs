@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::absorb_qonnx;
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, Site, ValueId};
@@ -21,7 +22,8 @@ crate::declare_pass! {
     /// itself is encoded; otherwise only those uses are. Pairs with scales that are not constant, or in grids that are
     /// not known here, stay as they are. A `MatMulNBits` becomes a `MatMul` with its weight encoded, and so does a
     /// `MatMulInteger` of what a `DynamicQuantizeLinear` returns, cast and scaled; its activation has the range of each run. A
-    /// `GatherBlockQuantized` becomes a `Gather` from an encoded table, which a `MatMulNBits` by the same codes shares.
+    /// `GatherBlockQuantized` becomes a `Gather` from an encoded table, which a `MatMulNBits` by the same codes shares. A `Clip` between
+    /// both nodes of a pair says how many of its type's codes are used; `Quant` and `FloatQuant` of QONNX are a pair in one node.
     INFO {
         name: "absorb-qdq",
         source: "ONNX operator specification, QuantizeLinear-21 and DequantizeLinear-21",
@@ -57,11 +59,24 @@ impl Pass for AbsorbQdq {
                 pairs.entry(pair.source).or_default().push(pair);
             }
         }
+        for (id, node) in graph.nodes() {
+            let Some(encoding) = absorb_qonnx::encoding_of(graph, node) else { continue };
+            if let Some(codes) = absorb_qonnx::codes(graph, node, &encoding) {
+                absorb_codes(&users, (id, node), encoding, &Arc::new(codes), &mut patch);
+            } else if let (Some(source), Some(result)) = (node.input(0), node.output(0)) {
+                // One node is both: it rounds, and returns what is left.
+                let pair = Pair { source, quantize: id, clip: None, dequantize: id, result, encoding };
+                pairs.entry(source).or_default().push(pair);
+            }
+        }
         super::absorb_nbits::absorb(graph, model.meta.opset(), &mut patch);
         super::absorb_tables::absorb(graph, &users, model.meta.opset(), &mut patch);
         super::absorb_dynamic::absorb(model, &users, &mut patch);
         for (source, pairs) in pairs {
             absorb_pairs(graph, &users, source, &pairs, &mut patch);
+        }
+        if model.meta.opsets.contains_key(crate::ops::QONNX_DOMAIN) {
+            absorb_qonnx::carry(model, &mut patch);
         }
         Ok(patch)
     }
@@ -69,24 +84,31 @@ impl Pass for AbsorbQdq {
 
 /// A constant behind a `DequantizeLinear`.
 fn absorb_constant(graph: &Graph, users: &Users, id: NodeId, node: &Node, patch: &mut Patch) -> bool {
-    let absorbed = (|| {
-        let codes = graph.constant_input(node, 0)?;
-        let result = node.output(0)?;
-        let readers = users.of_value(result);
-        // A captured or returned weight has no use site to hang the encoding on.
-        let plain = !readers.is_empty() && readers.iter().all(|user| matches!(user, User::Input { .. }));
-        let encoding = encoding_of(graph, node, codes.dtype(), codes.shape()).filter(|_| plain)?;
-        let values = encoding.decode(codes).ok()?;
-        Some((result, readers, encoding, Arc::clone(codes), Tensor::of(codes.shape(), values)))
-    })();
-    let Some((result, readers, encoding, codes, tensor)) = absorbed else { return false };
-    patch.edit(Edit::Freeze { value: result, tensor: Arc::new(tensor) });
+    let Some(codes) = graph.constant_input(node, 0) else { return false };
+    let encoding = encoding_of(graph, node, codes.dtype(), codes.shape());
+    encoding.is_some_and(|encoding| absorb_codes(users, (id, node), encoding, codes, patch))
+}
+
+/// A node that returns what `codes` stand for becomes that constant.
+fn absorb_codes(
+    users: &Users,
+    (id, node): (NodeId, &Node),
+    encoding: Encoding,
+    codes: &Arc<Tensor>,
+    patch: &mut Patch,
+) -> bool {
+    let Some(result) = node.output(0) else { return false };
+    let readers = users.of_value(result);
+    // A captured or returned weight has no use site to hang the encoding on.
+    let plain = !readers.is_empty() && readers.iter().all(|user| matches!(user, User::Input { .. }));
+    let Some(values) = encoding.decode(codes).ok().filter(|_| plain) else { return false };
+    patch.edit(Edit::Freeze { value: result, tensor: Arc::new(Tensor::of(codes.shape(), values)) });
     patch.erase(id);
     for user in readers {
         if let User::Input { node, input } = *user {
             let site = Site::Use { node, input };
             patch.edit(Edit::Encode { site, encoding: encoding.clone() });
-            patch.edit(Edit::Round { site, codes: Arc::clone(&codes) });
+            patch.edit(Edit::Round { site, codes: Arc::clone(codes) });
         }
     }
     patch.count("constants", 1);
@@ -97,6 +119,8 @@ fn absorb_constant(graph: &Graph, users: &Users, id: NodeId, node: &Node, patch:
 struct Pair {
     source: ValueId,
     quantize: NodeId,
+    /// The clamp of codes between both.
+    clip: Option<NodeId>,
     dequantize: NodeId,
     result: ValueId,
     encoding: Encoding,
@@ -104,14 +128,23 @@ struct Pair {
 
 impl Pair {
     fn at(graph: &Graph, id: NodeId, node: &Node) -> Option<Self> {
-        let (quantize, q) = graph.producer(node.input(0)?).filter(|(_, q)| q.op.is("QuantizeLinear"))?;
+        let (producer, made) = graph.producer(node.input(0)?)?;
+        // Codes that are cut to those of a narrower grid in between.
+        let clip = made.op.is("Clip").then_some((producer, made));
+        let (quantize, q) = if clip.is_some() { graph.producer(made.input(0)?)? } else { (producer, made) };
+        q.op.is("QuantizeLinear").then_some(())?;
         let storage = match graph.constant_input(q, 2) {
             Some(zero_point) => zero_point.dtype(),
             None => DType::from_code(q.int("output_dtype", 2)).unwrap_or(DType::U8),
         };
         let encoding = encoding_of(graph, node, storage, &[])?;
         let same = encoding_of(graph, q, storage, &[])? == encoding;
-        same.then_some(Self { source: q.input(0)?, quantize, dequantize: id, result: node.output(0)?, encoding })
+        let encoding = match clip {
+            Some((_, clip)) => Encoding { grid: grid_between(graph, clip, encoding.grid)?, ..encoding },
+            None => encoding,
+        };
+        let (source, result, clip) = (q.input(0)?, node.output(0)?, clip.map(|(id, _)| id));
+        same.then_some(Self { source, quantize, clip, dequantize: id, result, encoding })
     }
 }
 
@@ -120,10 +153,16 @@ fn absorb_pairs(graph: &Graph, users: &Users, source: ValueId, pairs: &[Pair], p
         return;
     }
     let quantizers: Vec<NodeId> = pairs.iter().map(|pair| pair.quantize).collect();
-    let only_through_pairs = users.of_value(source).iter().all(|user| match user {
-        User::Input { node, .. } => quantizers.contains(node),
-        User::Capture { .. } | User::Output => false,
+    let only_read_by = |value: ValueId, nodes: &[NodeId]| {
+        users.of_value(value).iter().all(|user| matches!(user, User::Input { node, .. } if nodes.contains(node)))
+    };
+    // Codes that are clamped for one reader and not for another are two encodings.
+    let readers: Vec<NodeId> = pairs.iter().map(|pair| pair.clip.unwrap_or(pair.dequantize)).collect();
+    let whole = pairs.iter().filter(|pair| pair.clip.is_some()).all(|pair| {
+        let codes = graph.node(pair.quantize).and_then(|node| node.output(0));
+        codes.is_some_and(|codes| only_read_by(codes, &readers))
     });
+    let only_through_pairs = whole && only_read_by(source, &quantizers);
     let agree = pairs.iter().all(|pair| pair.encoding == pairs[0].encoding);
     if !(only_through_pairs && agree) {
         let returned = |pair: &Pair| users.of_value(pair.result).iter().any(|u| !matches!(u, User::Input { .. }));
@@ -141,8 +180,10 @@ fn absorb_pairs(graph: &Graph, users: &Users, source: ValueId, pairs: &[Pair], p
             }
         }
         patch.erase(pair.dequantize);
-        if !patch.touches(pair.quantize) && all_readers_absorbed(graph, users, pair.quantize, pairs) {
-            patch.erase(pair.quantize);
+        for before in pair.clip.into_iter().chain([pair.quantize]) {
+            if !patch.touches(before) && all_readers_erased(graph, users, before, patch) {
+                patch.erase(before);
+            }
         }
         patch.count("pairs", 1);
     }
@@ -151,11 +192,12 @@ fn absorb_pairs(graph: &Graph, users: &Users, source: ValueId, pairs: &[Pair], p
     }
 }
 
-fn all_readers_absorbed(graph: &Graph, users: &Users, quantize: NodeId, pairs: &[Pair]) -> bool {
-    let codes = graph.node(quantize).and_then(|q| q.output(0));
-    codes.is_some_and(|codes| {
-        users.of_value(codes).iter().all(|user| match user {
-            User::Input { node, .. } => pairs.iter().any(|pair| pair.dequantize == *node),
+/// Whether everyone who reads what `id` returns is gone.
+fn all_readers_erased(graph: &Graph, users: &Users, id: NodeId, patch: &Patch) -> bool {
+    let result = graph.node(id).and_then(|node| node.output(0));
+    result.is_some_and(|result| {
+        users.of_value(result).iter().all(|user| match user {
+            User::Input { node, .. } => patch.touches(*node),
             User::Capture { .. } | User::Output => false,
         })
     })
@@ -195,6 +237,21 @@ fn encoding_of(graph: &Graph, node: &Node, storage: DType, shape: &[usize]) -> O
 #[expect(clippy::cast_possible_truncation, reason = "points of integer grids are whole and below 2^31")]
 pub(super) fn whole(point: f64) -> i32 {
     point as i32
+}
+
+/// The grid of whose codes `clip`, a clamp of codes that `stored` reads, lets exactly those pass.
+fn grid_between(graph: &Graph, clip: &Node, stored: &'static dyn Grid) -> Option<&'static dyn Grid> {
+    let storage = stored.info().storage;
+    let bound = |input: usize| {
+        let bound = graph.constant_input(clip, input).filter(|c| c.dtype() == storage && c.len() == 1)?;
+        Some(stored.decode(*crate::encoding::unpack(bound).first()?))
+    };
+    let (low, high) = (bound(1)?, bound(2)?);
+    let between = |grid: &&&dyn Grid| {
+        let (from, to) = grid.range();
+        grid.info().storage == storage && grid.info().integer && from == low && to == high
+    };
+    grid::GRIDS.iter().find(between).copied()
 }
 
 pub(super) fn grid_of(storage: DType) -> Option<&'static dyn Grid> {

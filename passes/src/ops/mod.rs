@@ -20,6 +20,15 @@ use crate::tensor::{DType, Tensor};
 /// The highest rank that a shape rule speaks of: a declared length is no reason to allocate.
 const MAX_RANK: usize = 64;
 
+/// The domain of QONNX's operators, in version 1.
+pub const QONNX_DOMAIN: &str = "qonnx.custom_op.general";
+
+/// Whether elements of the result of `node` are elements of its first input, and what else it reads is constant.
+pub fn only_moves(graph: &Graph, node: &Node) -> bool {
+    let rest = node.inputs.iter().skip(1).flatten().all(|value| graph.constant(*value).is_some());
+    laws(&node.op).contains(Laws::MOVES) && rest && node.outputs.iter().flatten().count() == 1
+}
+
 /// A set of algebraic laws.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Laws(u32);

@@ -12,6 +12,7 @@ use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Graph;
 use crate::model::{Edit, Model, Patch};
 use crate::observe::{Observer, Purpose, Sketch};
+use crate::target::{Activations, Bias};
 use crate::{ops, parallel};
 
 /// A 32-bit bias is kept this far from saturation.
@@ -120,10 +121,14 @@ fn note_dead(model: &Model, value: ValueId, patch: &mut Patch) {
     }
 }
 
-/// Codes over the observer's range: asymmetric for integers, the largest magnitude at the largest number for other formats.
+/// Codes over the observer's range: for integers as the target has them, for other formats the largest magnitude at the largest
+/// number.
 fn activation(sketch: &Sketch, observer: &dyn Observer, goal: &Goal) -> Encoding {
     let grid = goal.activation_grid();
     let (low, high) = grid.range();
+    if grid.info().integer && goal.accepts.activations != Activations::Affine {
+        return symmetric(sketch, observer, goal);
+    }
     if !grid.info().integer {
         let reach = sketch.max().max(-sketch.min());
         #[expect(clippy::cast_possible_truncation, reason = "a scale rounded to f32")]
@@ -136,19 +141,37 @@ fn activation(sketch: &Sketch, observer: &dyn Observer, goal: &Goal) -> Encoding
     if !goal.scheme.power_of_two {
         return Encoding::per_tensor(grid, scale, zero_point);
     }
-    let [below, above] = weights::powers_of_two(f64::from(scale)).map(|scale| {
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "a zero point between the ends of the grid; powers of two are exact"
-        )]
-        let (scale, zero) = (scale as f32, (low - range.0.min(0.0) / scale).round_ties_even().clamp(low, high) as i32);
+    better_of(sketch, scale, |scale| {
+        #[expect(clippy::cast_possible_truncation, reason = "a zero point between the ends of the grid")]
+        let zero = (low - range.0.min(0.0) / f64::from(scale)).round_ties_even().clamp(low, high) as i32;
         Encoding::per_tensor(grid, scale, zero)
-    });
-    if expected_error(sketch, &below, f64::INFINITY).1 < expected_error(sketch, &above, f64::INFINITY).1 {
-        below
-    } else {
-        above
+    })
+}
+
+/// Codes with zero point 0 over the observer's range: signed, or unsigned where the target has those for tensors that are never
+/// negative.
+fn symmetric(sketch: &Sketch, observer: &dyn Observer, goal: &Goal) -> Encoding {
+    let unsigned = goal.accepts.activations == Activations::BySign && sketch.min() >= 0.0;
+    let grid = goal.integers(unsigned);
+    let (low, high) = grid.range();
+    let range = observer.range(sketch, Purpose { levels: high - low + 1.0, symmetric: !unsigned });
+    #[expect(clippy::cast_possible_truncation, reason = "a scale rounded to f32")]
+    let scale = (range.1.max(-range.0) / high) as f32;
+    if !scale.is_normal() {
+        return Encoding::per_tensor(grid, 1.0, 0);
     }
+    if !goal.scheme.power_of_two {
+        return Encoding::per_tensor(grid, scale, 0);
+    }
+    better_of(sketch, scale, |scale| Encoding::per_tensor(grid, scale, 0))
+}
+
+/// Of the encodings with the powers of two around `scale`, that with the smaller expected error.
+#[expect(clippy::cast_possible_truncation, reason = "powers of two are exact")]
+fn better_of(sketch: &Sketch, scale: f32, encoding: impl Fn(f32) -> Encoding) -> Encoding {
+    let [below, above] = weights::powers_of_two(f64::from(scale)).map(|scale| encoding(scale as f32));
+    let error = |encoding: &Encoding| expected_error(sketch, encoding, f64::INFINITY).1;
+    if error(&below) < error(&above) { below } else { above }
 }
 
 /// Σ x² and the expected Σ (x̂ − x)² of `sketch` in `encoding`, magnitudes beyond `usual` counted as that in the first sum.
@@ -208,7 +231,7 @@ pub(super) fn weight_alone(model: &Model, id: NodeId, goal: &Goal) -> Option<Edi
         Some(size) => weights::blocked(weight, 1 - roles.out_axis, size.min(inputs), goal)?,
         None if goal.scheme.asymmetric => weights::blocked(weight, 1 - roles.out_axis, inputs, goal)?,
         None => {
-            let scales = weights::channel_scales(weight, roles.out_axis, goal)?;
+            let scales = weights::scales(weight, roles.out_axis, goal.by_channel(graph.node(id)?), goal)?;
             #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
             per_channel(goal.weight_grid, roles.out_axis, scales.into_iter().map(|s| s as f32).collect())
         }
@@ -229,9 +252,10 @@ pub(super) fn parameters(model: &Model, id: NodeId, input_scale: f32, goals: &Go
     let roles = ops::linear(graph, id)?;
     let weight = graph.constant_input(node, roles.weight.into())?;
     let input_scale = f64::from(input_scale);
-    let mut scales = weights::channel_scales(weight, roles.out_axis, goals)?;
+    let mut scales = weights::scales(weight, roles.out_axis, goals.by_channel(node), goals)?;
     // Only sums of integers are integers: other formats leave the bias in float.
-    let integer = goals.weight_grid.info().integer && goals.activation_grid().info().integer;
+    let integer =
+        goals.weight_grid.info().integer && goals.activation_grid().info().integer && goals.accepts.bias == Bias::Int32;
     let bias = roles.bias.filter(|_| integer).and_then(|bias| graph.constant_input(node, bias.into()));
     let raised = match bias {
         Some(bias) => raise_for_bias(&mut scales, &bias.floats()?, input_scale),
@@ -259,7 +283,7 @@ pub(super) fn parameters(model: &Model, id: NodeId, input_scale: f32, goals: &Go
     Some(Parameters { edits, note })
 }
 
-/// Per channel, or per tensor where there is one channel: many readers take a vector of one for a scalar.
+/// Per channel, or per tensor where there is one scale: many readers take a vector of one for a scalar.
 fn per_channel(grid: &'static dyn Grid, axis: usize, scales: Vec<f32>) -> Encoding {
     match scales.as_slice() {
         [one] => Encoding::per_tensor(grid, *one, 0),
@@ -270,6 +294,8 @@ fn per_channel(grid: &'static dyn Grid, axis: usize, scales: Vec<f32>) -> Encodi
 /// Raises scales until every bias fits, with room, at input scale times weight scale; returns how many were raised.
 fn raise_for_bias(scales: &mut [f64], bias: &[f32], input_scale: f64) -> usize {
     let mut raised = 0;
+    let largest = [bias.iter().fold(0.0_f32, |most, b| most.max(b.abs()))];
+    let bias = if scales.len() == 1 { &largest } else { bias };
     for (scale, &bias) in scales.iter_mut().zip(bias) {
         let least =
             (f64::from(bias).abs() / (input_scale * BIAS_LIMIT)).max(f64::from(f32::MIN_POSITIVE) / input_scale);
@@ -301,5 +327,9 @@ mod tests {
         assert_eq!(raise_for_bias(&mut scales, &[1e6, 1.0], 1e-3), 1);
         assert!((scales[0] - 1e6 / (1e-3 * 1_073_741_824.0)).abs() < 1e-6);
         assert!((scales[1] - 1.0).abs() < 1e-12);
+        // One scale for all has to hold the largest.
+        let mut one = [1e-9];
+        assert_eq!(raise_for_bias(&mut one, &[0.0, -1e6], 1e-3), 1);
+        assert!((one[0] - 1e6 / (1e-3 * 1_073_741_824.0)).abs() < 1e-6);
     }
 }

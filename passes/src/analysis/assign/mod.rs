@@ -13,9 +13,10 @@ use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::Granularity;
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, ValueId};
+use crate::ir::Node;
 use crate::model::{Decision, Edit, Model, Patch};
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
-use crate::target::Scheme;
+use crate::target::{Accepts, Scheme};
 use crate::{observe, ops};
 pub(super) use weights::WeightScale;
 
@@ -80,6 +81,7 @@ struct Goal {
     scheme: Scheme,
     weights: WeightScale,
     weight_grid: &'static dyn Grid,
+    accepts: &'static Accepts,
 }
 
 /// How nodes are to be written: all alike but those that the user named.
@@ -91,7 +93,7 @@ struct Goals {
 impl Goals {
     fn new(model: &Model, cx: &PassContext<'_>, weights: WeightScale) -> Result<Self, PassError> {
         let goal = |scheme: Scheme| {
-            Goal::new(scheme, weights).ok_or_else(|| {
+            Goal::new(scheme, weights, cx.target.accepts()).ok_or_else(|| {
                 PassError::Model(format!("scheme {scheme}: there are no weights of {} bits", scheme.weight_bits))
             })
         };
@@ -113,8 +115,13 @@ impl Goals {
 }
 
 /// The edits that write the weight of the encoded linear node `id`, and its bias, in another scheme of the same activations.
-pub(super) fn reencode(model: &Model, id: NodeId, scheme: Scheme, weights: WeightScale) -> Option<Vec<Edit>> {
-    let goal = Goal::new(scheme, weights)?;
+pub(super) fn reencode(
+    model: &Model,
+    id: NodeId,
+    (scheme, weights): (Scheme, WeightScale),
+    accepts: &'static Accepts,
+) -> Option<Vec<Edit>> {
+    let goal = Goal::new(scheme, weights, accepts)?;
     let graph = model.graph();
     let roles = ops::linear(graph, id)?;
     match model.plan().encoding_of_use(graph, id, roles.activation) {
@@ -126,8 +133,24 @@ pub(super) fn reencode(model: &Model, id: NodeId, scheme: Scheme, weights: Weigh
 }
 
 impl Goal {
-    fn new(scheme: Scheme, weights: WeightScale) -> Option<Self> {
-        Some(Self { scheme, weights, weight_grid: weights::weight_grid(&scheme)? })
+    fn new(scheme: Scheme, weights: WeightScale, accepts: &'static Accepts) -> Option<Self> {
+        let scheme = accepts.completed(scheme);
+        let grid = weights::weight_grid(&scheme)?;
+        let narrow = || grid::find(&format!("{}-narrow", grid.info().about.name)).unwrap_or(grid);
+        let weight_grid = if accepts.narrow && scheme.block.is_none() { narrow() } else { grid };
+        Some(Self { scheme, weights, weight_grid, accepts })
+    }
+
+    /// Whether the weight of `node` has one scale per output channel.
+    fn by_channel(&self, node: &Node) -> bool {
+        self.accepts.per_channel(&node.op)
+    }
+
+    /// Integers of as many bits as activations have.
+    fn integers(&self, unsigned: bool) -> &'static dyn Grid {
+        let bits = self.scheme.activation_bits.unwrap_or(8);
+        let name = format!("{}int{bits}", if unsigned { "u" } else { "" });
+        grid::find(&name).unwrap_or_else(|| unreachable!("schemes name grids that are in the table"))
     }
 
     fn activation_grid(&self) -> &'static dyn Grid {
@@ -185,7 +208,7 @@ impl Pass for AssignEncodings {
         } else {
             encode::encode_products(model, &selection, cx.scheme.dynamic, &goals, &mut patch);
         }
-        if let Some(goal) = cx.embeddings.and_then(|scheme| Goal::new(scheme, self.weights)) {
+        if let Some(goal) = cx.embeddings.and_then(|scheme| Goal::new(scheme, self.weights, cx.target.accepts())) {
             tables::encode(model, cx, (&goal, &goals), &mut selection, &mut patch)?;
         }
         for (node, choice) in &selection.choices {

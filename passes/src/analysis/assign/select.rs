@@ -85,7 +85,7 @@ pub(super) fn products(model: &Model, cx: &PassContext<'_>, coarse: &Coarse) -> 
             }
             Some(rule) => {
                 let two_activations = activations(model.graph(), id, node).len() == 2;
-                match selector.obstacle(id, node, rule) {
+                match selector.obstacle(id, node, rule).or_else(|| ragged(model.graph(), cx, id)) {
                     Some(reason) => Choice::Float { reason, notable: true },
                     None if two_activations => Choice::Float { reason: "it has no weight".into(), notable: false },
                     None => {
@@ -100,13 +100,25 @@ pub(super) fn products(model: &Model, cx: &PassContext<'_>, coarse: &Coarse) -> 
     selection
 }
 
+/// Why the weight of the product `id` is not cut into blocks, for a target that takes whole ones only.
+fn ragged(graph: &Graph, cx: &PassContext<'_>, id: NodeId) -> Option<String> {
+    let block = cx.scheme.block.filter(|_| cx.target.accepts().whole_blocks)?;
+    let roles = ops::linear(graph, id)?;
+    let weight = graph.constant_input(graph.node(id)?, roles.weight.into())?;
+    let (inputs, outputs) = (*weight.shape().get(1 - roles.out_axis)?, *weight.shape().get(roles.out_axis)?);
+    if !inputs.is_multiple_of(block) {
+        return Some(format!("its {inputs} inputs are no whole blocks of {block}"));
+    }
+    (!outputs.is_multiple_of(2)).then(|| format!("its {outputs} outputs are an odd number"))
+}
+
 /// The inputs of `node` that carry activations: all that are not constant, but for weights and biases.
 pub(super) fn activations(graph: &Graph, id: NodeId, node: &Node) -> Vec<u16> {
     if let Some(linear) = ops::linear(graph, id) {
         return vec![linear.activation];
     }
     let data_inputs = match &*node.op.name {
-        "Add" | "Mul" | "MatMul" => 2,
+        "Add" | "Mul" | "MatMul" | "Sub" | "Div" => 2,
         "Concat" | "Sum" | "Min" | "Max" => node.inputs.len(),
         _ => 1,
     };
@@ -200,25 +212,28 @@ impl Selector<'_> {
             let ty = graph.value(*other).ty.dtype().map_or("of unknown type", DType::name);
             return Some(format!("its input `{}` is {ty}, not f32", graph.value(*other).name));
         }
+        if rule.when == When::Skip && self.skipping(node).is_none() {
+            return Some("no heavy operator stands before it".into());
+        }
         if rule.when == When::Always {
             if let Some((value, kept)) = values.iter().find_map(|value| Some((value, self.coarse.get(value)?))) {
                 let name = &graph.value(*value).name;
                 return Some(format!("in codes its input `{name}` keeps only {kept:.1} dB of its usual values"));
             }
-            self.linear_obstacle(id, node).or_else(|| {
+            self.linear_obstacle(id, node, rule.least).or_else(|| {
                 let unseen = values.iter().find(|value| !self.is_measured(**value));
                 unseen.map(|value| format!("its input `{}` was never seen in calibration", graph.value(*value).name))
             })
         } else {
             let constants =
                 node.inputs.iter().flatten().any(|v| graph.constant(*v).is_some_and(|c| c.dtype() == DType::F32));
-            (constants && matches!(&*node.op.name, "Add" | "Mul" | "Concat"))
+            (constants && matches!(&*node.op.name, "Add" | "Mul" | "Sub" | "Div" | "Concat"))
                 .then(|| "one operand is a constant: it is as cheap in float and loses nothing".into())
         }
     }
 
     /// Why the weight or bias of a linear node does not fit the rule.
-    fn linear_obstacle(&self, id: NodeId, node: &Node) -> Option<String> {
+    fn linear_obstacle(&self, id: NodeId, node: &Node, least: usize) -> Option<String> {
         let graph = self.graph();
         let Some(roles) = ops::linear(graph, id) else {
             return match &*node.op.name {
@@ -236,6 +251,9 @@ impl Selector<'_> {
         if !is_finite(weight) {
             let name = graph.value(node.input(roles.weight.into())?).name.escape_debug().to_string();
             return Some(format!("its weight `{name}` has NaN or infinite values"));
+        }
+        if let Some(small) = weight.shape().iter().find(|size| weight.shape().len() == 2 && **size < least) {
+            return Some(format!("with {small} inputs or outputs it is faster in float"));
         }
         if node.op.is("MatMul") && weight.shape().len() != 2 {
             return Some("its weight is a batch of matrices".into());
@@ -393,9 +411,10 @@ impl Selector<'_> {
         let reason = match rule.when {
             When::Always => "the target runs it on codes",
             When::OnCodes => "its inputs are codes already",
+            When::Skip => "it fuses into the operator before it, and reads the other input as codes",
         };
         selection.choices.insert(id, Choice::Quantized { reason });
-        selection.reads.extend(activations(graph, id, node).into_iter().map(|input| (id, input)));
+        selection.reads.extend(self.read_as_codes(id, node, rule).into_iter().map(|input| (id, input)));
         let Some(output) = node.output(0) else { return };
         let clamp = absorbed_clamp(graph, &self.users, self.keep_float, rule, output);
         let end = clamp.map_or(output, |(_, end)| end);
@@ -418,13 +437,37 @@ impl Selector<'_> {
         let readers = self.users.of_value(value);
         !readers.is_empty()
             && readers.iter().all(|user| match user {
-                User::Input { node, input } => {
-                    let quantized = verdicts.get(node).is_some_and(Result::is_ok);
-                    quantized
-                        && self.graph().node(*node).is_some_and(|n| activations(self.graph(), *node, n).contains(input))
-                }
+                User::Input { node, input } => match (verdicts.get(node), self.graph().node(*node)) {
+                    (Some(Ok(rule)), Some(reader)) => self.read_as_codes(*node, reader, rule).contains(input),
+                    _ => false,
+                },
                 User::Capture { .. } | User::Output => false,
             })
+    }
+
+    /// The inputs of `node` that `rule` has read as codes.
+    fn read_as_codes(&self, id: NodeId, node: &Node, rule: &Rule) -> Vec<u16> {
+        let inputs = activations(self.graph(), id, node);
+        match rule.when {
+            When::Skip => self.skipping(node).into_iter().filter(|input| inputs.contains(input)).collect(),
+            When::Always | When::OnCodes => inputs,
+        }
+    }
+
+    /// The input of the addition `node` that does not come from the heavy operator which it fuses into: of two such operators that is
+    /// the later one.
+    fn skipping(&self, node: &Node) -> Option<u16> {
+        let heavy = |input: u16| {
+            let (id, producer) = self.graph().producer(node.input(input.into())?)?;
+            let rule = self.target.rule(&producer.op).filter(|rule| rule.when == When::Always)?;
+            (self.obstacle(id, producer, rule).is_none() && self.users.only_input(producer.output(0)?).is_some())
+                .then(|| self.graph().nodes().position(|(other, _)| other == id))
+                .flatten()
+        };
+        match (heavy(0), heavy(1)) {
+            (None, None) => None,
+            (left, right) => Some(u16::from(left > right)),
+        }
     }
 }
 

@@ -49,8 +49,17 @@ pub(super) fn weight_grid(scheme: &Scheme) -> Option<&'static dyn Grid> {
     grid::find(&format!("{sign}{}{suffix}", scheme.weight_bits))
 }
 
+/// Symmetric scales: one per output channel, or one in all.
+pub(super) fn scales(weight: &Tensor, axis: usize, by_channel: bool, goals: &Goal) -> Option<Vec<f64>> {
+    if by_channel {
+        return channel_scales(weight, axis, goals);
+    }
+    let scale = scale_of(&weight.floats()?, goals);
+    Some(vec![if scale > 0.0 { scale } else { 1.0 }])
+}
+
 /// Symmetric scales per output channel; a channel of zeros takes the median of the others.
-pub(super) fn channel_scales(weight: &Tensor, axis: usize, goals: &Goal) -> Option<Vec<f64>> {
+fn channel_scales(weight: &Tensor, axis: usize, goals: &Goal) -> Option<Vec<f64>> {
     let channels = *weight.shape().get(axis)?;
     let inner: usize = weight.shape()[axis + 1..].iter().product();
     let values = weight.floats()?;
@@ -174,7 +183,7 @@ fn signed_block(block: &[f32], goals: &Goal) -> (f32, i32) {
     let grid = goals.weight_grid;
     // Formats that are as long on both sides have no use for the sign.
     let widest = match grid.range() {
-        (low, high) if low + high < 0.0 => f64::from(longest) / low,
+        (low, high) if low + high < 0.0 && goals.accepts.negative_scales => f64::from(longest) / low,
         (_, high) => f64::from(longest.abs()) / high,
     };
     let scale = match goals.weights {
@@ -243,10 +252,11 @@ fn power_of_two_block(block: &[f32], range: (f64, f64), goals: &Goal) -> (f32, i
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::target::Accepts;
 
     fn goals(bits: u32, weights: WeightScale) -> Goal {
         let scheme = Scheme { block: Some(4), ..Scheme::integers(bits, None) };
-        Goal { scheme, weights, weight_grid: weight_grid(&scheme).unwrap() }
+        Goal::new(scheme, weights, &Accepts::USUAL).unwrap()
     }
 
     #[test]
@@ -287,7 +297,7 @@ mod tests {
     #[test]
     fn both_ends_of_a_range_come_in_where_that_lowers_the_error() {
         let scheme = Scheme { asymmetric: true, ..goals(4, WeightScale::Mse).scheme };
-        let of = |weights| Goal { scheme, weights, weight_grid: weight_grid(&scheme).unwrap() };
+        let of = |weights| Goal::new(scheme, weights, &Accepts::USUAL).unwrap();
         let error = |block: &[f32], goals: &Goal| {
             let (scale, zero) = affine_block(block, goals);
             squared_error(block, goals.weight_grid, f64::from(scale), zero as f32)
@@ -308,7 +318,7 @@ mod tests {
             assert!(found.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-12), "{scale}: {found:?}");
         }
         let scheme = Scheme { asymmetric: true, power_of_two: true, ..goals(4, WeightScale::Mse).scheme };
-        let goal = Goal { scheme, weights: WeightScale::Mse, weight_grid: weight_grid(&scheme).unwrap() };
+        let goal = Goal::new(scheme, WeightScale::Mse, &Accepts::USUAL).unwrap();
         let exact: Vec<f32> = (0..16).map(|i| 0.25 * (i as f32 - 3.0)).collect();
         assert_eq!(affine_block(&exact, &goal), (0.25, 3));
     }

@@ -1,0 +1,61 @@
+//! FINN's compiler for dataflow hardware.
+
+use std::borrow::Cow;
+
+use passes::about::About;
+use passes::model::Model;
+use passes::target::{
+    Accepts, Activations, Bias, Goal, LowerError, Lowered, PerChannel, Rule, Scheme, Target, TargetInfo,
+};
+
+use super::fpga;
+
+/// See [`INFO`].
+#[derive(Debug)]
+pub(super) struct Finn;
+
+static INFO: TargetInfo = TargetInfo {
+    about: About {
+        name: "finn",
+        doc: "QONNX as FINN turns it into hardware: activations of up to 8 bits become thresholds, unsigned after a Relu and signed \
+              elsewhere; weights have a scale per output channel in convolutions and one in all in matrix products.",
+        source: "conversion and streamlining passes of FINN, read in its source of 2026-04; not built here",
+    },
+    version: "source of 2026-04-14",
+};
+
+static ACCEPTS: Accepts = Accepts {
+    activations: Activations::BySign,
+    per_channel: PerChannel::Only(&["Conv"]),
+    bias: Bias::Int32,
+    narrow: true,
+    power_of_two: false,
+    negative_scales: false,
+    whole_blocks: false,
+};
+
+impl Target for Finn {
+    fn info(&self) -> &'static TargetInfo {
+        &INFO
+    }
+
+    fn rules(&self) -> &'static [Rule] {
+        fpga::RULES
+    }
+
+    fn accepts(&self) -> &'static Accepts {
+        &ACCEPTS
+    }
+
+    fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
+        fpga::pipeline(goal, scheme, "")
+    }
+
+    fn refuses(&self, scheme: &Scheme) -> Option<String> {
+        fpga::refuses(scheme, 8)
+    }
+
+    fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
+        passes::lower::qonnx(model)
+    }
+}

@@ -1,0 +1,112 @@
+//! hls4ml, which writes C++ for high-level synthesis.
+
+use std::borrow::Cow;
+
+use passes::about::About;
+use passes::model::Model;
+use passes::target::{
+    Accepts, Activations, Bias, Goal, LowerError, Lowered, PerChannel, Rule, Scheme, Target, TargetInfo,
+};
+
+use super::fpga;
+
+/// See [`INFO`].
+#[derive(Debug)]
+pub(super) struct Hls4ml;
+
+static INFO: TargetInfo = TargetInfo {
+    about: About {
+        name: "hls4ml",
+        doc: "QONNX as hls4ml turns it into fixed-point C++: one power-of-two scale per tensor, zero points 0, a Quant behind every \
+              input, weight, bias and result, so that every type is exact and its emulation computes the very numbers of ours.",
+        source: "hls4ml 1.3.0: conversions compiled with g++ and compared with its reference executor",
+    },
+    version: "1.3.0",
+};
+
+static ACCEPTS: Accepts = Accepts {
+    activations: Activations::BySign,
+    per_channel: PerChannel::Only(&[]),
+    bias: Bias::Int32,
+    narrow: true,
+    power_of_two: true,
+    negative_scales: false,
+    whole_blocks: false,
+};
+
+/// What its reader of ONNX knows.
+pub(super) static OPERATORS: &[&str] = &[
+    "MatMul",
+    "Gemm",
+    "Relu",
+    "Tanh",
+    "Sigmoid",
+    "LeakyRelu",
+    "ThresholdedRelu",
+    "Elu",
+    "Selu",
+    "PRelu",
+    "Softmax",
+    "Softsign",
+    "Softplus",
+    "BatchNormalization",
+    "Transpose",
+    "Reshape",
+    "Flatten",
+    "Resize",
+    "Pad",
+    "AveragePool",
+    "MaxPool",
+    "GlobalMaxPool",
+    "GlobalAveragePool",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Average",
+    "Max",
+    "Min",
+    "Concat",
+    "Sum",
+    "Conv",
+    "Dropout",
+    "Identity",
+    "Quant",
+];
+
+impl Target for Hls4ml {
+    fn info(&self) -> &'static TargetInfo {
+        &INFO
+    }
+
+    fn rules(&self) -> &'static [Rule] {
+        fpga::RULES
+    }
+
+    fn accepts(&self) -> &'static Accepts {
+        &ACCEPTS
+    }
+
+    fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
+        fpga::pipeline(goal, scheme, "pool-to-conv, infer-shapes,\n")
+    }
+
+    fn refuses(&self, scheme: &Scheme) -> Option<String> {
+        fpga::refuses(scheme, 8)
+    }
+
+    fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
+        let lowered = passes::lower::qonnx(model)?;
+        for (_, node) in lowered.graph.nodes() {
+            if !OPERATORS.contains(&&*node.op.name) {
+                let problem = format!(
+                    "hls4ml {} has no {}: split the model before it, or rewrite that part with operators of its list",
+                    INFO.version,
+                    node.op.display()
+                );
+                return Err(LowerError { place: format!("node `{}`", node.name), problem });
+            }
+        }
+        Ok(lowered)
+    }
+}

@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Lets the readers of QONNX judge: qonnx's reference executor, and hls4ml's C++ compiled with g++.
+
+    fpga.py --tool target/release/onnx-quant [--images N] [--schemes w8a8,w6a6,w4a4] [--data EVAL.npz] [--hls w8a8,w4a4]
+
+Per model and scheme, for `--target qonnx` and `--target hls4ml`: accuracy on held digits against the float model; on N images the
+outputs of the reference executor are those of `onnx-quant run`, bit for bit where scales are powers of two and within a step of the
+output's scale elsewhere (sums of f32 may round otherwise at a tie); the emulation that hls4ml compiles returns the very same numbers.
+"""
+import argparse, os, subprocess, sys, tempfile, time, warnings
+from pathlib import Path
+
+warnings.filterwarnings('ignore')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+import numpy as np
+from qonnx.core.modelwrapper import ModelWrapper
+from qonnx.core.onnx_exec import execute_onnx
+from qonnx.transformation.channels_last import ConvertToChannelsLastAndClean
+from qonnx.transformation.gemm_to_matmul import GemmToMatMul
+from qonnx.util.cleanup import cleanup_model
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+# Points of accuracy that may be lost, by bits: what the project promises.
+ALLOWED = {'w8a8': 0.3, 'w6a6': 0.5, 'w4a4': 1.5}
+
+
+def simulated(tool, model, images, folder):
+    feed, out = folder / 'images.npz', folder / 'outputs.safetensors'
+    np.savez(feed, input=images)
+    subprocess.run([tool, 'run', str(model), '--data', str(feed), '-o', str(out), '--progress', 'none'], check=True, stdout=subprocess.DEVNULL)
+    return next(iter(load_file(str(out)).values()))
+
+
+def reference(model, images):
+    """What qonnx's executor computes, image by image."""
+    wrapper = ModelWrapper(str(model))
+    name, out = wrapper.graph.input[0].name, wrapper.graph.output[0].name
+    return np.concatenate([execute_onnx(wrapper, {name: x[None]})[out] for x in images])
+
+
+def emulated(model, images, folder):
+    """What the C++ of hls4ml computes. Its types follow from the Quant nodes but for the input's, which has to hold pixels as they are."""
+    import hls4ml
+    wrapper = cleanup_model(ModelWrapper(str(model))).transform(ConvertToChannelsLastAndClean())
+    wrapper = cleanup_model(wrapper.transform(GemmToMatMul()))
+    config = hls4ml.utils.config_from_onnx_model(wrapper, granularity='name', backend='Vitis', default_precision='fixed<32,16>')
+    config['LayerName'][wrapper.graph.input[0].name]['Precision'] = {'result': 'fixed<32,8>'}
+    config['Model']['Strategy'] = 'Latency'
+    project = hls4ml.converters.convert_from_onnx_model(wrapper, hls_config=config, output_dir=str(folder / 'hls'), io_type='io_stream', backend='Vitis')
+    project.compile()
+    return project.predict(np.ascontiguousarray(images)).reshape(len(images), -1)
+
+
+def main():
+    p = argparse.ArgumentParser(); p.add_argument('--tool', required=True)
+    p.add_argument('--images', type=int, default=8); p.add_argument('--schemes', default='w8a8,w6a6,w4a4')
+    p.add_argument('--data', default=str(ROOT / 'fixtures/data/digits-eval.npz'))
+    p.add_argument('--calibration', default=str(ROOT / 'fixtures/data/digits'))
+    p.add_argument('--models', default='digits-resnet,digits-mobilenet'); p.add_argument('--hls', default='w8a8,w4a4')
+    a = p.parse_args()
+    held = np.load(a.data)
+    x, y = held['images'].astype(np.float32).reshape(-1, 1, 28, 28) / 255, held['labels']
+    failures = []
+    for name in a.models.split(','):
+        model = ROOT / 'fixtures/models' / f'{name}.onnx'
+        with tempfile.TemporaryDirectory() as tmp:
+            float_accuracy = (simulated(a.tool, model, x, Path(tmp)).argmax(1) == y).mean()
+        for scheme in a.schemes.split(','):
+            for target in 'qonnx', 'hls4ml':
+                with tempfile.TemporaryDirectory() as tmp:
+                    folder = Path(tmp); out = folder / 'q.onnx'
+                    subprocess.run([a.tool, 'quantize', str(model), '--data', a.calibration, '--target', target, '--scheme', scheme,
+                                    '--recipe', 'best', '-o', str(out), '--progress', 'none'], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    ours = simulated(a.tool, out, x, folder)
+                    lost = 100 * (float_accuracy - (ours.argmax(1) == y).mean())
+                    start = time.time(); theirs = reference(out, x[:a.images]); seconds = time.time() - start
+                    step = np.diff(np.unique(ours)).min()
+                    steps = np.abs(ours[:a.images] - theirs).max() / step
+                    line = f'{name:17}{target:8}{scheme:6} lost {lost:5.2f} points   reference executor {steps:.3g} steps off ({seconds:.1f} s)'
+                    good = lost <= ALLOWED.get(scheme, 100) and steps <= (0 if target == 'hls4ml' else 1)
+                    if target == 'hls4ml' and scheme in a.hls.split(','):
+                        start = time.time()
+                        output = os.dup(1); quiet = os.open(os.devnull, os.O_WRONLY); os.dup2(quiet, 1)
+                        try: emulation = emulated(out, x[:a.images], folder)
+                        finally: os.dup2(output, 1); os.close(output); os.close(quiet)
+                        equal = (emulation == ours[:a.images]).all(1).mean()
+                        line += f'   C++ equal on {100 * equal:.0f} % of {a.images} images ({time.time() - start:.0f} s)'
+                        good = good and equal == 1
+                    print(line + ('' if good else '   FAILED'), flush=True)
+                    if not good: failures.append((name, target, scheme))
+    print(f'{len(failures)} failures')
+    return 1 if failures else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
