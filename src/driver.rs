@@ -8,7 +8,7 @@ use passes::exec::{Dataset, Executor, Progress};
 use passes::ir::Graph;
 use passes::model::Model;
 use passes::pass::{Instrument, Pass, PassContext, PassError, PassManager, Pipeline, RunError, Trace};
-use passes::target::{Goal, Scheme, Target};
+use passes::target::{Goal, Lowered, Scheme, Target};
 
 use crate::dataset::{ImageOptions, Slot};
 use crate::emit::{self, Emit, Staged};
@@ -18,7 +18,7 @@ use crate::memory::Needs;
 use crate::overrides::{Overrides, Set, overrides};
 use crate::recipe::{pipeline_text, pipelines};
 use crate::verify::{self, Fidelity, Verdict};
-use crate::{exec, import, samples, stats};
+use crate::{exec, import, lint, samples, stats};
 
 /// How samples are chosen out of more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -259,6 +259,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     notes.append(&mut trace.notes);
     let lowered = request.target.lower(&model).map_err(|e| Error::Target(e.to_string()))?;
     notes.extend(lowered.notes.iter().cloned());
+    refuse_rejected(request, &lowered)?;
     let file = output_name(request);
     let name = (!external.is_empty()).then(|| format!("{file}.data"));
     let options = Emit { external: name, sources: &external };
@@ -305,6 +306,19 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         held_out: held_out.is_some(),
         estimated_bytes,
     })
+}
+
+/// Refuses what the rules of the target say that it rejects, before anything is written.
+fn refuse_rejected(request: &Request, lowered: &Lowered) -> Result<(), Error> {
+    let model = Model::new(lowered.graph.clone(), lowered.meta.as_ref().clone()).map_err(Error::input)?;
+    let name = request.target.info().about.name;
+    let found = lint::lint(&model, lowered.meta.opset(), name);
+    let rejected: Vec<String> =
+        found.iter().filter(|f| f.severity == Severity::Error).map(ToString::to_string).collect();
+    if rejected.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Target(format!("target `{name}` cannot take this model; nothing was written\n{}", rejected.join("\n"))))
 }
 
 /// Runs `f` on a thread of its own. The allocator keeps what calibration's workers freed for other threads like them, not

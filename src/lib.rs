@@ -10,6 +10,7 @@ pub mod driver;
 pub mod emit;
 pub mod exec;
 pub mod import;
+pub mod lint;
 pub mod load;
 mod max_drop;
 mod memory;

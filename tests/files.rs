@@ -55,6 +55,27 @@ fn golden(path: &Path, source: String) -> datatest_stable::Result<()> {
     Ok(())
 }
 
+/// What the rules of the target in the first line find; the rule that the file is called after must be among them.
+fn lint(path: &Path, source: String) -> datatest_stable::Result<()> {
+    let target = source.lines().next().and_then(|line| line.strip_prefix("# target: "));
+    let target = target.ok_or("a case names its target in the first line")?;
+    let catalogue = passes::catalogue::passes();
+    let mut cx = PassContext::new(onnx_quant::targets::TARGETS[0], &NoExecutor);
+    let shapes = Pipeline::parse("infer-shapes", &catalogue)?;
+    let (model, _) = PassManager::new(Vec::new(), true).run(&shapes, text::parse(&source)?, &mut cx)?;
+    let found = onnx_quant::lint::lint(&model, model.meta.opset(), target);
+    let code = path.file_stem().and_then(|n| n.to_str()).ok_or("a case has a name")?;
+    if !found.iter().any(|finding| finding.code.0 == code) {
+        return Err(format!("{code} finds nothing").into());
+    }
+    let out: String = found.iter().map(|finding| format!("{finding}\n")).collect();
+    let folder = std::env::current_dir()?.join(path.parent().ok_or("a case lies in a folder")?);
+    insta::with_settings!({
+        snapshot_path => folder, prepend_module_to_snapshot => false, omit_expression => true,
+    }, { insta::assert_snapshot!(code, out) });
+    Ok(())
+}
+
 /// The error stands in a comment on the offending line; cycles and reads of nothing have no single line.
 fn broken(path: &Path, source: String) -> datatest_stable::Result<()> {
     let marked = source.lines().enumerate().find_map(|(at, line)| Some((at + 1, line.split_once("# error: ")?.1)));
@@ -72,5 +93,6 @@ fn broken(path: &Path, source: String) -> datatest_stable::Result<()> {
 
 datatest_stable::harness! {
     { test = golden, root = "fixtures/passes", pattern = r"\.oq$" },
+    { test = lint, root = "fixtures/lint", pattern = r"\.oq$" },
     { test = broken, root = "fixtures/check", pattern = r"\.oq$" },
 }

@@ -64,6 +64,8 @@ pub struct Accepts {
     pub negative_scales: bool,
     /// Whether weights that are no whole number of blocks stay in float.
     pub whole_blocks: bool,
+    /// Whether it runs one sample at a time: an open leading extent is written as 1.
+    pub one_sample: bool,
 }
 
 impl Accepts {
@@ -76,6 +78,7 @@ impl Accepts {
         power_of_two: false,
         negative_scales: true,
         whole_blocks: false,
+        one_sample: false,
     };
 
     /// Whether weights of `op` have one scale per output channel.

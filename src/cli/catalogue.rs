@@ -8,7 +8,7 @@ use passes::{diag, grid, observe, reconstruct, rounding};
 
 use super::{Ended, print};
 use crate::driver::Error;
-use crate::{exec, targets};
+use crate::{exec, lint, targets};
 
 /// What can be listed.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -88,6 +88,9 @@ pub(crate) fn list(args: &ListArgs) -> Result<Ended, Error> {
         for page in diag::CODES {
             let _ = writeln!(text, "{:10}{}", page.code.0, page.title);
         }
+        for lint in lint::all() {
+            let _ = writeln!(text, "{:8}{} ({})", lint.code.0, lint.title, lint::targets_of(lint).join(", "));
+        }
     }
     print(&text);
     Ok(Ended::Done)
@@ -97,6 +100,14 @@ pub(crate) fn list(args: &ListArgs) -> Result<Ended, Error> {
 pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
     if let Some(page) = diag::CODES.iter().find(|page| page.code.0.eq_ignore_ascii_case(&args.name)) {
         print(&format!("{}: {}\n\n{}\n", page.code.0, page.title, page.text));
+        return Ok(Ended::Done);
+    }
+    if let Some(lint) = lint::all().into_iter().find(|lint| lint.code.0.eq_ignore_ascii_case(&args.name)) {
+        let targets = lint::targets_of(lint).join(", ");
+        print(&format!(
+            "{}: {} ({})\n\nWhat to do: {}.\nTargets: {targets}.\nSource: {}\n",
+            lint.code.0, lint.title, lint.severity, lint.help, lint.source
+        ));
         return Ok(Ended::Done);
     }
     let kinds = [
@@ -111,7 +122,7 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
     ];
     let found: Vec<&About> = kinds.into_iter().flat_map(abouts).filter(|about| about.name == args.name).collect();
     if found.is_empty() {
-        let codes = diag::CODES.iter().map(|page| page.code.0);
+        let codes = diag::CODES.iter().map(|page| page.code.0).chain(lint::all().into_iter().map(|lint| lint.code.0));
         let names = kinds.into_iter().flat_map(abouts).map(|about| about.name).chain(codes);
         let near = passes::pass::nearest(&args.name, names).map_or(String::new(), |n| format!("; did you mean `{n}`?"));
         return Err(Error::Input(format!("there is no page `{}`{near}", args.name)));

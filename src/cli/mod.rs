@@ -4,6 +4,7 @@ mod catalogue;
 mod common;
 mod compare;
 mod inspect;
+mod lint;
 mod opt;
 mod progress;
 mod quantize;
@@ -33,6 +34,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Compare a quantized model with its float model, layer by layer, worst first.
     Compare(compare::Args),
+    /// Say what a target will reject, leave in float, not fuse or run slowly.
+    Lint(lint::Args),
     /// Run a model, float or quantized, by our own arithmetic.
     Run(run::Args),
     /// Run any passes over a model.
@@ -75,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Lint(args) => lint::run(&args),
         Command::Run(args) => run::run(&args),
         Command::Opt(args) => opt::run(&args),
         Command::Cat(args) => opt::cat(&args),

@@ -74,6 +74,17 @@ fn load(path: &Path) -> Result<(Model, Vec<Source>), Error> {
     Ok((imported.model, imported.external))
 }
 
+/// A model as it stands in its file, and its ai.onnx version there.
+pub(crate) fn load_as_is(path: &Path) -> Result<(Model, u32), Error> {
+    if path.extension().is_some_and(|e| e == "oq") {
+        let (model, _) = load(path)?;
+        let opset = model.meta.opset();
+        return Ok((model, opset));
+    }
+    let imported = import::file(path).map_err(Error::input)?;
+    Ok((imported.model, imported.opset))
+}
+
 fn save(model: &Model, input: &Path, external: &[Source], output: Option<&Path>) -> Result<(), Error> {
     let Some(path) = output else {
         print(&text_of(model));

@@ -32,10 +32,11 @@ static ACCEPTS: Accepts = Accepts {
     power_of_two: true,
     negative_scales: false,
     whole_blocks: false,
+    one_sample: true,
 };
 
 /// What its reader of ONNX knows.
-pub(super) static OPERATORS: &[&str] = &[
+pub(crate) static OPERATORS: &[&str] = &[
     "MatMul",
     "Gemm",
     "Relu",
@@ -72,6 +73,8 @@ pub(super) static OPERATORS: &[&str] = &[
     "Dropout",
     "Identity",
     "Quant",
+    "IntQuant",
+    "BipolarQuant",
 ];
 
 impl Target for Hls4ml {
@@ -96,17 +99,6 @@ impl Target for Hls4ml {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        let lowered = passes::lower::qonnx(model)?;
-        for (_, node) in lowered.graph.nodes() {
-            if !OPERATORS.contains(&&*node.op.name) {
-                let problem = format!(
-                    "hls4ml {} has no {}: split the model before it, or rewrite that part with operators of its list",
-                    INFO.version,
-                    node.op.display()
-                );
-                return Err(LowerError { place: format!("node `{}`", node.name), problem });
-            }
-        }
-        Ok(lowered)
+        passes::lower::qonnx(model)
     }
 }

@@ -14,6 +14,8 @@ mod vitisai;
 
 use passes::target::Target;
 
+pub(crate) use hls4ml::OPERATORS as HLS4ML_OPERATORS;
+
 /// Every target, in the order of the manual. The first is the default.
 pub static TARGETS: &[&dyn Target] = &[
     &ort_cpu::OrtCpu,

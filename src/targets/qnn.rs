@@ -91,6 +91,6 @@ impl Target for Qnn {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq(model)
+        passes::lower::qdq_of_one(model)
     }
 }

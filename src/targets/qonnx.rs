@@ -32,6 +32,7 @@ static ACCEPTS: Accepts = Accepts {
     power_of_two: false,
     negative_scales: false,
     whole_blocks: false,
+    one_sample: true,
 };
 
 impl Target for Qonnx {

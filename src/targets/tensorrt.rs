@@ -32,6 +32,7 @@ static ACCEPTS: Accepts = Accepts {
     power_of_two: false,
     negative_scales: false,
     whole_blocks: true,
+    one_sample: false,
 };
 
 /// Results stay in float: a quantizer behind a heavy operator keeps it from fusing with what follows.

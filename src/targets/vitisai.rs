@@ -32,6 +32,7 @@ static ACCEPTS: Accepts = Accepts {
     power_of_two: true,
     negative_scales: false,
     whole_blocks: false,
+    one_sample: true,
 };
 
 /// Operators of convolutional networks; pools keep the scale of what they read.
@@ -79,6 +80,6 @@ impl Target for VitisAi {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq(model)
+        passes::lower::qdq_of_one(model)
     }
 }

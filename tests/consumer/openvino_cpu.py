@@ -45,10 +45,11 @@ def run(model, feeds, **config):
     nodes = collections.Counter()
     for op in compiled.get_runtime_model().get_ordered_ops():
         info = op.get_rt_info()
-        if info['layerType'] in HEAVY:
+        kind, precision = (info[key].astype(str) for key in ('layerType', 'runtimePrecision'))
+        if kind in HEAVY:
             # Weights that are packed into a kernel are no input any more: the precision of the computation tells.
             weights = str(op.input(1).get_element_type().get_type_name()) if op.get_input_size() > 1 else '-'
-            nodes[(info['layerType'], info['runtimePrecision'], weights)] += 1
+            nodes[(kind, precision, weights)] += 1
     return result, nodes
 
 

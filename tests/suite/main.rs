@@ -17,6 +17,7 @@ mod mixed;
 mod registry;
 mod rounding;
 mod schemes;
+mod targets;
 mod verify;
 
 use std::path::{Path, PathBuf};

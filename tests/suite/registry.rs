@@ -79,3 +79,15 @@ fn pipelines_that_make_no_sense_are_refused_with_a_hint() {
     let early = Pipeline::parse("assign-encodings", &catalogue).unwrap();
     assert!(early.check(passes::pass::Facts::NONE, &catalogue).unwrap_err().to_string().contains("put `calibrate`"));
 }
+
+#[test]
+fn every_lint_has_a_source_a_way_out_and_a_fixture() {
+    let lints = onnx_quant::lint::all();
+    assert!(lints.len() >= 40);
+    for lint in lints {
+        assert!(lint.source.len() > 5 && lint.help.len() > 3 && lint.title.len() > 5, "{}", lint.code.0);
+        assert!(super::fixture("lint").join(format!("{}.oq", lint.code.0)).exists(), "{} has no fixture", lint.code.0);
+        assert!(!onnx_quant::lint::targets_of(lint).is_empty(), "{}", lint.code.0);
+        assert!(super::tool_ok(&["explain", lint.code.0]).contains(lint.title));
+    }
+}

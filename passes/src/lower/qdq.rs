@@ -29,6 +29,14 @@ pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
     lowered(model, Dialect::Qdq)
 }
 
+/// The same with open leading extents written as 1, for consumers that compile for fixed shapes.
+///
+/// # Errors
+/// [`LowerError`], as [`lower`].
+pub fn lower_of_one(model: &Model) -> Result<Lowered, LowerError> {
+    lowered(model, Dialect::QdqOfOne)
+}
+
 /// The same, with `com.microsoft::MatMulNBits` for matrix products of float activations with a weight of integers in blocks: it computes
 /// in float where ONNX Runtime's own fusion rounds activations to 8 bits, and has room for 2 bits. Tables of integers in blocks are
 /// read by `com.microsoft::GatherBlockQuantized`.
@@ -44,10 +52,18 @@ pub fn lower_with_nbits(model: &Model) -> Result<Lowered, LowerError> {
 pub(super) enum Dialect {
     /// `QuantizeLinear` and `DequantizeLinear`.
     Qdq,
-    /// The same, and `MatMulNBits`.
+    /// The same, for one sample.
+    QdqOfOne,
+    /// The same for any number, and `MatMulNBits`.
     QdqAndNbits,
     /// `Quant` and `FloatQuant`.
     Qonnx,
+}
+
+impl Dialect {
+    fn is_of_one_sample(self) -> bool {
+        matches!(self, Self::Qonnx | Self::QdqOfOne)
+    }
 }
 
 pub(super) fn lowered(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
@@ -58,7 +74,7 @@ pub(super) fn lowered(model: &Model, dialect: Dialect) -> Result<Lowered, LowerE
         opset: model.meta.opset(),
         nbits: (dialect == Dialect::QdqAndNbits).then(|| walk::Users::of(graph)),
         dialect,
-        batch: if dialect == Dialect::Qonnx { super::qonnx::batch_symbols(graph) } else { BTreeSet::new() },
+        batch: if dialect.is_of_one_sample() { super::qonnx::batch_symbols(graph) } else { BTreeSet::new() },
         packed: false,
         builder: Builder::new(graph.name(), graph.doc()),
         taken: graph.value_ids().map(|id| Arc::clone(&graph.value(id).name)).collect(),
@@ -210,10 +226,7 @@ impl Lowering<'_> {
     }
 
     fn type_of(&self, ty: &Type) -> Type {
-        match self.dialect {
-            Dialect::Qonnx => super::qonnx::of_one_sample(ty, &self.batch),
-            Dialect::Qdq | Dialect::QdqAndNbits => ty.clone(),
-        }
+        if self.dialect.is_of_one_sample() { super::qonnx::of_one_sample(ty, &self.batch) } else { ty.clone() }
     }
 
     /// A matrix product with its weight in it.

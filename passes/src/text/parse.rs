@@ -342,11 +342,16 @@ impl Parser {
             self.expect('(')?;
             let value: f32 = self.number()?;
             self.expect(')')?;
-            return self.filled(dtype, shape, vec![value; elements]);
+            return match dtype {
+                DType::F32 => Ok(Tensor::of(shape, vec![value; elements])),
+                _ => self.codes(dtype, shape, value, elements),
+            };
         }
         if self.eat_word("rand") {
-            let values = self.random(elements)?;
-            return self.filled(dtype, shape, values);
+            if dtype != DType::F32 {
+                return Err(self.fail(format!("only f32 constants can be random, not {}", dtype.name())));
+            }
+            return Ok(Tensor::of(shape, self.random(elements)?));
         }
         if self.eat_word("hex") {
             let bytes = Bytes::from(self.hex()?);
@@ -358,11 +363,22 @@ impl Parser {
         self.written_out(dtype, shape, elements)
     }
 
-    fn filled(&self, dtype: DType, shape: Vec<usize>, values: Vec<f32>) -> Parsed<Tensor> {
-        match dtype {
-            DType::F32 => Ok(Tensor::of(shape, values)),
-            other => Err(self.fail(format!("only f32 constants can be filled, not {}", other.name()))),
+    /// `elements` times the whole number `value`, in an integer type of up to 16 bits.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "two's complement is what is wanted")]
+    fn codes(&self, dtype: DType, shape: Vec<usize>, value: f32, elements: usize) -> Parsed<Tensor> {
+        let bits = dtype.bits() as usize;
+        let small = matches!(dtype, DType::I4 | DType::U4 | DType::I2 | DType::U2) || dtype.is_integer() && bits <= 16;
+        if !small || value.fract() != 0.0 || value.abs() >= 65536.0 {
+            return Err(self.fail(format!("f32 and integers of up to 16 bits can be filled, not {}", dtype.name())));
         }
+        let code = value as i32 as u32 & ((1 << bits) - 1);
+        let mut bytes = vec![0_u8; (elements * bits).div_ceil(8)];
+        for bit in
+            (0..elements).flat_map(|at| (0..bits).filter(|bit| code >> bit & 1 == 1).map(move |bit| at * bits + bit))
+        {
+            bytes[bit / 8] |= 1 << (bit % 8);
+        }
+        Tensor::new(dtype, shape, bytes.into()).map_err(|e| self.fail(e.to_string()))
     }
 
     /// `(seed=7, std=0.05)`: the same numbers on every machine.

@@ -1,0 +1,156 @@
+//! What is written for a target is what it takes, and the same codes for all that take the same.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use passes::diag::Severity;
+use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::tensor::Tensor;
+
+use super::{fixture, text, tool, tool_ok};
+
+fn quantize(folder: &Path, model: &str, target: &str, scheme: &str) -> PathBuf {
+    let out = folder.join(format!("{model}-{target}-{scheme}.onnx"));
+    let (model, data) = (fixture(&format!("models/{model}.onnx")), fixture("data/digits"));
+    let args =
+        ["quantize", text(&model), "--data", text(&data), "--target", target, "--scheme", scheme, "-o", text(&out)];
+    tool_ok(&[&args[..], &["--progress", "none"]].concat());
+    out
+}
+
+const PAIRS: &[(&str, &[&str])] = &[
+    ("ort-cpu", &["w8a8", "w4a4"]),
+    ("onnx-qdq", &["w8a8", "w6a6", "w8auint16", "wfp8afp8"]),
+    ("openvino-cpu", &["w8a8"]),
+    ("tensorrt", &["w8a8", "wfp8afp8"]),
+    ("qonnx", &["w8a8", "w6a6", "w3a5", "w4a12", "we2m3ae3m2"]),
+    ("hls4ml", &["w8a8", "w6a6", "w4a4"]),
+    ("finn", &["w8a8", "w4a4"]),
+    ("tract", &["w8a8"]),
+    ("qnn", &["w8a8", "w8auint16"]),
+    ("vitisai", &["w8a8"]),
+];
+
+/// Every target's own rules find nothing in what is written for it that it would reject, and no schemes are refused by accident.
+#[test]
+fn every_target_takes_what_is_written_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    for (target, schemes) in PAIRS {
+        for (model, scheme) in
+            schemes.iter().flat_map(|scheme| [("digits-resnet", scheme), ("digits-mobilenet", scheme)])
+        {
+            let out = quantize(folder.path(), model, target, scheme);
+            let written = onnx_quant::import::file(&out).unwrap();
+            let found = onnx_quant::lint::lint(&written.model, written.opset, target);
+            let wrong: Vec<String> = found.iter().map(ToString::to_string).collect();
+            assert!(found.iter().all(|f| f.severity != Severity::Error), "{target} {scheme}: {wrong:#?}");
+        }
+    }
+}
+
+/// The codes of every weight, by the name of the node that reads it.
+fn weights(path: &Path) -> BTreeMap<String, Tensor> {
+    let model = onnx_quant::import::file(path).unwrap().model;
+    let catalogue = passes::catalogue::passes();
+    let executor = (onnx_quant::exec::find("rten").unwrap().build)(&model.meta).unwrap();
+    let mut cx = PassContext::new(onnx_quant::targets::TARGETS[0], executor.as_ref());
+    let pipeline = Pipeline::parse("infer-shapes, absorb-qdq", &catalogue).unwrap();
+    let (model, _) = PassManager::default().run(&pipeline, model, &mut cx).unwrap();
+    let of = |(id, node): (passes::id::NodeId, &passes::ir::Node)| {
+        let codes = model.plan().codes(passes::id::Site::Use { node: id, input: 1 })?;
+        Some((node.name.to_string(), codes.as_ref().clone()))
+    };
+    model.graph().nodes().filter_map(of).collect()
+}
+
+#[test]
+fn targets_with_the_same_rules_get_the_same_codes() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |target: &str| weights(&quantize(folder.path(), "digits-resnet", target, "w8a8"));
+    let usual = of("ort-cpu");
+    assert_eq!(usual.len(), 10);
+    // One scale per output channel, signed codes: float or integer biases and zero points of activations do not matter.
+    for target in ["onnx-qdq", "openvino-cpu", "qonnx"] {
+        assert_eq!(of(target), usual, "{target}");
+    }
+    // All but the last product, which has too few outputs for it.
+    let tensorrt = of("tensorrt");
+    assert_eq!(tensorrt.len(), 9);
+    assert!(tensorrt.iter().all(|(name, codes)| usual[name] == *codes));
+    // One scale in all.
+    let single = of("tract");
+    assert_ne!(single, usual);
+}
+
+#[test]
+fn what_a_target_cannot_take_is_refused_before_any_work() {
+    let model = fixture("models/digits-resnet.onnx");
+    for (target, scheme, instead) in [
+        ("tensorrt", "w8a8dyn", "w4a16g128"),
+        ("tensorrt", "w4a16g32", "blocks of 64 or 128"),
+        ("openvino-cpu", "w8a8dyn", "w8a16g128"),
+        ("openvino-cpu", "w4a4", "w8a8"),
+        ("hls4ml", "w4a16g32", "w4a4"),
+        ("hls4ml", "w8auint16", "2 to 8 bits"),
+        ("finn", "w4a12", "2 to 8 bits"),
+        ("tract", "w4a8", "w4a16g32"),
+        ("qnn", "w4a16g32", "w8auint16"),
+        ("vitisai", "w4a4", "w8a8"),
+        ("ort-cpu", "w8auint16", "--target qnn"),
+    ] {
+        let output = tool(&["quantize", text(&model), "--target", target, "--scheme", scheme, "-o", "never.onnx"]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{target} {scheme}: {error}");
+        assert!(error.contains(instead), "{target} {scheme} should name `{instead}`: {error}");
+    }
+}
+
+#[test]
+fn lint_ends_with_code_3_where_a_target_rejects() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = quantize(folder.path(), "digits-resnet", "ort-cpu", "w8a8");
+    assert!(tool_ok(&["lint", text(&out), "--target", "ort-cpu"]).contains("0 errors"));
+    let rejected = tool(&["lint", text(&out), "--target", "tensorrt", "--json"]);
+    assert_eq!(rejected.status.code(), Some(3));
+    let json: serde_json::Value = serde_json::from_slice(&rejected.stdout).unwrap();
+    let codes: Vec<&str> = json["findings"].as_array().unwrap().iter().filter_map(|f| f["code"].as_str()).collect();
+    assert!(codes.contains(&"OQ8302") && codes.contains(&"OQ8306"), "{codes:?}");
+    let plain = tool(&["lint", text(&fixture("models/digits-mobilenet.onnx")), "--target", "hls4ml"]);
+    let found = String::from_utf8_lossy(&plain.stdout).into_owned();
+    assert!(found.contains("OQ8421") && found.contains("Clip") && found.contains("OQ8429"), "{found}");
+}
+
+/// tract loads what is written for it, and its labels are those of our simulation: it rounds ties away from zero, so that a code may
+/// be off by one here and there.
+#[test]
+fn tract_runs_what_is_written_for_it() {
+    use tract_onnx::prelude::*;
+    let folder = tempfile::tempdir().unwrap();
+    let out = quantize(folder.path(), "digits-resnet", "tract", "w8a8");
+    let results = folder.path().join("out.safetensors");
+    let data = fixture("data/digits/00.npz");
+    tool_ok(&["run", text(&out), "--data", text(&data), "-o", text(&results), "--progress", "none"]);
+    let bytes = std::fs::read(&results).unwrap();
+    let ours = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let ours = ours.tensor("logits").unwrap();
+    let ours: Vec<f32> = ours.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    let slots = onnx_quant::dataset::Slot::of(onnx_quant::import::file(&out).unwrap().model.graph());
+    let files = onnx_quant::dataset::Files::open(&data, slots, None, None).unwrap();
+    let model = tract_onnx::onnx().model_for_path(&out).unwrap();
+    let model = model.with_input_fact(0, f32::fact([1, 1, 28, 28]).into()).unwrap().into_optimized().unwrap();
+    let model = model.into_runnable().unwrap();
+    let mut agreed = 0;
+    for (index, mine) in ours.chunks(10).enumerate() {
+        let sample = passes::exec::Dataset::sample(&files, index).unwrap();
+        let values = sample[0].floats().unwrap().into_owned();
+        let input = tract_ndarray::Array4::from_shape_vec((1, 1, 28, 28), values).unwrap();
+        let theirs = model.run(tvec!(input.into_tensor().into())).unwrap();
+        let theirs: Vec<f32> = theirs[0].to_plain_array_view::<f32>().unwrap().iter().copied().collect();
+        let top = |logits: &[f32]| (0..10).max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+        agreed += usize::from(top(mine) == top(&theirs));
+        let error = mine.iter().zip(&theirs).map(|(a, b)| (a - b).powi(2)).sum::<f32>();
+        let signal = mine.iter().map(|a| a * a).sum::<f32>();
+        assert!(error < 1e-3 * signal, "sample {index}: {mine:?} {theirs:?}");
+    }
+    assert_eq!(agreed, ours.len() / 10);
+}
