@@ -8,10 +8,10 @@ use passes::exec::{Dataset, Executor, Progress};
 use passes::ir::Graph;
 use passes::model::Model;
 use passes::pass::{Instrument, Pass, PassContext, PassError, PassManager, Pipeline, RunError, Trace};
-use passes::target::{Goal, Lowered, Scheme, Target};
+use passes::target::{Container, Goal, Lowered, Scheme, Target};
 
 use crate::dataset::{ImageOptions, Slot};
-use crate::emit::{self, Emit, Staged};
+use crate::emit::{self, Emit, Layout, Staged};
 use crate::load::Source;
 use crate::max_drop::{self, Checkpoint, Search};
 use crate::memory::Needs;
@@ -55,6 +55,8 @@ pub struct Request {
     pub stats: Option<PathBuf>,
     /// Where it will run.
     pub target: &'static dyn Target,
+    /// How weights become memories, for targets that write those.
+    pub layout: Layout,
     /// Bits.
     pub scheme: Scheme,
     /// How much it may cost.
@@ -209,7 +211,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let imported = import::file(&request.input).map_err(Error::input)?;
     let (mut notes, input_opset, external) = (imported.notes, imported.opset, imported.external);
     if let Some(output) = &request.output {
-        guard_inputs(output, &request.input, &external)?;
+        guard_inputs(&emit::main_file(request.target, output), &request.input, &external)?;
     }
     let graph = imported.model.graph();
     let overrides = overrides(&request.keep_float, &request.set, graph, request.scheme, request.target)?;
@@ -259,23 +261,22 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     notes.append(&mut trace.notes);
     let lowered = request.target.lower(&model).map_err(|e| Error::Target(e.to_string()))?;
     notes.extend(lowered.notes.iter().cloned());
-    refuse_rejected(request, &lowered)?;
-    let file = output_name(request);
-    let name = (!external.is_empty()).then(|| format!("{file}.data"));
-    let options = Emit { external: name, sources: &external };
-    let artifact = emit::model(&lowered.graph, &lowered.meta, &options, &file);
-    drop(lowered);
+    refuse_rejected(request.target, &lowered)?;
     let mut sizes = Sizes {
         input_bytes: input_bytes(&request.input, &external),
         input_opset,
-        output_bytes: artifact.bytes(),
         output_opset: model.meta.opset(),
+        output_bytes: 0,
     };
     let mut staged = None;
     if let Some(output) = &request.output {
-        let written = Staged::write(artifact, output, &external)?;
+        let written = emit::stage(request.target, (&model, lowered), output, &external, &request.layout)?;
         sizes.output_bytes = written.bytes()?;
         staged = Some(written);
+    } else {
+        let name = output_name(request);
+        let options = Emit { external: (!external.is_empty()).then(|| format!("{name}.data")), ..Emit::default() };
+        sizes.output_bytes = emit::model(&lowered.graph, &lowered.meta, &options, &name).bytes();
     }
     clock.lap("emit");
     if progress.cancelled() {
@@ -309,9 +310,9 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
 }
 
 /// Refuses what the rules of the target say that it rejects, before anything is written.
-fn refuse_rejected(request: &Request, lowered: &Lowered) -> Result<(), Error> {
+pub(crate) fn refuse_rejected(target: &dyn Target, lowered: &Lowered) -> Result<(), Error> {
     let model = Model::new(lowered.graph.clone(), lowered.meta.as_ref().clone()).map_err(Error::input)?;
-    let name = request.target.info().about.name;
+    let name = target.info().about.name;
     let found = lint::lint(&model, lowered.meta.opset(), name);
     let rejected: Vec<String> =
         found.iter().filter(|f| f.severity == Severity::Error).map(ToString::to_string).collect();
@@ -383,7 +384,8 @@ fn check_request(request: &Request) -> Result<(), Error> {
             )));
         }
     }
-    if let Some(output) = request.output.as_ref().filter(|output| output.is_dir()) {
+    let writes_file = request.target.container() == Container::Onnx;
+    if let Some(output) = request.output.as_ref().filter(|output| writes_file && output.is_dir()) {
         return Err(Error::Input(format!("the output `{}` is a folder; name a file", output.display())));
     }
     let measures = request.scheme.fixes_ranges();

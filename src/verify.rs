@@ -261,6 +261,11 @@ fn compare_interface(model: &Model, read_back: &Model) -> Vec<Diagnostic> {
     findings
 }
 
+/// Whether constants so encoded may be written as the float numbers that they stand for: formats without an operator, and biases.
+fn may_be_float(encoding: &passes::encoding::Encoding) -> bool {
+    !encoding.grid.info().integer || encoding.grid.info().storage == DType::I32
+}
+
 /// Every encoding of the plan must stand in the file at the node input that it is for, with the same codes.
 fn compare_plans(model: &Model, read_back: &Model) -> Vec<Diagnostic> {
     let theirs = uses_by_name(read_back);
@@ -268,7 +273,7 @@ fn compare_plans(model: &Model, read_back: &Model) -> Vec<Diagnostic> {
     for (key, (encoding, codes)) in uses_by_name(model) {
         let place = Place::Node(key.0.as_str().into());
         match theirs.get(&key) {
-            None if codes.is_some() && !encoding.grid.info().integer => {} // a float constant: compared below
+            None if codes.is_some() && may_be_float(&encoding) => {} // a float constant: compared below
             None => findings.push(structure(place, format!("input {} is not quantized in the file", key.1))),
             Some((other, _)) if !other.reads_like(&encoding) => {
                 findings.push(structure(place, format!("input {} has another encoding in the file", key.1)));
@@ -286,7 +291,7 @@ fn compare_plans(model: &Model, read_back: &Model) -> Vec<Diagnostic> {
 fn compare_constants(model: &Model, read_back: &Model) -> Vec<Diagnostic> {
     let plan = model.plan();
     let substitutes = plan.substitutes().map(|(site, tensor)| (site, tensor.floats().unwrap_or_default().into_owned()));
-    let rounded = plan.encodings().filter(|(_, encoding)| !encoding.grid.info().integer);
+    let rounded = plan.encodings().filter(|(_, encoding)| may_be_float(encoding));
     let rounded = rounded.filter_map(|(site, encoding)| Some((site, encoding.decode(plan.codes(site)?).ok()?)));
     let in_codes = uses_by_name(read_back);
     let theirs: BTreeMap<&str, &Node> = read_back.graph().nodes().map(|(_, node)| (&*node.name, node)).collect();

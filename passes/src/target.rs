@@ -18,6 +18,10 @@ pub trait Target: Debug + Send + Sync {
     fn info(&self) -> &'static TargetInfo;
     /// What it runs on codes, by operator.
     fn rules(&self) -> &'static [Rule];
+    /// The files that it reads.
+    fn container(&self) -> Container {
+        Container::Onnx
+    }
     /// How it wants numbers written.
     fn accepts(&self) -> &'static Accepts {
         &Accepts::USUAL
@@ -45,6 +49,17 @@ pub struct TargetInfo {
     pub about: About,
     /// The consumer's version that the rules were measured on.
     pub version: &'static str,
+}
+
+/// The files that a model becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Container {
+    /// One ONNX file, with external data beside it where that is large.
+    Onnx,
+    /// A folder: an ONNX file whose weights lie in a `.safetensors` file, and a manifest.
+    Packed,
+    /// A folder: the weights as the memories of a circuit, a C header, a manifest, and the model in QONNX.
+    Memories,
 }
 
 /// How a target wants the numbers written that it computes on.

@@ -60,6 +60,7 @@ impl DataArgs {
             augment: 0,
             stats: None,
             target: target_named(target)?,
+            layout: crate::emit::Layout::default(),
             scheme: Scheme::W8A8,
             goal: Goal::Balanced,
             pipeline: None,

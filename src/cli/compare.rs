@@ -41,7 +41,7 @@ struct Row {
 }
 
 /// Brings a model to the form in which both can be compared: quantization in the plan, constants folded.
-const PIPELINE: &str = "infer-shapes, absorb-qdq, fold-constants,
+const PIPELINE: &str = "infer-shapes, expand-qoperators, absorb-qdq, fold-constants,
 *(eliminate-identity, fold-gemm-scalars, fold-batch-norm, fold-affine, fold-pad, fold-constants, infer-shapes, drop-dead)";
 
 /// Runs the command.

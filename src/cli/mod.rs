@@ -3,6 +3,7 @@
 mod catalogue;
 mod common;
 mod compare;
+mod convert;
 mod inspect;
 mod lint;
 mod opt;
@@ -17,6 +18,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::driver::Error;
+pub(crate) use run::stored;
 
 /// Quantizes ONNX models for the place where they will run.
 #[derive(Debug, Parser)]
@@ -34,6 +36,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Compare a quantized model with its float model, layer by layer, worst first.
     Compare(compare::Args),
+    /// Write a quantized model in another dialect, codes unchanged.
+    Convert(convert::Args),
     /// Say what a target will reject, leave in float, not fuse or run slowly.
     Lint(lint::Args),
     /// Run a model, float or quantized, by our own arithmetic.
@@ -78,6 +82,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Convert(args) => convert::run(&args),
         Command::Lint(args) => lint::run(&args),
         Command::Run(args) => run::run(&args),
         Command::Opt(args) => opt::run(&args),

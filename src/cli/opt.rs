@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use passes::exec::Dataset;
+use passes::lower::Dialect;
 use passes::model::Model;
 use passes::pass::{Instrument, PassContext, PassInfo, PassManager, Pipeline, StepRecord};
 use passes::text;
@@ -99,12 +100,12 @@ fn save(model: &Model, input: &Path, external: &[Source], output: Option<&Path>)
     let graph = if model.plan().is_empty() {
         model.graph()
     } else {
-        lowered = passes::lower::qdq(model).map_err(|e| Error::Target(e.to_string()))?;
+        lowered = passes::lower::lower(model, Dialect::QDQ).map_err(|e| Error::Target(e.to_string()))?;
         &lowered.graph
     };
     let file = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
     let name = (!external.is_empty()).then(|| format!("{file}.data"));
-    let options = Emit { external: name, sources: external };
+    let options = Emit { external: name, sources: external, ..Emit::default() };
     let staged = Staged::write(emit::model(graph, &model.meta, &options, &file), path, external)?;
     if progress::is_cancelled() {
         return Err(Error::Interrupted);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use passes::target::Goal;
+use passes::target::{Container, Goal};
 use serde::Deserialize;
 
 use super::common::{DataArgs, scheme, share, target_named};
@@ -68,6 +68,9 @@ pub(crate) struct Args {
     /// `--recipe best`, whose codes it starts from.
     #[arg(long, value_name = "METHOD")]
     learn: Option<String>,
+    /// How --target rtl-mem folds and writes weights: pe=4,simd=8,format=coe; formats are mem, dat, coe, mif and hex, several if repeated.
+    #[arg(long, value_name = "LAYOUT", default_value = "format=mem")]
+    memory: emit::Layout,
     /// Mixed precision: the mean bits of a weight, spent where they lower the loss most.
     #[arg(long, value_name = "BITS", value_parser = share)]
     budget: Option<f64>,
@@ -157,7 +160,8 @@ fn request(args: &Args) -> Result<Request, Error> {
     let target_name = args.target.clone().or(recipe.target).unwrap_or_else(|| "ort-cpu".into());
     let target = target_named(&target_name)?;
     let scheme_text = args.scheme.clone().or(recipe.scheme).unwrap_or_else(|| "w8a8".into());
-    let output = args.output.clone().unwrap_or_else(|| args.model.with_extension("q.onnx"));
+    let ending = if target.container() == Container::Onnx { "q.onnx" } else { "q" };
+    let output = args.output.clone().unwrap_or_else(|| args.model.with_extension(ending));
     let of_recipe = recipe.set.iter().map(|text| text.parse().map_err(|e| Error::Input(format!("set `{text}`: {e}"))));
     let of_file = |share: &Option<Share>, name: &str| share.as_ref().map(|share| share.value(name)).transpose();
     // Of several that match, the last counts: the command line's.
@@ -176,6 +180,7 @@ fn request(args: &Args) -> Result<Request, Error> {
         output: (!args.dry_run).then_some(output),
         stats: args.stats.clone(),
         target,
+        layout: args.memory.clone(),
         scheme: scheme_of(&scheme_text)?,
         goal,
         pipeline: args.pipeline.clone().or(recipe.pipeline),

@@ -45,7 +45,10 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
         progress: &progress,
         ..PassContext::new(target_named("ort-cpu")?, executor.as_ref())
     };
-    let pipeline = Pipeline::parse("infer-shapes, absorb-qdq, fold-constants, drop-dead", &passes::catalogue::passes());
+    let pipeline = Pipeline::parse(
+        "infer-shapes, expand-qoperators, absorb-qdq, fold-constants, drop-dead",
+        &passes::catalogue::passes(),
+    );
     let (model, _) = PassManager::default().run(&pipeline.map_err(Error::input)?, imported.model, &mut cx)?;
     let graph = model.graph();
     let simulation =

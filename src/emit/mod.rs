@@ -1,7 +1,12 @@
 //! From graphs to files.
 
+mod memories;
 mod onnx;
+mod packed;
+mod stage;
 mod write;
 
+pub use memories::{Layout, MemoryFormat};
 pub use onnx::{Artifact, Emit, model, part};
+pub use stage::{main_file, stage};
 pub use write::{Staged, WriteError, atomically, discard_staged};

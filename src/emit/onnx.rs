@@ -1,5 +1,6 @@
 //! Graphs as ONNX messages, with external data where it belongs.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -35,6 +36,8 @@ pub struct Emit<'a> {
     pub external: Option<String>,
     /// The files that weights may be slices of.
     pub sources: &'a [Source],
+    /// Where constants lie already, by name: a file beside the model, an offset and a length.
+    pub placed: BTreeMap<String, ExternalRef>,
 }
 
 /// A model as it will lie on disk.
@@ -90,6 +93,7 @@ pub fn model(graph: &Graph, meta: &Metadata, options: &Emit<'_>, file: &str) -> 
         external: external.is_some(),
         name: external.unwrap_or_default(),
         sources: options.sources,
+        placed: &options.placed,
         end: 0,
         payloads: Vec::new(),
     };
@@ -115,7 +119,14 @@ pub fn model(graph: &Graph, meta: &Metadata, options: &Emit<'_>, file: &str) -> 
 
 /// `graph` as a model for an executor: one message, no documentation.
 pub fn part(graph: &Graph, meta: &Metadata) -> ModelProto {
-    let mut writer = Writer { external: false, name: String::new(), sources: &[], end: 0, payloads: Vec::new() };
+    let mut writer = Writer {
+        external: false,
+        name: String::new(),
+        sources: &[],
+        placed: &BTreeMap::new(),
+        end: 0,
+        payloads: Vec::new(),
+    };
     ModelProto {
         ir_version: Some(ir_version(meta.opset())),
         graph: Some(writer.graph(graph, false)),
@@ -142,6 +153,7 @@ struct Writer<'a> {
     external: bool,
     name: String,
     sources: &'a [Source],
+    placed: &'a BTreeMap<String, ExternalRef>,
     end: u64,
     payloads: Vec<(u64, Bytes)>,
 }
@@ -215,6 +227,9 @@ impl Writer<'_> {
 
     /// Shape-like constants stay inline even in a model with external data: shape inference reads them.
     fn tensor(&mut self, name: &str, tensor: &Tensor) -> TensorProto {
+        if let Some(reference) = self.placed.get(name) {
+            return outside(name, tensor, reference);
+        }
         if !self.external || tensor.bytes().len() < EXTERNAL_FROM {
             return inline(name, tensor);
         }
@@ -222,14 +237,23 @@ impl Writer<'_> {
         let length = tensor.bytes().len() as u64;
         self.end = offset + length;
         self.payloads.push((offset, tensor.bytes().clone()));
-        let reference = ExternalRef { location: self.name.clone(), offset, length: Some(length) };
-        TensorProto {
-            raw_data: None,
-            external_data: external_entries(&reference),
-            data_location: Some(DataLocation::External as i32),
-            ..inline(name, tensor)
-        }
+        outside(name, tensor, &ExternalRef { location: self.name.clone(), offset, length: Some(length) })
     }
+}
+
+/// `tensor` with its payload at `reference`.
+fn outside(name: &str, tensor: &Tensor, reference: &ExternalRef) -> TensorProto {
+    TensorProto {
+        raw_data: None,
+        external_data: external_entries(reference),
+        data_location: Some(DataLocation::External as i32),
+        ..inline(name, tensor)
+    }
+}
+
+/// Whether `tensor` is worth a place outside the model.
+pub(super) fn is_large(tensor: &Tensor) -> bool {
+    tensor.bytes().len() >= EXTERNAL_FROM && tensor.dtype() != DType::String
 }
 
 fn attribute(name: &str, attr: &Attr) -> AttributeProto {
@@ -325,7 +349,14 @@ mod tests {
         };
         let payloads = [slice(64, 2304), slice(2368, 9000), slice(30_003, 1200), Bytes::from(vec![2; 2000])];
         let sources = files.take_sources();
-        let mut writer = Writer { external: true, name: "d".into(), sources: &sources, end: 0, payloads: Vec::new() };
+        let mut writer = Writer {
+            external: true,
+            name: "d".into(),
+            sources: &sources,
+            placed: &BTreeMap::new(),
+            end: 0,
+            payloads: Vec::new(),
+        };
         let places = payloads.map(|payload| {
             let offset = writer.place(&payload);
             writer.end = offset + payload.len() as u64;

@@ -89,26 +89,51 @@ pub struct Staged {
 }
 
 impl Staged {
+    /// Nothing yet, in a folder beside `beside`; files are to lie where `target` does.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn begin(target: &Path, beside: &Path) -> Result<Self, WriteError> {
+        let fail = failed(target);
+        if target.file_name().is_none() {
+            return Err(fail(io::Error::new(io::ErrorKind::InvalidInput, "it names no file")));
+        }
+        let folder = tempfile::Builder::new().prefix(".onnx-quant-").tempdir_in(folder_of(beside)).map_err(&fail)?;
+        let registered = Registered::new(folder.path());
+        Ok(Self { folder, _registered: registered, target: target.to_owned(), names: Vec::new() })
+    }
+
+    /// Adds the file called `name`, which `fill` writes at the path that it is given. The last one added is the main file.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn add(&mut self, name: &str, fill: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), WriteError> {
+        fill(&self.folder.path().join(name)).map_err(failed(&self.target))?;
+        self.names.push(name.into());
+        Ok(())
+    }
+
+    /// Adds `model` under the name that the target has.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn add_model(&mut self, model: proto::onnx::ModelProto) -> Result<(), WriteError> {
+        let name = self.target.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        self.add(&name, |path| fill(path, |out| proto::encode_to(model, out)))
+    }
+
     /// Writes `artifact`, which is to lie at `target`. Payloads that are slices of `sources` are copied from file to file.
     ///
     /// # Errors
     /// [`WriteError`].
     pub fn write(artifact: Artifact, target: &Path, sources: &[Source]) -> Result<Self, WriteError> {
-        let fail = failed(target);
-        let name = target.file_name().map(PathBuf::from);
-        let name = name.ok_or_else(|| fail(io::Error::new(io::ErrorKind::InvalidInput, "it names no file")))?;
-        let folder = tempfile::Builder::new().prefix(".onnx-quant-").tempdir_in(folder_of(target)).map_err(&fail)?;
-        let registered = Registered::new(folder.path());
+        let mut staged = Self::begin(target, target)?;
         let Artifact { model, external, external_name } = artifact;
-        let mut names = Vec::new();
         if !external.is_empty() {
-            let data = PathBuf::from(external_name);
-            payloads(&folder.path().join(&data), &external, sources).map_err(&fail)?;
-            names.push(data);
+            staged.add(&external_name, |path| payloads(path, &external, sources))?;
         }
-        fill(&folder.path().join(&name), |out| proto::encode_to(model, out)).map_err(&fail)?;
-        names.push(name);
-        Ok(Self { folder, _registered: registered, target: target.to_owned(), names })
+        staged.add_model(model)?;
+        Ok(staged)
     }
 
     /// The main file, where it lies now.
@@ -130,6 +155,8 @@ impl Staged {
     /// # Errors
     /// [`WriteError`].
     pub fn publish(self) -> Result<(), WriteError> {
+        let home = folder_of(&self.target);
+        std::fs::create_dir_all(home).map_err(failed(home))?;
         for name in &self.names {
             let to = folder_of(&self.target).join(name);
             std::fs::rename(self.folder.path().join(name), &to).map_err(failed(&to))?;

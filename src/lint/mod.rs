@@ -67,6 +67,8 @@ static TABLES: &[(&str, &[&[Lint]])] = &[
     ("finn", &[qonnx::LINTS, finn::LINTS]),
     ("tract", &[onnx::LINTS, tract::LINTS]),
     ("qnn", &[onnx::LINTS, npu::SHAPES, npu::QNN]),
+    ("packed", &[onnx::LINTS, ort_cpu::LINTS]),
+    ("rtl-mem", &[qonnx::LINTS]),
     ("vitisai", &[onnx::LINTS, npu::SHAPES, npu::VITISAI]),
 ];
 

@@ -80,4 +80,17 @@ pub(super) static LINTS: &[Lint] = &[
             }
         },
     ),
+    error(
+        "OQ8508",
+        "a quantizer behind a Softmax",
+        "keep what reads it in float: --keep-float",
+        "its optimizer fuses the nodes around Softmax into wrong numbers (0.23)",
+        |s, found| {
+            for (_, node) in s.called(&["Softmax"]) {
+                if !s.quantized_by(node).is_empty() {
+                    found.node(node, "its results would be wrong");
+                }
+            }
+        },
+    ),
 ];

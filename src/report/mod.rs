@@ -70,7 +70,8 @@ fn activation(model: &Model, id: NodeId) -> Option<String> {
     Some(if dynamic { format!("{name} dynamic") } else { name.to_owned() })
 }
 
-fn granularity(granularity: passes::encoding::Granularity) -> String {
+/// Who shares a scale, in words.
+pub(crate) fn granularity(granularity: passes::encoding::Granularity) -> String {
     use passes::encoding::Granularity;
     match granularity {
         Granularity::Tensor => "tensor".into(),

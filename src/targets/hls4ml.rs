@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use passes::about::About;
+use passes::lower::Dialect;
 use passes::model::Model;
 use passes::target::{
     Accepts, Activations, Bias, Goal, LowerError, Lowered, PerChannel, Rule, Scheme, Target, TargetInfo,
@@ -24,7 +25,7 @@ static INFO: TargetInfo = TargetInfo {
     version: "1.3.0",
 };
 
-static ACCEPTS: Accepts = Accepts {
+pub(super) static ACCEPTS: Accepts = Accepts {
     activations: Activations::BySign,
     per_channel: PerChannel::Only(&[]),
     bias: Bias::Int32,
@@ -99,6 +100,6 @@ impl Target for Hls4ml {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qonnx(model)
+        passes::lower::lower(model, Dialect::QONNX)
     }
 }

@@ -6,8 +6,10 @@ mod hls4ml;
 mod onnx_qdq;
 mod openvino_cpu;
 mod ort_cpu;
+mod packed;
 mod qnn;
 mod qonnx;
+mod rtl_mem;
 mod tensorrt;
 mod tract;
 mod vitisai;
@@ -28,6 +30,8 @@ pub static TARGETS: &[&dyn Target] = &[
     &tract::Tract,
     &qnn::Qnn,
     &vitisai::VitisAi,
+    &packed::Packed,
+    &rtl_mem::RtlMem,
 ];
 
 /// The target called `name`.
@@ -37,5 +41,5 @@ pub fn find(name: &str) -> Option<&'static dyn Target> {
 
 /// The part of a pipeline that every target starts with: a plain float graph, with the same function.
 pub(crate) const NORMALIZE: &str = "\
-infer-shapes, absorb-qdq, fold-constants,
+infer-shapes, expand-qoperators, absorb-qdq, fold-constants,
 *(eliminate-identity, fold-gemm-scalars, fold-batch-norm, fold-affine, fold-pad, fold-constants, infer-shapes, drop-dead)";

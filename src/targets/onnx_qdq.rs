@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use passes::about::About;
+use passes::lower::Dialect;
 use passes::model::Model;
 use passes::target::{Goal, LowerError, Lowered, Rule, Scheme, Target, TargetInfo};
 
@@ -41,6 +42,6 @@ impl Target for OnnxQdq {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq(model)
+        passes::lower::lower(model, Dialect::QDQ)
     }
 }

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use passes::about::About;
+use passes::lower::Dialect;
 use passes::model::Model;
 use passes::target::{Accepts, Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo};
 
@@ -81,6 +82,6 @@ impl Target for OpenVinoCpu {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq(model)
+        passes::lower::lower(model, Dialect::QDQ)
     }
 }

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use passes::about::About;
 use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::ir::Node;
+use passes::lower::Dialect;
 use passes::model::Model;
 use passes::target::{Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo};
 
@@ -86,7 +87,7 @@ impl Target for OrtCpu {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        let mut lowered = passes::lower::qdq_and_nbits(model)?;
+        let mut lowered = passes::lower::lower(model, Dialect::QDQ_AND_NBITS)?;
         let is_newer = |node: &Node| match &*node.op.name {
             "MatMulNBits" => node.int("bits", 4) != 4,
             // The older one knows tables of 4-bit integers, and nothing that a product shares.

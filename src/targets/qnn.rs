@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use passes::about::About;
+use passes::lower::Dialect;
 use passes::model::Model;
 use passes::target::{Accepts, Goal, LowerError, Lowered, Outcome, PerChannel, Rule, Scheme, Target, TargetInfo};
 
@@ -91,6 +92,6 @@ impl Target for Qnn {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq_of_one(model)
+        passes::lower::lower(model, Dialect::QDQ_OF_ONE)
     }
 }

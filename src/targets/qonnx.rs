@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use passes::about::About;
+use passes::lower::Dialect;
 use passes::model::Model;
 use passes::target::{
     Accepts, Activations, Bias, Goal, LowerError, Lowered, PerChannel, Rule, Scheme, Target, TargetInfo,
@@ -57,6 +58,6 @@ impl Target for Qonnx {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qonnx(model)
+        passes::lower::lower(model, Dialect::QONNX)
     }
 }

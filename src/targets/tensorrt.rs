@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use passes::about::About;
+use passes::lower::Dialect;
 use passes::model::Model;
 use passes::target::{
     Accepts, Activations, Bias, Goal, LowerError, Lowered, Outcome, PerChannel, Rule, Scheme, Target, TargetInfo, When,
@@ -77,6 +78,6 @@ impl Target for TensorRt {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq(model)
+        passes::lower::lower(model, Dialect::QDQ_AND_FLOAT_BIASES)
     }
 }

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use passes::about::About;
+use passes::lower::Dialect;
 use passes::model::Model;
 use passes::target::{Accepts, Goal, LowerError, Lowered, Outcome, PerChannel, Rule, Scheme, Target, TargetInfo};
 
@@ -63,6 +64,6 @@ impl Target for Tract {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::qdq_and_nbits(model)
+        passes::lower::lower(model, Dialect::QDQ_AND_NBITS)
     }
 }

@@ -29,6 +29,8 @@ const PAIRS: &[(&str, &[&str])] = &[
     ("tract", &["w8a8"]),
     ("qnn", &["w8a8", "w8auint16"]),
     ("vitisai", &["w8a8"]),
+    ("packed", &["w8a8"]),
+    ("rtl-mem", &["w8a8", "w4a4"]),
 ];
 
 /// Every target's own rules find nothing in what is written for it that it would reject, and no schemes are refused by accident.
@@ -40,7 +42,8 @@ fn every_target_takes_what_is_written_for_it() {
             schemes.iter().flat_map(|scheme| [("digits-resnet", scheme), ("digits-mobilenet", scheme)])
         {
             let out = quantize(folder.path(), model, target, scheme);
-            let written = onnx_quant::import::file(&out).unwrap();
+            let main = if out.is_dir() { out.join("model.onnx") } else { out };
+            let written = onnx_quant::import::file(&main).unwrap();
             let found = onnx_quant::lint::lint(&written.model, written.opset, target);
             let wrong: Vec<String> = found.iter().map(ToString::to_string).collect();
             assert!(found.iter().all(|f| f.severity != Severity::Error), "{target} {scheme}: {wrong:#?}");
@@ -137,8 +140,7 @@ fn tract_runs_what_is_written_for_it() {
     let slots = onnx_quant::dataset::Slot::of(onnx_quant::import::file(&out).unwrap().model.graph());
     let files = onnx_quant::dataset::Files::open(&data, slots, None, None).unwrap();
     let model = tract_onnx::onnx().model_for_path(&out).unwrap();
-    let model = model.with_input_fact(0, f32::fact([1, 1, 28, 28]).into()).unwrap().into_optimized().unwrap();
-    let model = model.into_runnable().unwrap();
+    let model = model.into_optimized().unwrap().into_runnable().unwrap();
     let mut agreed = 0;
     for (index, mine) in ours.chunks(10).enumerate() {
         let sample = passes::exec::Dataset::sample(&files, index).unwrap();
@@ -153,4 +155,158 @@ fn tract_runs_what_is_written_for_it() {
         assert!(error < 1e-3 * signal, "sample {index}: {mine:?} {theirs:?}");
     }
     assert_eq!(agreed, ours.len() / 10);
+}
+
+/// Codes, scales and biases as they stand: every encoded input by node and place, with its bytes.
+fn everything(path: &Path) -> BTreeMap<(String, usize), (Vec<u8>, Vec<u32>, Vec<i32>)> {
+    let model = onnx_quant::import::file(path).unwrap().model;
+    let catalogue = passes::catalogue::passes();
+    let executor = (onnx_quant::exec::find("rten").unwrap().build)(&model.meta).unwrap();
+    let mut cx = PassContext::new(onnx_quant::targets::TARGETS[0], executor.as_ref());
+    let pipeline = Pipeline::parse("infer-shapes, expand-qoperators, absorb-qdq", &catalogue).unwrap();
+    let (model, _) = PassManager::default().run(&pipeline, model, &mut cx).unwrap();
+    let (graph, plan) = (model.graph(), model.plan());
+    let mut found = BTreeMap::new();
+    for (id, node) in graph.nodes() {
+        for input in 0..u16::try_from(node.inputs.len()).unwrap() {
+            let Some(encoding) = plan.encoding_of_use(graph, id, input) else { continue };
+            let codes = plan.codes(passes::id::Site::Use { node: id, input }).map(|codes| codes.bytes().to_vec());
+            let scales = encoding.scale.iter().map(|scale| scale.to_bits()).collect();
+            found.insert(
+                (node.name.to_string(), input.into()),
+                (codes.unwrap_or_default(), scales, encoding.zero_point.to_vec()),
+            );
+        }
+    }
+    found
+}
+
+/// QDQ, QONNX, QDQ, packed, QDQ: the same bytes all the way.
+#[test]
+fn conversions_do_not_touch_a_code() {
+    let folder = tempfile::tempdir().unwrap();
+    for (model, target, scheme) in [
+        ("digits-resnet", "onnx-qdq", "w8a8"),
+        ("digits-mobilenet", "onnx-qdq", "w6a6"),
+        ("digits-resnet", "ort-cpu", "w4a8"),
+    ] {
+        let first = quantize(folder.path(), model, target, scheme);
+        let want = everything(&first);
+        assert!(want.len() > 20);
+        let mut from = first;
+        for (step, target) in ["qonnx", "onnx-qdq", "packed", "onnx-qdq"].into_iter().enumerate() {
+            let to = folder.path().join(format!("{model}-{scheme}-{step}"));
+            tool_ok(&[
+                "convert",
+                text(&from),
+                "--target",
+                target,
+                "-o",
+                text(&to),
+                "--data",
+                text(&fixture("data/digits")),
+            ]);
+            from = if to.is_dir() { to.join("model.onnx") } else { to };
+            let found = everything(&from);
+            for (at, (codes, scales, zeros)) in &want {
+                let (other, others, zero) = found.get(at).unwrap_or_else(|| panic!("{target}: {at:?} is gone"));
+                assert!(
+                    codes == other && scales == others && zeros == zero,
+                    "{scheme}, step {step} to {target}: {at:?} changed"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_said_in_a_dialect_names_the_tensor() {
+    let folder = tempfile::tempdir().unwrap();
+    let blocks = quantize(folder.path(), "digits-resnet", "onnx-qdq", "w4a16g32");
+    let usual = quantize(folder.path(), "digits-resnet", "ort-cpu", "w8a8");
+    let never = folder.path().join("never");
+    let float = fixture("models/digits-resnet.onnx");
+    for (from, target, code, wanted) in [
+        (&blocks, "qonnx", 3, "scales of blocks cannot be said"),
+        (&usual, "tensorrt", 3, "OQ8301"),
+        (&usual, "hls4ml", 3, "OQ8423"),
+        (&usual, "tract", 3, "OQ8502"),
+        (&float, "qonnx", 2, "onnx-quant quantize"),
+    ] {
+        let output = tool(&["convert", text(from), "--target", target, "-o", text(&never)]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{target}: {error}");
+        assert!(error.contains(wanted) && !never.exists(), "{target} should say `{wanted}`: {error}");
+    }
+    // Symmetric codes are taken; biases become float.
+    let symmetric = quantize(folder.path(), "digits-resnet", "vitisai", "w8a8");
+    tool_ok(&[
+        "convert",
+        text(&symmetric),
+        "--target",
+        "tensorrt",
+        "-o",
+        text(&never),
+        "--data",
+        text(&fixture("data/digits")),
+    ]);
+}
+
+/// The memories hold the codes, whatever their form; the C header too.
+#[test]
+fn memories_hold_the_codes() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("rtl");
+    let (model, data) = (fixture("models/digits-mobilenet.onnx"), fixture("data/digits"));
+    let layout = "pe=2,simd=3,format=mem,format=coe,format=mif,format=hex,format=dat";
+    let args =
+        ["quantize", text(&model), "--data", text(&data), "--target", "rtl-mem", "--scheme", "w6a6", "-o", text(&out)];
+    tool_ok(&[&args[..], &["--memory", layout, "--progress", "none"]].concat());
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(out.join("manifest.json")).unwrap()).unwrap();
+    let codes = weights(&out.join("model.onnx"));
+    let entries = manifest["memories"].as_array().unwrap();
+    assert_eq!(entries.iter().filter(|e| e["role"] == "weight").count(), 5 * codes.len());
+    for entry in entries.iter().filter(|e| e["role"] == "weight") {
+        let file = entry["file"].as_str().unwrap();
+        let source = std::fs::read_to_string(out.join(file)).unwrap();
+        let words: Vec<String> = match file.rsplit('.').next().unwrap() {
+            "mem" | "dat" => source.lines().map(str::to_owned).collect(),
+            "coe" => source
+                .split("vector=")
+                .nth(1)
+                .unwrap()
+                .trim()
+                .trim_end_matches(';')
+                .split(',')
+                .map(|w| w.trim().to_owned())
+                .collect(),
+            "mif" => source
+                .lines()
+                .filter_map(|line| Some(line.split_once(" : ")?.1.trim_end_matches(';').to_owned()))
+                .collect(),
+            _ => source
+                .lines()
+                .filter(|line| line[7..9] == *"00")
+                .map(|line| line[9..line.len() - 2].to_lowercase())
+                .collect(),
+        };
+        let number = |key: &str| usize::try_from(entry[key].as_u64().unwrap()).unwrap();
+        let (pe, simd, bits) = (number("pe"), number("simd"), number("bits"));
+        let tensor = &codes[entry["node"].as_str().unwrap()];
+        let (values, rows) = (tensor.integers().unwrap(), tensor.shape()[0]);
+        let columns = values.len() / rows;
+        let groups = columns.div_ceil(simd);
+        assert_eq!(words.len(), rows.div_ceil(pe) * groups, "{file}");
+        for (at, value) in values.iter().enumerate() {
+            let (row, column) = (at / columns, at % columns);
+            let word = u128::from_str_radix(&words[row / pe * groups + column / simd], 16).unwrap();
+            let lane = (row % pe * simd + column % simd) * bits;
+            let code = i64::try_from(word >> lane & ((1 << bits) - 1)).unwrap();
+            let signed = if code >> (bits - 1) == 1 { code - (1 << bits) } else { code };
+            assert_eq!(signed, *value, "{file} {row} {column}");
+        }
+    }
+    let header = std::fs::read_to_string(out.join("weights.h")).unwrap();
+    assert!(header.contains("static const int8_t") && header.contains("_scale[1]"));
 }

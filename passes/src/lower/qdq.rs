@@ -15,66 +15,55 @@ use crate::nbits;
 use crate::target::{LowerError, Lowered};
 use crate::tensor::{DType, Tensor};
 
-/// The float graph of `model` with a quantize-dequantize pair for every encoded activation and a dequantized constant for
-/// every encoded constant.
-///
-/// A tensor encoded at its value is read through its pair by everyone, graph outputs included: the pair's result then
-/// carries the output's name. A tensor encoded at some uses has one pair for those that share an encoding. Zero points are
-/// explicit, except for 32-bit biases and symmetric blocks. A product whose activation has the range of each run is
-/// `DynamicQuantizeLinear` and `MatMulInteger`.
-///
-/// # Errors
-/// [`LowerError`] for an encoded constant without codes, a tensor with two different encodings, or a name clash.
-pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
-    lowered(model, Dialect::Qdq)
-}
-
-/// The same with open leading extents written as 1, for consumers that compile for fixed shapes.
-///
-/// # Errors
-/// [`LowerError`], as [`lower`].
-pub fn lower_of_one(model: &Model) -> Result<Lowered, LowerError> {
-    lowered(model, Dialect::QdqOfOne)
-}
-
-/// The same, with `com.microsoft::MatMulNBits` for matrix products of float activations with a weight of integers in blocks: it computes
-/// in float where ONNX Runtime's own fusion rounds activations to 8 bits, and has room for 2 bits. Tables of integers in blocks are
-/// read by `com.microsoft::GatherBlockQuantized`.
-///
-/// # Errors
-/// [`LowerError`], as [`lower`].
-pub fn lower_with_nbits(model: &Model) -> Result<Lowered, LowerError> {
-    lowered(model, Dialect::QdqAndNbits)
-}
-
-/// The operators that encodings become.
+/// What encodings become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Dialect {
-    /// `QuantizeLinear` and `DequantizeLinear`.
-    Qdq,
-    /// The same, for one sample.
-    QdqOfOne,
-    /// The same for any number, and `MatMulNBits`.
-    QdqAndNbits,
-    /// `Quant` and `FloatQuant`.
-    Qonnx,
+#[expect(clippy::struct_excessive_bools, reason = "independent properties of a dialect")]
+pub struct Dialect {
+    /// `Quant` and `FloatQuant` instead of `QuantizeLinear` and `DequantizeLinear`.
+    pub qonnx: bool,
+    /// `com.microsoft::MatMulNBits` for matrix products of float activations with a weight of integers in blocks: it computes in float
+    /// where ONNX Runtime's own fusion rounds activations to 8 bits, and has room for 2 bits. Tables of integers in blocks are read by
+    /// `com.microsoft::GatherBlockQuantized`.
+    pub nbits: bool,
+    /// Open leading extents are written as 1, for consumers that compile for fixed shapes.
+    pub one_sample: bool,
+    /// 32-bit biases are written as the float numbers that they stand for.
+    pub float_biases: bool,
 }
 
 impl Dialect {
-    fn is_of_one_sample(self) -> bool {
-        matches!(self, Self::Qonnx | Self::QdqOfOne)
-    }
+    /// Quantize and dequantize nodes.
+    pub const QDQ: Self = Self { qonnx: false, nbits: false, one_sample: false, float_biases: false };
+    /// The same, with packed products.
+    pub const QDQ_AND_NBITS: Self = Self { nbits: true, ..Self::QDQ };
+    /// The same without those, for one sample.
+    pub const QDQ_OF_ONE: Self = Self { one_sample: true, ..Self::QDQ };
+    /// The same for any number, with biases in float.
+    pub const QDQ_AND_FLOAT_BIASES: Self = Self { float_biases: true, ..Self::QDQ };
+    /// QONNX, see [`super::qonnx`].
+    pub const QONNX: Self = Self { qonnx: true, one_sample: true, ..Self::QDQ };
 }
 
-pub(super) fn lowered(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
+/// The float graph of `model` with a quantize-dequantize pair for every encoded activation and a dequantized constant for
+/// every encoded constant, as `dialect` spells them.
+///
+/// A tensor encoded at its value is read through its pair by everyone, graph outputs included: the pair's result then
+/// carries the output's name. A tensor encoded at some uses has one pair for those that share an encoding. Zero points are
+/// explicit, except for 32-bit biases and symmetric blocks. A grid with fewer codes than its type has a `Clip` inside its pairs. A product
+/// whose activation has the range of each run is `DynamicQuantizeLinear` and `MatMulInteger`.
+///
+/// # Errors
+/// [`LowerError`] for an encoded constant without codes, a tensor with two different encodings, a name clash, or what the dialect
+/// cannot say.
+pub fn lower(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
     let graph = model.graph();
     let mut lowering = Lowering {
         graph,
         plan: model.plan(),
         opset: model.meta.opset(),
-        nbits: (dialect == Dialect::QdqAndNbits).then(|| walk::Users::of(graph)),
+        nbits: (dialect.nbits).then(|| walk::Users::of(graph)),
         dialect,
-        batch: if dialect.is_of_one_sample() { super::qonnx::batch_symbols(graph) } else { BTreeSet::new() },
+        batch: if dialect.one_sample { super::qonnx::batch_symbols(graph) } else { BTreeSet::new() },
         packed: false,
         builder: Builder::new(graph.name(), graph.doc()),
         taken: graph.value_ids().map(|id| Arc::clone(&graph.value(id).name)).collect(),
@@ -103,7 +92,7 @@ pub(super) fn lowered(model: &Model, dialect: Dialect) -> Result<Lowered, LowerE
     }
     let notes = lowering.notes;
     let mut meta = Arc::clone(&model.meta);
-    if dialect == Dialect::Qonnx {
+    if dialect.qonnx {
         super::qonnx::import(Arc::make_mut(&mut meta));
     }
     if lowering.packed {
@@ -218,7 +207,7 @@ impl Lowering<'_> {
         for output in copy.outputs.iter_mut().flatten() {
             *output = self.raw[output];
         }
-        if self.dialect == Dialect::Qonnx {
+        if self.dialect.qonnx {
             self.plain_for_qonnx(&mut copy, node)?;
         }
         self.builder.node(copy).map_err(bug)?;
@@ -226,7 +215,7 @@ impl Lowering<'_> {
     }
 
     fn type_of(&self, ty: &Type) -> Type {
-        if self.dialect.is_of_one_sample() { super::qonnx::of_one_sample(ty, &self.batch) } else { ty.clone() }
+        if self.dialect.one_sample { super::qonnx::of_one_sample(ty, &self.batch) } else { ty.clone() }
     }
 
     /// A matrix product with its weight in it.
@@ -315,10 +304,11 @@ impl Lowering<'_> {
         if let Some((_, id)) = self.constants.get(&key).and_then(|all| all.iter().find(|(e, _)| e == encoding)) {
             return Ok(*id);
         }
-        if self.dialect == Dialect::Qonnx || !is_native(encoding.grid) {
+        let as_float = self.dialect.float_biases && encoding.grid.info().storage == DType::I32;
+        if self.dialect.qonnx || as_float || !is_native(encoding.grid) {
             let codes = Arc::clone(codes);
             let mut result = self.rounded(&name, encoding, &codes)?;
-            if self.dialect == Dialect::Qonnx {
+            if self.dialect.qonnx {
                 result = self.quant((&name, codes.shape()), result, encoding, None)?;
             }
             self.constants.entry(key).or_default().push((encoding.clone(), result));
@@ -338,7 +328,7 @@ impl Lowering<'_> {
         let values = encoding.decode(codes).map_err(|e| fail(e.to_string()))?;
         let stem = self.fresh(&format!("{name}.rounded"));
         let tensor = Arc::new(Tensor::of(codes.shape(), values));
-        if self.dialect != Dialect::Qonnx && self.unwritable.insert(encoding.grid.info().about.name) {
+        if !self.dialect.qonnx && !is_native(encoding.grid) && self.unwritable.insert(encoding.grid.info().about.name) {
             let message = format!(
                 "`{}` has no operator in opset {}: its weights are written as the float numbers that their codes stand for",
                 encoding.grid.info().about.name,
@@ -361,7 +351,7 @@ impl Lowering<'_> {
         }
         let shape_type = self.type_of(&self.graph.value(value).ty).tensor().cloned().unwrap_or_default();
         let returned = self.graph.outputs().contains(&value) && self.plan.encoding(Site::Value(value)).is_some();
-        if self.dialect == Dialect::Qonnx {
+        if self.dialect.qonnx {
             if !returned && self.is_moved(value, encoding) {
                 return Ok(self.raw[&value]);
             }

@@ -1,28 +1,21 @@
 //! A plan in the QONNX dialect: `Quant` and `FloatQuant`, which round and stay float.
+//!
+//! Every encoded constant is stored as the float numbers that its codes stand for. Attributes of convolutions and pools that have defaults
+//! are spelled out, a clamp whose upper end the quantizer after it implies becomes a `Relu`, and what is only moved is not rounded again:
+//! readers of this dialect want all three.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::qdq::{Dialect, Lowering, bug, lowered};
+use super::qdq::{Lowering, bug};
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::FloatFormat;
 use crate::id::{Name, Site, ValueId};
 use crate::ir::{Attr, Attrs, Dim, Graph, Node, OpKey, TensorType, Type};
-use crate::model::{Metadata, Model};
+use crate::model::Metadata;
 use crate::ops::{self, QONNX_DOMAIN as DOMAIN};
-use crate::target::{LowerError, Lowered};
+use crate::target::LowerError;
 use crate::tensor::{DType, Tensor};
-
-/// The float graph of `model` with a `Quant` (or `FloatQuant`) node behind every encoded activation and every encoded constant, which is
-/// stored as the float numbers that its codes stand for. Symbolic leading extents become 1, attributes of convolutions and pools that
-/// have defaults are spelled out, and a clamp whose upper end the quantizer after it implies becomes a `Relu`: readers of this dialect
-/// want all three.
-///
-/// # Errors
-/// [`LowerError`] for what has no `Quant`: blocks, ranges of each run, codebooks.
-pub fn lower(model: &Model) -> Result<Lowered, LowerError> {
-    lowered(model, Dialect::Qonnx)
-}
 
 /// Adds the domain to those that the model imports.
 pub(super) fn import(meta: &mut Metadata) {

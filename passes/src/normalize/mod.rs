@@ -7,6 +7,7 @@ mod absorb_qonnx;
 mod absorb_tables;
 mod drop_dead;
 mod eliminate_identity;
+mod expand_qoperators;
 mod fold_affine;
 mod fold_batch_norm;
 mod fold_constants;
@@ -21,6 +22,7 @@ use crate::pass::PassEntry;
 /// Order is the order of the manual, not of the pipeline.
 pub static PASSES: &[PassEntry] = &[
     infer_shapes::ENTRY,
+    expand_qoperators::ENTRY,
     absorb_qdq::ENTRY,
     fold_constants::ENTRY,
     eliminate_identity::ENTRY,
