@@ -5,6 +5,7 @@
 //! files and [`verify`] reads them back. [`cli`] is the command line.
 
 pub mod cli;
+pub mod cost;
 pub mod dataset;
 pub mod driver;
 pub mod emit;

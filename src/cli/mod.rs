@@ -4,6 +4,7 @@ mod catalogue;
 mod common;
 mod compare;
 mod convert;
+mod cost;
 mod inspect;
 mod lint;
 mod opt;
@@ -36,6 +37,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Compare a quantized model with its float model, layer by layer, worst first.
     Compare(compare::Args),
+    /// Say what a model costs on programmable logic, layer by layer.
+    Cost(Box<cost::Args>),
     /// Write a quantized model in another dialect, codes unchanged.
     Convert(convert::Args),
     /// Say what a target will reject, leave in float, not fuse or run slowly.
@@ -82,6 +85,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Cost(args) => cost::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Lint(args) => lint::run(&args),
         Command::Run(args) => run::run(&args),
