@@ -197,8 +197,8 @@ pub fn artifact(path: &Path, model: &Model, cx: &mut passes::pass::PassContext<'
     };
     verdict.findings.extend(check_quantizers(imported.model.graph()));
     let catalogue = passes::catalogue::passes();
-    let pipeline =
-        Pipeline::parse("absorb-qdq", &catalogue).unwrap_or_else(|e| unreachable!("the catalogue has absorb-qdq: {e}"));
+    let pipeline = Pipeline::parse("infer-shapes, expand-qoperators, absorb-qdq", &catalogue)
+        .unwrap_or_else(|e| unreachable!("the catalogue has absorb-qdq: {e}"));
     let (read_back, _) = PassManager::default().run(&pipeline, imported.model, cx)?;
     verdict.findings.extend(compare_interface(model, &read_back));
     verdict.findings.extend(compare_plans(model, &read_back));

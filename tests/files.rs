@@ -68,7 +68,8 @@ fn lint(path: &Path, source: String) -> datatest_stable::Result<()> {
     if !found.iter().any(|finding| finding.code.0 == code) {
         return Err(format!("{code} finds nothing").into());
     }
-    let out: String = found.iter().map(|finding| format!("{finding}\n")).collect();
+    let out: Vec<String> = found.iter().map(ToString::to_string).collect();
+    let out = out.join("\n");
     let folder = std::env::current_dir()?.join(path.parent().ok_or("a case lies in a folder")?);
     insta::with_settings!({
         snapshot_path => folder, prepend_module_to_snapshot => false, omit_expression => true,

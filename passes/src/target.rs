@@ -64,6 +64,7 @@ pub enum Container {
 
 /// How a target wants the numbers written that it computes on.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent properties of a target")]
 pub struct Accepts {
     /// The integers that activations become.
     pub activations: Activations,

@@ -149,7 +149,9 @@ fn page(about: &About) -> String {
             let _ = writeln!(text, "Option {}: {}.", option.name, option.doc);
         }
     }
-    if let Some(target) = targets::find(about.name).filter(|target| std::ptr::eq(&target.info().about, about)) {
+    if let Some(target) =
+        targets::find(about.name).filter(|target| std::ptr::from_ref(&target.info().about) == std::ptr::from_ref(about))
+    {
         let goals = [("fast", Goal::Fast), ("balanced", Goal::Balanced), ("best", Goal::Best)];
         for (name, goal) in goals {
             let _ = writeln!(text, "Recipe {name} for w8a8:\n{}\n", target.pipeline(goal, &Scheme::W8A8));

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use passes::target::{Container, Goal};
+use passes::target::{Container, Goal, Scheme};
 use serde::Deserialize;
 
 use super::common::{DataArgs, scheme, share, target_named};
@@ -71,6 +71,10 @@ pub(crate) struct Args {
     /// How --target rtl-mem folds and writes weights: pe=4,simd=8,format=coe; formats are mem, dat, coe, mif and hex, several if repeated.
     #[arg(long, value_name = "LAYOUT", default_value = "format=mem")]
     memory: emit::Layout,
+    /// The processor that ort-cpu or openvino-cpu runs on. Without VNNI instructions (avx2) sums of two products saturate at 16 bits:
+    /// weights get 7 bits, so that none can.
+    #[arg(long, value_name = "KIND", value_parser = ["vnni", "avx2"], default_value = "vnni")]
+    cpu: String,
     /// Mixed precision: the mean bits of a weight, spent where they lower the loss most.
     #[arg(long, value_name = "BITS", value_parser = share)]
     budget: Option<f64>,
@@ -181,7 +185,7 @@ fn request(args: &Args) -> Result<Request, Error> {
         stats: args.stats.clone(),
         target,
         layout: args.memory.clone(),
-        scheme: scheme_of(&scheme_text)?,
+        scheme: for_cpu(&args.cpu, scheme_of(&scheme_text)?),
         goal,
         pipeline: args.pipeline.clone().or(recipe.pipeline),
         observer: args.observer.clone().or(recipe.observer),
@@ -189,6 +193,13 @@ fn request(args: &Args) -> Result<Request, Error> {
         keep_float: args.keep_float.iter().chain(&recipe.keep_float).cloned().collect(),
         ..args.data.request(&args.model, &target_name)?
     })
+}
+
+/// `scheme` with weights that cannot saturate the sums of a processor of this `kind`: two products of 8-bit codes with 7-bit ones,
+/// 2 · 255 · 64 = 32640, fit 16 bits.
+fn for_cpu(kind: &str, scheme: Scheme) -> Scheme {
+    let saturates = scheme.weight_format.is_none() && scheme.activation_bits == Some(8) && scheme.weight_bits == 8;
+    if kind == "avx2" && saturates { Scheme { weight_bits: 7, ..scheme } } else { scheme }
 }
 
 /// Runs the command.

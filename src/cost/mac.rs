@@ -95,7 +95,7 @@ pub struct Mac {
     pub source: Source,
 }
 
-/// Yosys 'synth_xilinx -family xcup -nodsp': bits or fields of both operands, lookup tables, accumulator bits.
+/// Yosys `synth_xilinx -family xcup -nodsp`: bits or fields of both operands, lookup tables, accumulator bits.
 static MEASURED: &[(Format, Format, u32, u32)] = {
     const fn int(bits: u32) -> Format {
         Format::Int { bits }

@@ -153,7 +153,7 @@ pub(super) static LINTS: &[Lint] = &[
     warning("OQ8432", "a weight or bias in float", "round it: it would become fixed<16,6>", MEASURED, |s, found| {
         for (_, node) in s.called(&["Conv", "Gemm", "MatMul"]) {
             for input in 1..node.inputs.len() {
-                let values = s.constant(node, input).and_then(|tensor| tensor.floats());
+                let values = s.constant(node, input).and_then(passes::tensor::Tensor::floats);
                 if values.is_some_and(|values| values.iter().any(|v| *v != 0.0)) {
                     found.node(node, format!("its input {input} has no Quant"));
                 }

@@ -60,6 +60,7 @@ type Check = fn(&Subject<'_>, &mut Findings<'_>);
 static TABLES: &[(&str, &[&[Lint]])] = &[
     ("ort-cpu", &[onnx::LINTS, ort_cpu::LINTS]),
     ("onnx-qdq", &[onnx::LINTS]),
+    ("qoperator", &[onnx::LINTS]),
     ("openvino-cpu", &[onnx::LINTS, openvino::LINTS]),
     ("tensorrt", &[onnx::LINTS, tensorrt::LINTS]),
     ("qonnx", &[qonnx::LINTS]),
@@ -83,8 +84,8 @@ pub fn all() -> Vec<&'static Lint> {
 
 /// The targets that `lint` holds for.
 pub fn targets_of(lint: &Lint) -> Vec<&'static str> {
-    let has = |tables: &&[&[Lint]]| tables.iter().any(|table| table.iter().any(|other| other.code == lint.code));
-    TABLES.iter().filter(|(_, tables)| has(&tables)).map(|(name, _)| *name).collect()
+    let has = |tables: &[&[Lint]]| tables.iter().any(|table| table.iter().any(|other| other.code == lint.code));
+    TABLES.iter().filter(|(_, tables)| has(tables)).map(|(name, _)| *name).collect()
 }
 
 /// What the rules of `target` find in `model`, which was imported from a file of `opset` and not changed since; errors first.

@@ -110,7 +110,8 @@ pub(super) static LINTS: &[Lint] = &[
         "GemmToMatMul inserts a product of doubles",
         |s, found| {
             for (_, node) in s.called(&["Gemm"]) {
-                if node.float("alpha", 1.0) != 1.0 || node.float("beta", 1.0) != 1.0 {
+                let other = |name: &str| (node.float(name, 1.0) - 1.0).abs() >= f32::EPSILON;
+                if other("alpha") || other("beta") {
                     found.node(node, "its alpha or beta is not 1");
                 }
             }

@@ -178,7 +178,8 @@ pub(super) static LINTS: &[Lint] = &[
         "choose one",
         "TensorRT documentation: one of them per network region",
         |s, found| {
-            let kinds: BTreeSet<bool> = s.quantizers().filter(|q| q.quantizes).map(|q| q.is_float8()).collect();
+            let kinds: BTreeSet<bool> =
+                s.quantizers().filter(|q| q.quantizes).map(super::subject::Quantizer::is_float8).collect();
             if kinds.len() > 1 {
                 found.model("some activations are int8, others float8");
             }

@@ -9,6 +9,7 @@ mod ort_cpu;
 mod packed;
 mod qnn;
 mod qonnx;
+mod qoperator;
 mod rtl_mem;
 mod tensorrt;
 mod tract;
@@ -22,6 +23,7 @@ pub(crate) use hls4ml::OPERATORS as HLS4ML_OPERATORS;
 pub static TARGETS: &[&dyn Target] = &[
     &ort_cpu::OrtCpu,
     &onnx_qdq::OnnxQdq,
+    &qoperator::QOperator,
     &openvino_cpu::OpenVinoCpu,
     &tensorrt::TensorRt,
     &qonnx::Qonnx,

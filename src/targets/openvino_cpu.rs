@@ -1,4 +1,4 @@
-//! OpenVINO's CPU plugin.
+//! `OpenVINO`'s CPU plugin.
 
 use std::borrow::Cow;
 

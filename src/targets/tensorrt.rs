@@ -1,4 +1,4 @@
-//! TensorRT, by explicit quantization.
+//! `TensorRT`, by explicit quantization.
 
 use std::borrow::Cow;
 

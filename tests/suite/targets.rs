@@ -29,6 +29,7 @@ const PAIRS: &[(&str, &[&str])] = &[
     ("tract", &["w8a8"]),
     ("qnn", &["w8a8", "w8auint16"]),
     ("vitisai", &["w8a8"]),
+    ("qoperator", &["w8a8", "w6a8"]),
     ("packed", &["w8a8"]),
     ("rtl-mem", &["w8a8", "w4a4"]),
 ];
@@ -157,8 +158,11 @@ fn tract_runs_what_is_written_for_it() {
     assert_eq!(agreed, ours.len() / 10);
 }
 
-/// Codes, scales and biases as they stand: every encoded input by node and place, with its bytes.
-fn everything(path: &Path) -> BTreeMap<(String, usize), (Vec<u8>, Vec<u32>, Vec<i32>)> {
+/// Codes, scales and zero points.
+type Written = (Vec<u8>, Vec<u32>, Vec<i32>);
+
+/// What stands in a file: every encoded input by node and place, with its bytes.
+fn everything(path: &Path) -> BTreeMap<(String, usize), Written> {
     let model = onnx_quant::import::file(path).unwrap().model;
     let catalogue = passes::catalogue::passes();
     let executor = (onnx_quant::exec::find("rten").unwrap().build)(&model.meta).unwrap();
@@ -309,4 +313,44 @@ fn memories_hold_the_codes() {
     }
     let header = std::fs::read_to_string(out.join("weights.h")).unwrap();
     assert!(header.contains("static const int8_t") && header.contains("_scale[1]"));
+}
+
+/// On processors whose kernels add two products in 16 bits, none can overflow.
+#[test]
+fn pairs_of_products_cannot_saturate_without_vnni() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("q.onnx");
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    tool_ok(&[
+        "quantize",
+        text(&model),
+        "--data",
+        text(&data),
+        "--cpu",
+        "avx2",
+        "-o",
+        text(&out),
+        "--progress",
+        "none",
+    ]);
+    let codes = weights(&out);
+    assert_eq!(codes.len(), 10);
+    for tensor in codes.values() {
+        assert!(tensor.integers().unwrap().iter().all(|code| (-64..=63).contains(code)));
+    }
+}
+
+/// Operators on codes go out and come back.
+#[test]
+fn operators_on_codes_convert_both_ways() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = quantize(folder.path(), "digits-resnet", "ort-cpu", "w8a8");
+    let (there, back) = (folder.path().join("there.onnx"), folder.path().join("back.onnx"));
+    let data = fixture("data/digits");
+    tool_ok(&["convert", text(&first), "--target", "qoperator", "-o", text(&there), "--data", text(&data)]);
+    let model = onnx_quant::import::file(&there).unwrap().model;
+    let count = |op: &str| model.graph().nodes().filter(|(_, node)| node.op.is(op)).count();
+    assert_eq!((count("QLinearConv"), count("Conv")), (9, 0));
+    tool_ok(&["convert", text(&there), "--target", "ort-cpu", "-o", text(&back), "--data", text(&data)]);
+    assert_eq!(weights(&back), weights(&first));
 }

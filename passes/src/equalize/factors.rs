@@ -43,7 +43,8 @@ impl Readers {
 pub(super) fn is_linear(graph: &Graph, id: NodeId, input: u16) -> bool {
     let (Some(roles), Some(node)) = (ops::linear(graph, id), graph.node(id)) else { return false };
     let constant = |input: u16| graph.constant_input(node, input.into()).is_some_and(|c| c.dtype() == DType::F32);
-    let plain = node.float("alpha", 1.0) == 1.0 && node.float("beta", 1.0) == 1.0;
+    let one = |name: &str| (node.float(name, 1.0) - 1.0).abs() < f32::EPSILON;
+    let plain = one("alpha") && one("beta");
     roles.activation == input && constant(roles.weight) && roles.bias.is_none_or(constant) && plain
 }
 

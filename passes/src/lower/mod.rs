@@ -3,6 +3,8 @@
 mod dynamic;
 mod qdq;
 mod qonnx;
+mod qoperator;
 mod tables;
 
 pub use qdq::{Dialect, is_native, lower};
+pub use qoperator::lower_to_qoperators;

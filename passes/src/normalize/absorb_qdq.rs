@@ -62,7 +62,7 @@ impl Pass for AbsorbQdq {
         for (id, node) in graph.nodes() {
             let Some(encoding) = absorb_qonnx::encoding_of(graph, node) else { continue };
             if let Some(codes) = absorb_qonnx::codes(graph, node, &encoding) {
-                absorb_codes(&users, (id, node), encoding, &Arc::new(codes), &mut patch);
+                absorb_codes(&users, (id, node), &encoding, &Arc::new(codes), &mut patch);
             } else if let (Some(source), Some(result)) = (node.input(0), node.output(0)) {
                 // One node is both: it rounds, and returns what is left.
                 let pair = Pair { source, quantize: id, clip: None, dequantize: id, result, encoding };
@@ -86,14 +86,14 @@ impl Pass for AbsorbQdq {
 fn absorb_constant(graph: &Graph, users: &Users, id: NodeId, node: &Node, patch: &mut Patch) -> bool {
     let Some(codes) = graph.constant_input(node, 0) else { return false };
     let encoding = encoding_of(graph, node, codes.dtype(), codes.shape());
-    encoding.is_some_and(|encoding| absorb_codes(users, (id, node), encoding, codes, patch))
+    encoding.is_some_and(|encoding| absorb_codes(users, (id, node), &encoding, codes, patch))
 }
 
 /// A node that returns what `codes` stand for becomes that constant.
 fn absorb_codes(
     users: &Users,
     (id, node): (NodeId, &Node),
-    encoding: Encoding,
+    encoding: &Encoding,
     codes: &Arc<Tensor>,
     patch: &mut Patch,
 ) -> bool {
@@ -249,7 +249,8 @@ fn grid_between(graph: &Graph, clip: &Node, stored: &'static dyn Grid) -> Option
     let (low, high) = (bound(1)?, bound(2)?);
     let between = |grid: &&&dyn Grid| {
         let (from, to) = grid.range();
-        grid.info().storage == storage && grid.info().integer && from == low && to == high
+        let same = (from - low).abs() < 0.5 && (to - high).abs() < 0.5;
+        grid.info().storage == storage && grid.info().integer && same
     };
     grid::GRIDS.iter().find(between).copied()
 }

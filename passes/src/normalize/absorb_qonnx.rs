@@ -39,7 +39,7 @@ pub(super) fn encoding_of(graph: &Graph, node: &Node) -> Option<Encoding> {
 
 fn floats(graph: &Graph, node: &Node, input: usize) -> Option<Vec<f32>> {
     let tensor = graph.constant_input(node, input).filter(|tensor| tensor.dtype() == DType::F32)?;
-    (!tensor.is_empty()).then(|| tensor.floats().map(|values| values.into_owned()))?
+    (!tensor.is_empty()).then(|| tensor.floats().map(std::borrow::Cow::into_owned))?
 }
 
 fn one(graph: &Graph, node: &Node, input: usize) -> Option<f32> {

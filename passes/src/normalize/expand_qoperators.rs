@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::id::{NodeId, ValueId};
+use crate::id::{Name, NodeId, ValueId};
 use crate::ir::{Attr, Attrs, Graph, Node, OpKey, TensorType, Type};
 use crate::model::{Model, Patch};
 use crate::ops;
@@ -74,7 +74,8 @@ impl Expansion<'_> {
         match (&*node.op.name, contrib) {
             ("QLinearConv", false) => {
                 let weight_axis = Some(0);
-                let inputs = vec![Some(self.float(0, None)?), Some(self.float(3, weight_axis)?), self.bias(8, (1, 4))?];
+                let mut inputs = vec![Some(self.float(0, None)?), Some(self.float(3, weight_axis)?)];
+                self.push_bias(&mut inputs, 8)?;
                 self.finish("Conv", inputs, node.attrs.clone(), 6)
             }
             ("QLinearMatMul", _) => {
@@ -84,14 +85,12 @@ impl Expansion<'_> {
             }
             ("QGemm", true) => {
                 let transposed = node.int("transB", 0) != 0;
-                let inputs = vec![
-                    Some(self.float(0, None)?),
-                    Some(self.float(3, Some(usize::from(!transposed)))?),
-                    self.bias(6, (1, 4))?,
-                ];
+                let weight_axis = Some(usize::from(!transposed));
+                let mut inputs = vec![Some(self.float(0, None)?), Some(self.float(3, weight_axis)?)];
+                self.push_bias(&mut inputs, 6)?;
                 node.input(7).and_then(|_| self.finish("Gemm", inputs, node.attrs.clone(), 7))
             }
-            ("QLinearAdd", true) | ("QLinearMul", true) => {
+            ("QLinearAdd" | "QLinearMul", true) => {
                 let inputs = vec![Some(self.float(0, None)?), Some(self.float(3, None)?)];
                 self.finish(&node.op.name["QLinear".len()..], inputs, Attrs::new(), 6)
             }
@@ -115,9 +114,8 @@ impl Expansion<'_> {
     fn move_in_front(&mut self) -> Option<()> {
         let node = self.node;
         let moves = node.op.is("MaxPool") || ops::only_moves(self.graph, node);
-        let codes = self.graph.value(node.input(0)?).ty.dtype();
         let plain = node.outputs.iter().flatten().count() == 1;
-        (moves && plain && matches!(codes, Some(DType::U8 | DType::I8 | DType::I4 | DType::U4))).then_some(())?;
+        (moves && plain).then_some(())?;
         let (made, quantize) = self.graph.producer(node.input(0)?)?;
         (quantize.op.is("QuantizeLinear") && !self.patch.touches(made)).then_some(())?;
         let per_tensor = self.graph.constant_input(quantize, 1).is_some_and(|scale| scale.len() == 1);
@@ -128,7 +126,7 @@ impl Expansion<'_> {
         let again = Node {
             inputs: [&[Some(moved)], &quantize.inputs[1..]].concat(),
             outputs: node.outputs.clone(),
-            name: Arc::clone(&node.name),
+            name: quantizer_name(node),
             ..quantize.clone()
         };
         self.patch.replace(self.id, again);
@@ -146,16 +144,17 @@ impl Expansion<'_> {
         self.dequantized(inputs, attrs, input)
     }
 
-    /// The bias at `input`, where there is one: 32-bit codes at the product of the scales at `input` and `weight`.
-    fn bias(&mut self, input: usize, (x, weight): (usize, usize)) -> Option<Option<ValueId>> {
-        let Some(codes) = self.node.input(input) else { return Some(None) };
-        let scales = self.graph.constant_input(self.node, weight)?.floats()?.into_owned();
-        let x = *self.graph.constant_input(self.node, x)?.floats()?.first()?;
+    /// Adds the bias at `input`, where there is one: 32-bit codes at the product of the scales of both operands.
+    fn push_bias(&mut self, inputs: &mut Vec<Option<ValueId>>, input: usize) -> Option<()> {
+        let Some(codes) = self.node.input(input) else { return Some(()) };
+        let scales = self.graph.constant_input(self.node, 4)?.floats()?.into_owned();
+        let x = *self.graph.constant_input(self.node, 1)?.floats()?.first()?;
         let products: Vec<f32> = scales.iter().map(|w| x * w).collect();
         let shape = if products.len() == 1 { Vec::new() } else { vec![products.len()] };
         let attrs = if products.len() == 1 { Attrs::new() } else { [("axis".into(), Attr::Int(0))].into() };
         let scale = self.patch.constant(&format!("{}.bias_scale", self.node.name), Tensor::of(shape, products));
-        self.dequantized(vec![Some(codes), Some(scale)], attrs, input).map(Some)
+        inputs.push(Some(self.dequantized(vec![Some(codes), Some(scale)], attrs, input)?));
+        Some(())
     }
 
     fn dequantized(&mut self, inputs: Vec<Option<ValueId>>, attrs: Attrs, of: usize) -> Option<ValueId> {
@@ -169,7 +168,8 @@ impl Expansion<'_> {
     /// The result of a new float node, of the shape of what the old one returned.
     fn made(&mut self, op: OpKey, inputs: Vec<Option<ValueId>>, attrs: Attrs, name: &str) -> Option<ValueId> {
         let shape = self.graph.value(self.node.output(0)?).ty.tensor().and_then(|ty| ty.shape.clone());
-        let node = Node { name: name.into(), op, inputs, attrs, ..bare(self.node) };
+        // The node keeps its name; the quantizer behind it gets another.
+        let node = Node { name: Arc::clone(&self.node.name), op, inputs, attrs, ..bare(self.node) };
         Some(self.patch.node(node, name, Type::Tensor(TensorType::new(Some(DType::F32), shape)), Some(self.id)))
     }
 
@@ -179,10 +179,15 @@ impl Expansion<'_> {
         let (float, quantize) = (key(op), key("QuantizeLinear"));
         let result = self.made(float, inputs, attrs, &format!("{}.float", self.node.name))?;
         let inputs = vec![Some(result), self.node.input(scale), self.node.input(scale + 1)];
-        let node = Node { op: quantize, inputs, attrs: Attrs::new(), ..self.node.clone() };
+        let node =
+            Node { op: quantize, inputs, attrs: Attrs::new(), name: quantizer_name(self.node), ..self.node.clone() };
         self.patch.replace(self.id, node);
         Some(())
     }
+}
+
+fn quantizer_name(node: &Node) -> Name {
+    format!("{}.quantize", node.name).into()
 }
 
 /// A node with the notes of `node` and nothing else of it.
