@@ -11,6 +11,7 @@ use passes::model::{Model, Plan};
 use passes::pass::{PassManager, Pipeline};
 use passes::simulate::{SimulateError, Simulation};
 use passes::slices;
+use passes::target::Container;
 use passes::tensor::{DType, Tensor};
 
 use crate::import;
@@ -188,6 +189,12 @@ fn is_f32(graph: &Graph, value: ValueId) -> bool {
 /// [`VerifyError`] when the comparison itself cannot be made.
 pub fn artifact(path: &Path, model: &Model, cx: &mut passes::pass::PassContext<'_>) -> Result<Verdict, VerifyError> {
     let mut verdict = Verdict::default();
+    if cx.target.container() == Container::CompressedTensors {
+        let problem = crate::emit::check_compressed(path, model).err();
+        verdict.findings.extend(problem.map(|problem| structure(Place::Model, problem)));
+        verdict.passed = verdict.findings.is_empty();
+        return Ok(verdict);
+    }
     let imported = match import::file(path) {
         Ok(imported) => imported,
         Err(error) => {

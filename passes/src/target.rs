@@ -58,6 +58,8 @@ pub enum Container {
     Onnx,
     /// A folder: an ONNX file whose weights lie in a `.safetensors` file, and a manifest.
     Packed,
+    /// A folder: the weights of linear layers as compressed-tensors has them, and its configuration.
+    CompressedTensors,
     /// A folder: the weights as the memories of a circuit, a C header, a manifest, and the model in QONNX.
     Memories,
 }

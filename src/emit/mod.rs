@@ -1,11 +1,13 @@
 //! From graphs to files.
 
+mod compressed;
 mod memories;
 mod onnx;
 mod packed;
 mod stage;
 mod write;
 
+pub(crate) use compressed::check as check_compressed;
 pub use memories::{Layout, MemoryFormat};
 pub use onnx::{Artifact, Emit, model, part};
 pub use stage::{main_file, stage};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use passes::model::Model;
 use passes::target::{Container, Lowered, Target};
 
-use super::{Emit, Layout, Staged, WriteError, memories, packed};
+use super::{Emit, Layout, Staged, WriteError, compressed, memories, packed};
 use crate::load::Source;
 
 /// The file that a model at `output` is read from: `output` itself, or `model.onnx` in it where the target writes a folder.
@@ -14,6 +14,7 @@ pub fn main_file(target: &dyn Target, output: &Path) -> PathBuf {
     match target.container() {
         Container::Onnx => output.to_owned(),
         Container::Packed | Container::Memories => output.join("model.onnx"),
+        Container::CompressedTensors => output.join(compressed::FILE),
     }
 }
 
@@ -56,6 +57,16 @@ pub fn stage(
             staged.add("manifest.json", |path| json(&manifest, path))?;
             let options = Emit { placed, ..Emit::default() };
             staged.add_model(super::model(&lowered.graph, &lowered.meta, &options, &file).model)?;
+            Ok(staged)
+        }
+        Container::CompressedTensors => {
+            let whole = compressed::Compressed::of(model);
+            let whole =
+                whole.map_err(|problem| WriteError { path: main.clone(), error: std::io::Error::other(problem) })?;
+            let mut staged = Staged::begin(&main, output)?;
+            let config = whole.config();
+            staged.add("config.json", |path| json(&config, path))?;
+            staged.add(compressed::FILE, |path| whole.write(path))?;
             Ok(staged)
         }
         Container::Memories => {

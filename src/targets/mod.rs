@@ -11,6 +11,7 @@ mod qnn;
 mod qonnx;
 mod qoperator;
 mod rtl_mem;
+mod safetensors_ct;
 mod tensorrt;
 mod tract;
 mod vitisai;
@@ -34,6 +35,7 @@ pub static TARGETS: &[&dyn Target] = &[
     &vitisai::VitisAi,
     &packed::Packed,
     &rtl_mem::RtlMem,
+    &safetensors_ct::SafetensorsCt,
 ];
 
 /// The target called `name`.

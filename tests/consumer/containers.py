@@ -10,6 +10,7 @@ compiler read what `--target rtl-mem` writes, where they are installed.
 import argparse, hashlib, json, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -115,11 +116,75 @@ initial begin $readmemh("{out / entry['file']}", m); for (i = 0; i < {len(words)
     return good
 
 
+# Two products with names as exporters give them.
+LINEAR = '''opset 21
+graph (%x: f32[batch,256]) -> (%y: f32[batch,64]) {
+  %layers.0.fc1.weight = const f32[256,128] rand(seed=7, std=0.05)
+  %layers.0.fc2.weight = const f32[128,64] rand(seed=8, std=0.05)
+  %h = MatMul(%x, %layers.0.fc1.weight)
+  %r = Relu(%h)
+  %y = MatMul(%r, %layers.0.fc2.weight)
+}
+'''
+
+
+def unpacked(words, bits, columns):
+    """Codes of each row of int32 words, the first in the lowest bits."""
+    stream = np.unpackbits(words.view(np.uint8).reshape(len(words), -1), axis=1, bitorder='little')
+    return (stream[:, :columns * bits].reshape(len(words), columns, bits) << np.arange(bits)).sum(2).astype(np.int64)
+
+
+def tensors_of(path):
+    """As safetensors' own reader has them, but that knows no 8-bit floats in numpy: those come as bytes."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], 'little')
+    types = {'I32': np.int32, 'I64': np.int64, 'F32': np.float32, 'F8_E4M3': np.uint8}
+    header = json.loads(data[8:8 + size])
+    tensors = {}
+    for name, info in header.items():
+        begin, end = info['data_offsets']
+        tensors[name] = np.frombuffer(data[8 + size + begin:8 + size + end], types[info['dtype']]).reshape(info['shape'])
+    if not any(info['dtype'].startswith('F8') for info in header.values()):
+        theirs = load_file(str(path))
+        assert all((theirs[name] == tensor).all() for name, tensor in tensors.items())
+    return tensors
+
+
+def compressed(binary, tmp):
+    text, plain = tmp / 'linear.oq', tmp / 'linear.onnx'
+    text.write_text(LINEAR)
+    tool(binary, 'cat', text, '--to', 'onnx', '-o', plain)
+    good = True
+    for scheme, bits, group in ('w4a16g32', 4, 32), ('w3a16g64asym', 3, 64), ('w8a16', 8, 256), ('wfp8a16', 8, 256):
+        folder, qdq = tmp / scheme, tmp / f'{scheme}.onnx'
+        tool(binary, 'quantize', plain, '--target', 'safetensors-ct', '--scheme', scheme, '-o', folder)
+        tensors, config = tensors_of(folder / 'model.safetensors'), json.loads((folder / 'config.json').read_text())['quantization_config']
+        weights = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(str(plain)).graph.initializer}
+        name, worst = 'layers.0.fc1', 0
+        want = weights[f'{name}.weight'].T
+        scale = tensors[f'{name}.weight_scale'].repeat(group, axis=1)
+        if 'fp8' in scheme:
+            value = tensors[f'{name}.weight'].view(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+        else:
+            shape = tensors[f'{name}.weight_shape']
+            codes = unpacked(tensors[f'{name}.weight_packed'], bits, shape[1])
+            zero = 1 << (bits - 1)
+            if 'asym' in scheme:
+                zero = unpacked(np.ascontiguousarray(tensors[f'{name}.weight_zero_point'].T), bits, shape[0]).T.repeat(group, axis=1)
+            value = (codes - zero) * scale
+        # A code is at most half a step off, or cut at the end of its range.
+        worst = float(np.sqrt(((value - want) ** 2).mean() / (want ** 2).mean()))
+        ok = worst < {3: 0.25, 4: 0.15, 8: 0.05}[bits] and config['quant_method'] == 'compressed-tensors'
+        print(f'safetensors-ct {scheme}: {config["format"]}, {len(tensors)} tensors, error {worst:.4f} of the weights' + ('' if ok else '   FAILED'))
+        good = good and ok
+    return good
+
+
 def main():
     p = argparse.ArgumentParser(); p.add_argument('--tool', required=True); a = p.parse_args()
     x = np.load(ROOT / 'fixtures/data/digits-eval.npz')['images'].astype(np.float32)[:200, None] / 255
     with tempfile.TemporaryDirectory() as tmp:
-        results = [packed(a.tool, x, Path(tmp)), from_onnxruntime(a.tool, x, Path(tmp)), memories(a.tool, Path(tmp))]
+        results = [packed(a.tool, x, Path(tmp)), from_onnxruntime(a.tool, x, Path(tmp)), memories(a.tool, Path(tmp)), compressed(a.tool, Path(tmp))]
     print('all good' if all(results) else 'FAILED')
     return 0 if all(results) else 1
 
