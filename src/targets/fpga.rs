@@ -27,7 +27,7 @@ pub(super) fn pipeline(goal: Goal, scheme: &Scheme, prepare: &str) -> Cow<'stati
     let text = ort_cpu::pipeline(goal, scheme);
     let clamps = if scheme.power_of_two { "fit-clamps, infer-shapes, drop-dead,\n" } else { "" };
     let at = text.find("calibrate").unwrap_or(text.len());
-    format!("{}{prepare}{clamps}{}", &text[..at], &text[at..]).into()
+    format!("one-sample, {}{prepare}{clamps}{}", &text[..at], &text[at..]).into()
 }
 
 /// Why no reader of `Quant` nodes takes `scheme`, with activations of up to `most` bits.

@@ -70,7 +70,7 @@ impl Target for VitisAi {
     }
 
     fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
-        ort_cpu::pipeline(goal, scheme)
+        format!("one-sample, {}", ort_cpu::pipeline(goal, scheme)).into()
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {

@@ -4,6 +4,7 @@
 //! [`crate::model::Model::apply`] (import builds one with [`Builder`]).
 
 mod attr;
+pub(crate) mod batch;
 mod builder;
 mod capture;
 pub mod check;

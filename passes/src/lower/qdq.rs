@@ -9,7 +9,7 @@ use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::Grid;
 use crate::id::{Name, NodeId, Site, ValueId};
-use crate::ir::{Attr, Attrs, BuildError, Builder, Def, Graph, Node, OpKey, TensorType, Type, walk};
+use crate::ir::{Attr, Attrs, BuildError, Builder, Def, Graph, Node, OpKey, TensorType, Type, batch, walk};
 use crate::model::{Model, Plan};
 use crate::nbits;
 use crate::target::{LowerError, Lowered};
@@ -63,7 +63,7 @@ pub fn lower(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
         opset: model.meta.opset(),
         nbits: (dialect.nbits).then(|| walk::Users::of(graph)),
         dialect,
-        batch: if dialect.one_sample { super::qonnx::batch_symbols(graph) } else { BTreeSet::new() },
+        batch: if dialect.one_sample { batch::batch_symbols(graph) } else { BTreeSet::new() },
         packed: false,
         builder: Builder::new(graph.name(), graph.doc()),
         taken: graph.value_ids().map(|id| Arc::clone(&graph.value(id).name)).collect(),
@@ -215,7 +215,7 @@ impl Lowering<'_> {
     }
 
     fn type_of(&self, ty: &Type) -> Type {
-        if self.dialect.one_sample { super::qonnx::of_one_sample(ty, &self.batch) } else { ty.clone() }
+        if self.dialect.one_sample { batch::of_one_sample(ty, &self.batch) } else { ty.clone() }
     }
 
     /// A matrix product with its weight in it.

@@ -4,14 +4,13 @@
 //! are spelled out, a clamp whose upper end the quantizer after it implies becomes a `Relu`, and what is only moved is not rounded again:
 //! readers of this dialect want all three.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::qdq::{Lowering, bug};
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::FloatFormat;
 use crate::id::{Name, Site, ValueId};
-use crate::ir::{Attr, Attrs, Dim, Graph, Node, OpKey, TensorType, Type};
+use crate::ir::{Attr, Attrs, Graph, Node, OpKey, TensorType, Type};
 use crate::model::Metadata;
 use crate::ops::{self, QONNX_DOMAIN as DOMAIN};
 use crate::target::LowerError;
@@ -20,25 +19,6 @@ use crate::tensor::{DType, Tensor};
 /// Adds the domain to those that the model imports.
 pub(super) fn import(meta: &mut Metadata) {
     meta.opsets.insert(DOMAIN.into(), 1);
-}
-
-/// The symbols of leading extents: whoever reads the dialect wants the number of samples, and takes one at a time.
-pub(super) fn batch_symbols(graph: &Graph) -> BTreeSet<Name> {
-    let leading = |id: &ValueId| graph.value(*id).ty.tensor()?.shape.as_ref()?.first().cloned();
-    let symbol = |dim: Dim| if let Dim::Symbol(name) = dim { Some(name) } else { None };
-    graph.inputs().iter().filter_map(leading).filter_map(symbol).collect()
-}
-
-/// `ty` for one sample.
-pub(super) fn of_one_sample(ty: &Type, batch: &BTreeSet<Name>) -> Type {
-    let Some(known) = ty.tensor() else { return ty.clone() };
-    let one = |(at, dim): (usize, &Dim)| match dim {
-        Dim::Symbol(name) if batch.contains(name) => Dim::Known(1),
-        Dim::Unknown if at == 0 => Dim::Known(1),
-        other => other.clone(),
-    };
-    let shape = known.shape.as_ref().map(|dims| dims.iter().enumerate().map(one).collect());
-    Type::Tensor(TensorType { dtype: known.dtype, shape })
 }
 
 /// The attributes of `node` with those that have defaults written out.

@@ -14,6 +14,7 @@ mod fold_constants;
 mod fold_gemm_scalars;
 mod fold_pad;
 mod infer_shapes;
+mod one_sample;
 mod scale_linear;
 mod split_gemm;
 
@@ -22,6 +23,7 @@ use crate::pass::PassEntry;
 /// Order is the order of the manual, not of the pipeline.
 pub static PASSES: &[PassEntry] = &[
     infer_shapes::ENTRY,
+    one_sample::ENTRY,
     expand_qoperators::ENTRY,
     absorb_qdq::ENTRY,
     fold_constants::ENTRY,
