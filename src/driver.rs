@@ -8,7 +8,7 @@ use passes::exec::{Dataset, Executor, Progress};
 use passes::ir::Graph;
 use passes::model::Model;
 use passes::pass::{Instrument, Pass, PassContext, PassError, PassManager, Pipeline, RunError, Trace};
-use passes::target::{Container, Goal, Lowered, Scheme, Target};
+use passes::target::{Goal, Lowered, Scheme, Target};
 
 use crate::dataset::{ImageOptions, Slot};
 use crate::emit::{self, Emit, Layout, Staged};
@@ -384,9 +384,8 @@ fn check_request(request: &Request) -> Result<(), Error> {
             )));
         }
     }
-    let writes_file = request.target.container() == Container::Onnx;
-    if let Some(output) = request.output.as_ref().filter(|output| writes_file && output.is_dir()) {
-        return Err(Error::Input(format!("the output `{}` is a folder; name a file", output.display())));
+    if let Some(problem) = request.output.as_ref().and_then(|o| emit::obstacle(request.target, o, &request.input)) {
+        return Err(Error::Input(problem));
     }
     let measures = request.scheme.fixes_ranges();
     if measures && request.data.is_none() && request.stats.is_none() && request.pipeline.is_none() {

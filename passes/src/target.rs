@@ -82,6 +82,8 @@ pub struct Accepts {
     pub negative_scales: bool,
     /// Whether weights that are no whole number of blocks stay in float.
     pub whole_blocks: bool,
+    /// Whether products of two activations run on codes.
+    pub products_of_activations: bool,
     /// Whether it runs one sample at a time: an open leading extent is written as 1.
     pub one_sample: bool,
 }
@@ -96,6 +98,7 @@ impl Accepts {
         power_of_two: false,
         negative_scales: true,
         whole_blocks: false,
+        products_of_activations: true,
         one_sample: false,
     };
 

@@ -39,6 +39,9 @@ const PIPELINE: &str = "infer-shapes, expand-qoperators, absorb-qdq, infer-shape
 pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let request = args.data.request(&args.model, &args.target)?;
     let target = target_named(&args.target)?;
+    if let Some(problem) = emit::obstacle(target, &args.output, &args.model) {
+        return Err(Error::Input(problem));
+    }
     let imported = import::file(&args.model).map_err(Error::input)?;
     driver::guard_inputs(&emit::main_file(target, &args.output), &args.model, &imported.external)?;
     samples::refuse_herding(&request)?;
@@ -60,6 +63,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
             args.model.display()
         )));
     }
+    refuse_unread(&model)?;
     let lowered = target.lower(&model).map_err(|e| Error::Target(e.to_string()))?;
     driver::refuse_rejected(target, &lowered)?;
     lowered.notes.iter().for_each(|note| eprint(&format!("{note}\n")));
@@ -69,18 +73,35 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
         return Err(Error::Interrupted);
     }
     verdict.findings.iter().for_each(|finding| eprint(&format!("{finding}\n")));
+    if !verdict.passed {
+        eprint("error: the result does not read back as it was; nothing was written\n");
+        return Ok(Ended::Broken);
+    }
     let bytes = staged.bytes()?;
     staged.publish()?;
-    print(&summary(&model, args, bytes, verdict.passed));
-    Ok(if verdict.passed { Ended::Done } else { Ended::Broken })
+    print(&summary(&model, args, bytes));
+    Ok(Ended::Done)
 }
 
-fn summary(model: &Model, args: &Args, bytes: u64, passed: bool) -> String {
+/// Refuses quantizers of QONNX that were not read: no other dialect has them.
+fn refuse_unread(model: &Model) -> Result<(), Error> {
+    let ours = |domain: &str| domain == passes::ops::QONNX_DOMAIN || domain == "onnx.brevitas";
+    let left = model.graph().nodes().find(|(_, node)| ours(&node.op.domain));
+    left.map_or(Ok(()), |(_, node)| {
+        let tensor = node.input(0).map_or(String::new(), |value| model.graph().value(value).name.escape_debug().to_string());
+        Err(Error::Target(format!(
+            "node `{}` rounds tensor `{tensor}` in a way that has no codes here: ties not to even, parameters that are computed, or a width \
+             that no grid has",
+            node.name.escape_debug()
+        )))
+    })
+}
+
+fn summary(model: &Model, args: &Args, bytes: u64) -> String {
     let weights = model.plan().encodings().filter(|(site, _)| model.plan().codes(*site).is_some()).count();
     let activations = model.plan().encodings().count() - weights;
-    let verified = if passed { "read back with the same codes and scales" } else { "FAILED: see above" };
     format!(
-        "{} -> {}, {}\n{weights} constants and {activations} activations in codes\nverified   {verified}\n",
+        "{} -> {}, {}\n{weights} constants and {activations} activations in codes\nverified   read back with the same codes and scales\n",
         args.model.display(),
         args.output.display(),
         readable_size(bytes)

@@ -121,6 +121,7 @@ fn of_codes(model: &Model, id: NodeId) -> Option<u32> {
     let (weight, codes) = (model.plan().encoding(site)?, model.plan().codes(site)?);
     let activation = model.plan().encoding_of_use(graph, id, roles.activation)?;
     let integers = weight.grid.info().integer && activation.grid.info().integer && weight.is_symmetric();
+    (integers && (roles.out_axis == 0 || codes.shape().len() == 2)).then_some(())?;
     let zero = f64::from(*activation.zero_point.first()?);
     let (low, high) = activation.grid.range();
     let outputs = codes.shape()[roles.out_axis];
@@ -130,10 +131,8 @@ fn of_codes(model: &Model, id: NodeId) -> Option<u32> {
         all[if roles.out_axis == 0 { row * inputs + column } else { column * outputs + row }]
     };
     let rows: Vec<Vec<i64>> = (0..outputs).map(|row| (0..inputs).map(|column| at(row, column)).collect()).collect();
-    let plain = roles.out_axis == 0 || codes.shape().len() == 2;
-    (integers && plain).then(|| {
-        mvau::accumulator_of_codes(rows.iter().map(Vec::as_slice), ((low - zero) as i64, (high - zero) as i64))
-    })
+    let range = ((low - zero) as i64, (high - zero) as i64);
+    Some(mvau::accumulator_of_codes(rows.iter().map(Vec::as_slice), range))
 }
 
 /// All layers side by side: lookup tables, memories and bits add up, the slowest layer sets the pace.

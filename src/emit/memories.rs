@@ -57,6 +57,9 @@ impl Default for Layout {
 /// The most lanes of a word.
 const MOST_LANES: usize = 4096;
 
+/// The most bytes of a record of Intel HEX.
+const MOST_BYTES: usize = 255;
+
 impl FromStr for Layout {
     type Err = String;
 
@@ -73,13 +76,18 @@ impl FromStr for Layout {
                 Some(("format", name)) => {
                     let found = MemoryFormat::ALL.iter().find(|(_, ending)| *ending == name);
                     let (format, _) = found.ok_or_else(|| format!("`{name}` is none of mem, dat, coe, mif, hex"))?;
-                    layout.formats.push(*format);
+                    if !layout.formats.contains(format) {
+                        layout.formats.push(*format);
+                    }
                 }
                 _ => return Err(format!("`{part}`: write pe=4,simd=8,format=mem,format=coe")),
             }
         }
         if layout.pe * layout.simd > MOST_LANES {
             return Err(format!("{} x {} lanes are more than {MOST_LANES}", layout.pe, layout.simd));
+        }
+        if layout.formats.contains(&MemoryFormat::Hex) && layout.pe * layout.simd > MOST_BYTES {
+            return Err(format!("a record of Intel HEX holds {MOST_BYTES} bytes: fewer lanes, or another format"));
         }
         if layout.formats.is_empty() {
             layout.formats.push(MemoryFormat::Mem);
@@ -103,7 +111,10 @@ pub(super) struct Memory {
 }
 
 /// The memories of `model`: weights folded as `layout` says, biases with one lane.
-pub(super) fn of(model: &Model, layout: &Layout) -> Vec<Memory> {
+///
+/// # Errors
+/// A weight that memories do not hold as it is: one with zero points, or of a transposed convolution.
+pub(super) fn of(model: &Model, layout: &Layout) -> Result<Vec<Memory>, String> {
     let graph = model.graph();
     let mut memories = Vec::new();
     let mut taken = BTreeSet::new();
@@ -118,6 +129,13 @@ pub(super) fn of(model: &Model, layout: &Layout) -> Vec<Memory> {
             };
             if !encoding.grid.info().integer {
                 continue;
+            }
+            let refuse = |why: &str| Err(format!("the {role} of node `{}` {why}", node.name));
+            if !encoding.is_symmetric() {
+                return refuse("has zero points, which memories do not hold: quantize with --target rtl-mem");
+            }
+            if node.op.is("ConvTranspose") {
+                return refuse("is that of a ConvTranspose, which has no folding here");
             }
             let codes_of = signed_codes(encoding, codes);
             let rows = if role == "weight" { codes.shape()[roles.out_axis] } else { codes.len() };
@@ -141,12 +159,15 @@ pub(super) fn of(model: &Model, layout: &Layout) -> Vec<Memory> {
             });
         }
     }
-    memories
+    Ok(memories)
 }
+
+/// The most characters of a name that come from the model: file systems allow 255 bytes.
+const LONGEST: usize = 120;
 
 /// A name out of a node's that files and C can have, and that is not `taken`.
 fn plain(name: &str, taken: &mut BTreeSet<String>) -> String {
-    let name: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    let name: String = name.chars().take(LONGEST).map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
     let name = name.trim_matches('_');
     let name = if name.starts_with(|c: char| c.is_ascii_alphabetic()) { name.to_owned() } else { format!("n{name}") };
     let mut numbered = (2..).map(|n: u32| format!("{name}_{n}"));
@@ -285,9 +306,12 @@ fn intel_hex(words: &[Vec<u8>]) -> String {
 }
 
 /// The same codes as arrays of C, with their scales.
-pub(super) fn header(model: &Model) -> String {
+///
+/// # Errors
+/// As [`of`].
+pub(super) fn header(model: &Model) -> Result<String, String> {
     let mut text = String::from("/* Codes and scales of the weights; value = code * scale. */\n#include <stdint.h>\n");
-    for memory in of(model, &Layout::default()) {
+    for memory in of(model, &Layout::default())? {
         let width = [8, 16].into_iter().find(|width| memory.bits <= *width).unwrap_or(32);
         let sign = if memory.signed { "" } else { "u" };
         let name = memory.name.replace('.', "_");
@@ -307,7 +331,7 @@ pub(super) fn header(model: &Model) -> String {
             scales.join(",")
         );
     }
-    text
+    Ok(text)
 }
 
 impl Memory {
@@ -380,6 +404,8 @@ mod tests {
         let layout: Layout = "pe=4,simd=8,format=coe,format=mif".parse().unwrap();
         assert_eq!((layout.pe, layout.simd, layout.formats.len()), (4, 8, 2));
         assert!("pe=0".parse::<Layout>().is_err() && "pe=4096,simd=2".parse::<Layout>().is_err());
+        assert_eq!("format=mem,format=mem".parse::<Layout>().unwrap().formats.len(), 1);
+        assert!("pe=16,simd=32,format=hex".parse::<Layout>().is_err() && "pe=16,simd=32".parse::<Layout>().is_ok());
         assert!("format=bin".parse::<Layout>().is_err() && "four".parse::<Layout>().is_err());
     }
 }

@@ -10,5 +10,5 @@ mod write;
 pub(crate) use compressed::check as check_compressed;
 pub use memories::{Layout, MemoryFormat};
 pub use onnx::{Artifact, Emit, model, part};
-pub use stage::{main_file, stage};
+pub use stage::{main_file, obstacle, stage};
 pub use write::{Staged, WriteError, atomically, discard_staged};

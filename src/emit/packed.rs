@@ -60,6 +60,8 @@ pub(super) fn write(graph: &Graph, path: &Path) -> io::Result<BTreeMap<String, E
     let large: Vec<(String, Stored<'_>)> = constants
         .filter_map(|id| Some((id, graph.constant(id).filter(|tensor| is_large(tensor))?)))
         .map(|(id, tensor)| (graph.value(id).name.to_string(), Stored::of(tensor)))
+        // A name that the format keeps for itself.
+        .filter(|(name, _)| name != "__metadata__")
         .collect();
     safetensors::serialize_to_file(large, None, path).map_err(io::Error::other)?;
     let written = crate::load::map(path).map_err(io::Error::other)?;

@@ -86,6 +86,8 @@ pub struct Staged {
     _registered: Registered,
     target: PathBuf,
     names: Vec<PathBuf>,
+    /// Whether the folder that the files lie in becomes the one of `target`, whatever that held.
+    whole: bool,
 }
 
 impl Staged {
@@ -100,7 +102,22 @@ impl Staged {
         }
         let folder = tempfile::Builder::new().prefix(".onnx-quant-").tempdir_in(folder_of(beside)).map_err(&fail)?;
         let registered = Registered::new(folder.path());
-        Ok(Self { folder, _registered: registered, target: target.to_owned(), names: Vec::new() })
+        Ok(Self { folder, _registered: registered, target: target.to_owned(), names: Vec::new(), whole: false })
+    }
+
+    /// The same for files that become the folder `home`, in which `target` is the main one.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn folder(target: &Path, home: &Path) -> Result<Self, WriteError> {
+        let staged = Self { whole: true, ..Self::begin(target, home)? };
+        std::fs::create_dir(staged.place()).map_err(failed(home))?;
+        Ok(staged)
+    }
+
+    /// The folder that the files lie in now.
+    fn place(&self) -> PathBuf {
+        if self.whole { self.folder.path().join("new") } else { self.folder.path().to_owned() }
     }
 
     /// Adds the file called `name`, which `fill` writes at the path that it is given. The last one added is the main file.
@@ -108,7 +125,7 @@ impl Staged {
     /// # Errors
     /// [`WriteError`].
     pub fn add(&mut self, name: &str, fill: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), WriteError> {
-        fill(&self.folder.path().join(name)).map_err(failed(&self.target))?;
+        fill(&self.place().join(name)).map_err(failed(&self.target))?;
         self.names.push(name.into());
         Ok(())
     }
@@ -138,7 +155,7 @@ impl Staged {
 
     /// The main file, where it lies now.
     pub fn path(&self) -> PathBuf {
-        self.folder.path().join(self.names.last().map_or(Path::new(""), PathBuf::as_path))
+        self.place().join(self.names.last().map_or(Path::new(""), PathBuf::as_path))
     }
 
     /// The bytes of all files.
@@ -146,7 +163,7 @@ impl Staged {
     /// # Errors
     /// [`WriteError`] when a file cannot be asked.
     pub fn bytes(&self) -> Result<u64, WriteError> {
-        let size = |name: &PathBuf| Ok(self.folder.path().join(name).metadata()?.len());
+        let size = |name: &PathBuf| Ok(self.place().join(name).metadata()?.len());
         self.names.iter().map(size).sum::<io::Result<u64>>().map_err(failed(&self.target))
     }
 
@@ -156,7 +173,13 @@ impl Staged {
     /// [`WriteError`].
     pub fn publish(self) -> Result<(), WriteError> {
         let home = folder_of(&self.target);
-        std::fs::create_dir_all(home).map_err(failed(home))?;
+        if self.whole {
+            // One rename, or two where there was one of ours before: never a new file beside an old one.
+            if home.exists() {
+                std::fs::rename(home, self.folder.path().join("old")).map_err(failed(home))?;
+            }
+            return std::fs::rename(self.place(), home).map_err(failed(home));
+        }
         for name in &self.names {
             let to = folder_of(&self.target).join(name);
             std::fs::rename(self.folder.path().join(name), &to).map_err(failed(&to))?;

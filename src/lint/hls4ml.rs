@@ -91,8 +91,8 @@ pub(super) static LINTS: &[Lint] = &[
                     .and_then(|(_, quant)| s.constant(quant, 0))
                     .or_else(|| s.constant(node, 1))
                     .map(passes::tensor::Tensor::shape);
-                let depthwise =
-                    shape.is_some_and(|shape| shape[1] == 1 && i64::try_from(shape[0]) == Ok(node.int("group", 1)));
+                let groups = node.int("group", 1);
+                let depthwise = matches!(shape, Some([outputs, 1, ..]) if i64::try_from(*outputs) == Ok(groups));
                 if !depthwise {
                     found.node(node, format!("{} groups", node.int("group", 1)));
                 }

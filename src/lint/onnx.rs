@@ -24,6 +24,7 @@ pub(super) static LINTS: &[Lint] = &[
         for q in subject.quantizers() {
             if let (Some(scale), Some(zero)) = (q.scale, q.zero)
                 && scale.shape() != zero.shape()
+                && (scale.len() > 1 || zero.len() > 1)
             {
                 found.node(q.node, format!("the scale is {:?}, the zero point {:?}", scale.shape(), zero.shape()));
             }

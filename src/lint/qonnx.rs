@@ -15,7 +15,9 @@ pub(super) fn quants<'a>(s: &Subject<'a>) -> impl Iterator<Item = &'a Node> {
 
 /// The numbers at `input` of `node`, where they are constant.
 pub(super) fn numbers(s: &Subject<'_>, node: &Node, input: usize) -> Vec<f32> {
-    s.constant(node, input).and_then(|tensor| Some(tensor.floats()?.into_owned())).unwrap_or_default()
+    let Some(tensor) = s.constant(node, input) else { return Vec::new() };
+    let whole = || tensor.integers().map(|values| values.into_iter().map(|value| value as f32).collect());
+    tensor.floats().map(std::borrow::Cow::into_owned).or_else(whole).unwrap_or_default()
 }
 
 /// Whether `node` rounds a constant.

@@ -51,7 +51,9 @@ pub(super) static LINTS: &[Lint] = &[
         },
     ),
     error("OQ8304", "an activation has several scales", "use one scale per activation", PARSER, |s, found| {
-        for q in s.quantizers().filter(|q| q.quantizes && !q.per_tensor()) {
+        // A weight may be rounded when the engine is built.
+        let activation = |q: &&super::subject::Quantizer<'_>| q.quantizes && s.constant(q.node, 0).is_none();
+        for q in s.quantizers().filter(activation).filter(|q| !q.per_tensor()) {
             found.node(q.node, format!("it has {} scales", q.scales().len()));
         }
     }),

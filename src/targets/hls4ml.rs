@@ -33,6 +33,7 @@ pub(super) static ACCEPTS: Accepts = Accepts {
     power_of_two: true,
     negative_scales: false,
     whole_blocks: false,
+    products_of_activations: true,
     one_sample: true,
 };
 

@@ -33,6 +33,7 @@ static ACCEPTS: Accepts = Accepts {
     power_of_two: false,
     negative_scales: false,
     whole_blocks: true,
+    products_of_activations: true,
     one_sample: false,
 };
 

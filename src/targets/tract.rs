@@ -23,7 +23,9 @@ static INFO: TargetInfo = TargetInfo {
     version: "0.23",
 };
 
-static ACCEPTS: Accepts = Accepts { per_channel: PerChannel::Only(&[]), ..Accepts::USUAL };
+// Its optimizer makes wrong numbers of codes behind a Softmax, which products of two activations read.
+static ACCEPTS: Accepts =
+    Accepts { per_channel: PerChannel::Only(&[]), products_of_activations: false, ..Accepts::USUAL };
 
 /// It computes between dequantize and quantize in float: only what carries weights is worth rounding.
 static RULES: &[Rule] = &[

@@ -339,3 +339,11 @@ fn pools_become_convolutions_by_powers_of_two() {
     let (_, after, _) = for_hardware(&clamped("  %q = GlobalAveragePool(%r)\n  %p = Sigmoid(%q)\n"), "pool-to-conv");
     assert!((taps(&after) - 1.0 / 9.0).abs() < f32::EPSILON, "nothing behind it makes up for another");
 }
+
+/// Every pool has a factor of its own: the second is not one over what the first left.
+#[test]
+fn a_pool_behind_a_pool_keeps_the_function() {
+    let (_, after, _) =
+        for_hardware(&clamped("  %q = GlobalAveragePool(%r)\n  %p = GlobalAveragePool(%q)\n"), "pool-to-conv");
+    assert!(!after.graph().nodes().any(|(_, node)| node.op.is("GlobalAveragePool")));
+}

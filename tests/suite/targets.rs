@@ -20,7 +20,7 @@ fn quantize(folder: &Path, model: &str, target: &str, scheme: &str) -> PathBuf {
 
 const PAIRS: &[(&str, &[&str])] = &[
     ("ort-cpu", &["w8a8", "w4a4"]),
-    ("onnx-qdq", &["w8a8", "w6a6", "w8auint16", "wfp8afp8"]),
+    ("onnx-qdq", &["w8a8", "w6a6", "w5a5", "w8auint16", "wfp8afp8"]),
     ("openvino-cpu", &["w8a8"]),
     ("tensorrt", &["w8a8", "wfp8afp8"]),
     ("qonnx", &["w8a8", "w6a6", "w3a5", "w4a12", "we2m3ae3m2"]),
@@ -100,6 +100,7 @@ fn what_a_target_cannot_take_is_refused_before_any_work() {
         ("tract", "w4a8", "w4a16g32"),
         ("qnn", "w4a16g32", "w8auint16"),
         ("vitisai", "w4a4", "w8a8"),
+        ("onnx-qdq", "w8a3", "w8a8dyn"),
         ("ort-cpu", "w8auint16", "--target qnn"),
     ] {
         let output = tool(&["quantize", text(&model), "--target", target, "--scheme", scheme, "-o", "never.onnx"]);
@@ -353,4 +354,54 @@ fn operators_on_codes_convert_both_ways() {
     assert_eq!((count("QLinearConv"), count("Conv")), (9, 0));
     tool_ok(&["convert", text(&there), "--target", "ort-cpu", "-o", text(&back), "--data", text(&data)]);
     assert_eq!(weights(&back), weights(&first));
+}
+
+/// A folder takes the place of one of ours or of none: weights that lie beside a model are not lost.
+#[test]
+fn folders_of_others_are_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = quantize(folder.path(), "digits-mobilenet", "packed", "w8a8");
+    let (model, data) = (fixture("models/digits-mobilenet.onnx"), fixture("data/digits"));
+    let again = |model: &Path, out: &Path| {
+        tool(&[
+            "quantize",
+            text(model),
+            "--data",
+            text(&data),
+            "--target",
+            "packed",
+            "-o",
+            text(out),
+            "--progress",
+            "none",
+        ])
+    };
+    std::fs::write(out.join("stale.mem"), "1").unwrap();
+    assert!(again(&model, &out).status.success() && !out.join("stale.mem").exists(), "ours is replaced whole");
+    let (theirs, file) = (folder.path().join("theirs"), folder.path().join("file"));
+    std::fs::create_dir(&theirs).unwrap();
+    std::fs::write(theirs.join("model.safetensors"), "weights").unwrap();
+    std::fs::write(&file, "text").unwrap();
+    for out in [&theirs, &file, &out.join("model.onnx")] {
+        assert_eq!(again(&model, out).status.code(), Some(2), "{}", out.display());
+    }
+    assert_eq!(again(&out.join("model.onnx"), &out).status.code(), Some(2), "the input lies there");
+    assert_eq!(std::fs::read(theirs.join("model.safetensors")).unwrap(), b"weights");
+}
+
+/// Weights that memories would hold wrong are refused by name.
+#[test]
+fn memories_have_no_zero_points() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, model) = (folder.path().join("m.oq"), folder.path().join("m.onnx"));
+    std::fs::write(
+        &source,
+        "opset 21\ngraph (%x: f32[1,2]) -> (%y) {\n  %c = const u8[2,2] [129, 127, 128, 130]\n  %s = const f32[] [0.5]\n  %z = const u8[] \
+         [128]\n  %w = DequantizeLinear(%c, %s, %z)\n  %y = MatMul(%x, %w)\n}\n",
+    )
+    .unwrap();
+    tool_ok(&["cat", text(&source), "--to", "onnx", "-o", text(&model)]);
+    let output = tool(&["convert", text(&model), "--target", "rtl-mem", "-o", text(&folder.path().join("rtl"))]);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains("zero points") && error.contains("MatMul"), "{error}");
 }

@@ -124,7 +124,6 @@ impl Factors {
                 Some(output) => {
                     patch.erase(id);
                     let value = graph.value(output);
-                    copy.name = format!("{}.fitted", node.name).into();
                     let new = patch.node(copy, &format!("{}.fitted", value.name), value.ty.clone(), Some(id));
                     renewed.insert(output, new);
                 }

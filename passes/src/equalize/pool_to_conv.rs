@@ -6,7 +6,7 @@ use crate::ir::walk::Users;
 use crate::ir::{Attr, Graph, Node, OpKey};
 use crate::model::{Model, Patch};
 use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 crate::declare_pass! {
     /// Turns `GlobalAveragePool` over known extents into a depthwise convolution of the same size.
@@ -29,7 +29,7 @@ pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::
 
 /// Larger pools would need more weights than a feature map is worth.
 const MOST_TAPS: usize = 1 << 12;
-/// The same for all of one pool together.
+/// The same for all pools of a model together.
 const MOST_WEIGHTS: usize = 1 << 24;
 
 /// See [`INFO`].
@@ -46,12 +46,22 @@ impl Pass for PoolToConv {
         let graph = model.graph();
         let users = Users::of(graph);
         let mut factors = Factors::default();
+        let mut weights = 0_usize;
         for (id, node) in graph.nodes().filter(|(_, node)| node.op.is("GlobalAveragePool")) {
             let Some(shape) = shape(graph, node).filter(|_| !cx.keep_float.contains_key(&*node.name)) else { continue };
+            weights = weights.saturating_add(shape.iter().product());
+            if weights > MOST_WEIGHTS {
+                break;
+            }
             let elements = shape[1..].iter().product::<usize>() as f64;
             let readers = node.output(0).and_then(|value| Readers::of(graph, &users, value));
             let free = |id: &NodeId| graph.node(*id).is_none_or(|node| !cx.keep_float.contains_key(&*node.name));
-            let tap = match readers.filter(|readers| readers.linear.iter().all(free)) {
+            // Another pool on the way has a factor of its own.
+            let pools = |id: &NodeId| graph.node(*id).is_some_and(|node| node.op.is("GlobalAveragePool"));
+            let taken = |readers: &Readers| {
+                readers.linear.iter().chain(&readers.inside).all(free) && !readers.inside.iter().any(pools)
+            };
+            let tap = match readers.filter(taken) {
                 Some(readers) => {
                     let tap = (-elements.log2().round()).exp2();
                     factors.add(&[id], &readers, tap * elements);
@@ -69,7 +79,8 @@ impl Pass for PoolToConv {
 
 /// Channels and spatial extents of what `node` pools, where they are known and small.
 fn shape(graph: &Graph, node: &Node) -> Option<Vec<usize>> {
-    let dims = graph.value(node.input(0)?).ty.tensor()?.shape.as_ref()?;
+    let ty = graph.value(node.input(0)?).ty.tensor().filter(|ty| ty.dtype == Some(DType::F32))?;
+    let dims = ty.shape.as_ref()?;
     let known: Vec<usize> = dims.get(1..)?.iter().map(crate::ir::Dim::known).collect::<Option<_>>()?;
     let product = |extents: &[usize]| extents.iter().try_fold(1_usize, |all, n| all.checked_mul(*n));
     let fits = product(known.get(1..)?)? <= MOST_TAPS && product(&known)? <= MOST_WEIGHTS && !known.contains(&0);

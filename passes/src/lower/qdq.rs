@@ -79,7 +79,7 @@ pub fn lower(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
     };
     for &input in graph.inputs() {
         let value = graph.value(input);
-        let ty = lowering.type_of(&value.ty);
+        let ty = lowering.type_of(&value.ty, true);
         let id = lowering.builder.input(&value.name, ty).map_err(bug)?;
         lowering.raw.insert(input, id);
     }
@@ -159,7 +159,7 @@ impl Lowering<'_> {
                 let name = if hidden { format!("{}.float", value.name) } else { value.name.to_string() };
                 let name = if hidden { self.fresh(&name) } else { name };
                 let id = self.builder.value(&name);
-                let ty = self.type_of(&value.ty);
+                let ty = self.type_of(&value.ty, false);
                 self.builder.set_type(id, ty);
                 self.raw.insert(output, id);
             }
@@ -214,8 +214,8 @@ impl Lowering<'_> {
         Ok(())
     }
 
-    fn type_of(&self, ty: &Type) -> Type {
-        if self.dialect.one_sample { batch::of_one_sample(ty, &self.batch) } else { ty.clone() }
+    fn type_of(&self, ty: &Type, input: bool) -> Type {
+        if self.dialect.one_sample { batch::of_one_sample(ty, &self.batch, input) } else { ty.clone() }
     }
 
     /// A matrix product with its weight in it.
@@ -307,6 +307,10 @@ impl Lowering<'_> {
         let as_float = self.dialect.float_biases && encoding.grid.info().storage == DType::I32;
         if self.dialect.qonnx || as_float || !is_native(encoding.grid) {
             let codes = Arc::clone(codes);
+            if self.dialect.qonnx && !survives(encoding, &codes) {
+                let problem = "its codes need more than the 24 bits that a float constant holds: QONNX cannot say them";
+                return Err(LowerError { place: format!("tensor `{name}`"), problem: problem.into() });
+            }
             let mut result = self.rounded(&name, encoding, &codes)?;
             if self.dialect.qonnx {
                 result = self.quant((&name, codes.shape()), result, encoding, None)?;
@@ -349,7 +353,7 @@ impl Lowering<'_> {
             let problem = "its range is chosen by each run, which only products with a constant weight can use".into();
             return Err(LowerError { place: format!("tensor `{name}`"), problem });
         }
-        let shape_type = self.type_of(&self.graph.value(value).ty).tensor().cloned().unwrap_or_default();
+        let shape_type = self.type_of(&self.graph.value(value).ty, false).tensor().cloned().unwrap_or_default();
         let returned = self.graph.outputs().contains(&value) && self.plan.encoding(Site::Value(value)).is_some();
         if self.dialect.qonnx {
             if !returned && self.is_moved(value, encoding) {
@@ -480,6 +484,12 @@ impl Lowering<'_> {
         self.builder.node(node).map_err(bug)?;
         Ok(())
     }
+}
+
+/// Whether `codes` come back from the float numbers that they stand for.
+fn survives(encoding: &Encoding, codes: &Tensor) -> bool {
+    let again = encoding.decode(codes).and_then(|values| encoding.encode(&values, codes.shape()));
+    encoding.grid.info().bits <= 16 || again.is_ok_and(|again| again == *codes)
 }
 
 /// Whether every code of the type that `grid` is stored in is one of its own.

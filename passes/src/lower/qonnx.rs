@@ -25,7 +25,7 @@ pub(super) fn import(meta: &mut Metadata) {
 pub(super) fn explicit(graph: &Graph, node: &Node) -> Attrs {
     let mut attrs = node.attrs.clone();
     let spatial = match &*node.op.name {
-        "Conv" => graph.constant_input(node, 1).map(|weight| weight.shape()[2..].to_vec()),
+        "Conv" => graph.constant_input(node, 1).and_then(|weight| Some(weight.shape().get(2..)?.to_vec())),
         "MaxPool" | "AveragePool" => {
             node.ints("kernel_shape").map(|k| k.iter().map(|&n| usize::try_from(n).unwrap_or(0)).collect())
         }
@@ -38,14 +38,43 @@ pub(super) fn explicit(graph: &Graph, node: &Node) -> Attrs {
     let wide = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
     set("kernel_shape", Attr::Ints(kernel.iter().map(|&n| wide(n)).collect()));
     set("strides", Attr::Ints(vec![1; kernel.len()]));
-    if node.text("auto_pad", "NOTSET") == "NOTSET" {
-        set("pads", Attr::Ints(vec![0; 2 * kernel.len()]));
+    let pads = match node.text("auto_pad", "NOTSET") {
+        "NOTSET" => Some(vec![0; 2 * kernel.len()]),
+        how => resolved_pads(graph, node, &kernel, how),
+    };
+    if let Some(pads) = pads {
+        set("pads", Attr::Ints(pads));
+        attrs.remove("auto_pad");
     }
+    let mut set = |name: &str, value: Attr| {
+        attrs.entry(name.into()).or_insert(value);
+    };
     if node.op.is("Conv") {
         set("dilations", Attr::Ints(vec![1; kernel.len()]));
         set("group", Attr::Int(1));
     }
     attrs
+}
+
+/// The pads that `auto_pad` stands for, where all extents are known.
+fn resolved_pads(graph: &Graph, node: &Node, kernel: &[usize], how: &str) -> Option<Vec<i64>> {
+    if how == "VALID" {
+        return Some(vec![0; 2 * kernel.len()]);
+    }
+    let dims = graph.value(node.input(0)?).ty.tensor()?.shape.as_ref()?;
+    let list = |name: &str, at: usize| node.ints(name).and_then(|l| l.get(at).copied()).unwrap_or(1).max(1);
+    let (mut begins, mut ends) = (Vec::new(), Vec::new());
+    for (at, &taps) in kernel.iter().enumerate() {
+        let extent = i64::try_from(dims.get(at + 2)?.known()?).ok()?;
+        let (stride, dilation) = (list("strides", at), list("dilations", at));
+        let outputs = extent.checked_add(stride - 1)? / stride;
+        let reach = i64::try_from(taps).ok()?.checked_sub(1)?.checked_mul(dilation)?.checked_add(1)?;
+        let total = (outputs - 1).checked_mul(stride)?.checked_add(reach)?.checked_sub(extent)?.max(0);
+        let begin = if how == "SAME_LOWER" { total - total / 2 } else { total / 2 };
+        begins.push(begin);
+        ends.push(total - begin);
+    }
+    Some([begins, ends].concat())
 }
 
 impl Lowering<'_> {

@@ -57,6 +57,7 @@ impl Fusion {
         let bias = match node.input(2) {
             Some(value) => {
                 let (_, bias) = graph.producer(value).filter(|(_, n)| n.op.is("DequantizeLinear"))?;
+                has_product_scale(graph, bias, &operands).then_some(())?;
                 Some(bias.input(0).filter(|codes| graph.value(*codes).ty.dtype() == Some(DType::I32))?)
             }
             None => None,
@@ -73,7 +74,8 @@ impl Fusion {
         }
         let plain = next.op.is("QuantizeLinear") && graph.constant_input(next, 1).is_some_and(|scale| scale.len() == 1);
         let typed = graph.constant_input(next, 2).is_some_and(|zero| matches!(zero.dtype(), DType::U8 | DType::I8));
-        (plain && typed).then_some(Self { between, quantize: reader, operands, bias })
+        let same = graph.constant_input(next, 2).map(|zero| zero.dtype()) == graph.value(operands[0][0]).ty.dtype();
+        (plain && typed && same).then_some(Self { between, quantize: reader, operands, bias })
     }
 
     fn write(&self, graph: &Graph, node: &Node, opset: u32, patch: &mut Patch) {
@@ -95,9 +97,22 @@ fn operand(graph: &Graph, node: &Node, input: usize) -> Option<[ValueId; 3]> {
     let (_, dequantize) = graph.producer(node.input(input)?).filter(|(_, n)| n.op.is("DequantizeLinear"))?;
     let eight = matches!(graph.value(dequantize.input(0)?).ty.dtype(), Some(DType::U8 | DType::I8));
     let scales = graph.constant_input(dequantize, 1)?.len();
-    // Only weights have several.
-    let sound = eight && (scales == 1 || input == 1) && dequantize.int("block_size", 0) == 0;
+    // Only weights have several, one per output.
+    let rank = graph.value(dequantize.input(0)?).ty.rank();
+    let axis = ops::positive_axis(dequantize.int("axis", 1), rank.unwrap_or(0));
+    let outputs = if node.op.is("Conv") { Some(0) } else { rank.and_then(|rank| rank.checked_sub(1)) };
+    let by_output = input == 1 && axis.is_some() && axis == outputs;
+    let sound = eight && (scales == 1 || by_output) && dequantize.int("block_size", 0) == 0;
     sound.then(|| Some([dequantize.input(0)?, dequantize.input(1)?, dequantize.input(2)?]))?
+}
+
+/// Whether the scales of `bias` are the products of those of both operands: the operator has no others.
+fn has_product_scale(graph: &Graph, bias: &Node, operands: &[[ValueId; 3]; 2]) -> bool {
+    let floats = |value: ValueId| Some(graph.constant(value)?.floats()?.into_owned());
+    let scales = (bias.input(1).and_then(floats), floats(operands[0][1]), floats(operands[1][1]));
+    let (Some(bias), Some(x), Some(w)) = scales else { return false };
+    let (Some(x), whole) = (x.first(), w.len() == 1 || bias.len() == w.len()) else { return false };
+    whole && bias.iter().enumerate().all(|(at, b)| b.to_bits() == (x * w[if w.len() == 1 { 0 } else { at }]).to_bits())
 }
 
 /// Whether `quantize` cuts off what `clamp` does.

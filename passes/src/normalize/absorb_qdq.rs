@@ -1,6 +1,6 @@
 //! Quantize and dequantize nodes into the plan.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::absorb_qonnx;
@@ -56,7 +56,13 @@ impl Pass for AbsorbQdq {
                 continue;
             }
             if let Some(pair) = Pair::at(graph, id, node) {
-                pairs.entry(pair.source).or_default().push(pair);
+                let Some(codes) = rounded_constant(graph, &pair).map(Arc::new) else {
+                    pairs.entry(pair.source).or_default().push(pair);
+                    continue;
+                };
+                if absorb_codes(&users, (id, node), &pair.encoding, &codes, &mut patch) {
+                    pair.erase_makers(graph, &users, &mut patch);
+                }
             }
         }
         for (id, node) in graph.nodes() {
@@ -72,8 +78,15 @@ impl Pass for AbsorbQdq {
         super::absorb_nbits::absorb(graph, model.meta.opset(), &mut patch);
         super::absorb_tables::absorb(graph, &users, model.meta.opset(), &mut patch);
         super::absorb_dynamic::absorb(model, &users, &mut patch);
+        let results: BTreeSet<ValueId> = pairs.values().flatten().map(|pair| pair.result).collect();
         for (source, pairs) in pairs {
-            absorb_pairs(graph, &users, source, &pairs, &mut patch);
+            // What is rounded twice is two roundings: the second one is carried, as one tensor has one encoding.
+            let rounded = |pair: &Pair| {
+                model.plan().encoding_of_use(graph, pair.quantize, 0).is_some_and(|e| *e != pair.encoding)
+            };
+            if !results.contains(&source) && !pairs.iter().any(rounded) {
+                absorb_pairs(graph, &users, source, &pairs, &mut patch);
+            }
         }
         if model.meta.opsets.contains_key(crate::ops::QONNX_DOMAIN) {
             absorb_qonnx::carry(model, &mut patch);
@@ -137,8 +150,11 @@ impl Pair {
             Some(zero_point) => zero_point.dtype(),
             None => DType::from_code(q.int("output_dtype", 2)).unwrap_or(DType::U8),
         };
-        let encoding = encoding_of(graph, node, storage, &[])?;
-        let same = encoding_of(graph, q, storage, &[])? == encoding;
+        // Sizes play no part: an axis is counted from the end of as many as there are.
+        let shape = vec![0; graph.value(q.input(0)?).ty.rank().unwrap_or(0)];
+        let encoding = encoding_of(graph, node, storage, &shape)?;
+        let same =
+            encoding_of(graph, q, storage, &shape)? == encoding && encoding.scale.iter().all(|scale| *scale > 0.0);
         let encoding = match clip {
             Some((_, clip)) => Encoding { grid: grid_between(graph, clip, encoding.grid)?, ..encoding },
             None => encoding,
@@ -146,6 +162,23 @@ impl Pair {
         let (source, result, clip) = (q.input(0)?, node.output(0)?, clip.map(|(id, _)| id));
         same.then_some(Self { source, quantize, clip, dequantize: id, result, encoding })
     }
+}
+
+impl Pair {
+    /// Removes what made the codes, where nobody else reads those.
+    fn erase_makers(&self, graph: &Graph, users: &Users, patch: &mut Patch) {
+        for before in self.clip.into_iter().chain([self.quantize]) {
+            if !patch.touches(before) && all_readers_erased(graph, users, before, patch) {
+                patch.erase(before);
+            }
+        }
+    }
+}
+
+/// The codes of what `pair` rounds, where that is a constant.
+fn rounded_constant(graph: &Graph, pair: &Pair) -> Option<Tensor> {
+    let values = graph.constant(pair.source).filter(|tensor| tensor.dtype() == DType::F32)?;
+    pair.encoding.encode(&values.floats()?, values.shape()).ok()
 }
 
 fn absorb_pairs(graph: &Graph, users: &Users, source: ValueId, pairs: &[Pair], patch: &mut Patch) {
@@ -180,11 +213,7 @@ fn absorb_pairs(graph: &Graph, users: &Users, source: ValueId, pairs: &[Pair], p
             }
         }
         patch.erase(pair.dequantize);
-        for before in pair.clip.into_iter().chain([pair.quantize]) {
-            if !patch.touches(before) && all_readers_erased(graph, users, before, patch) {
-                patch.erase(before);
-            }
-        }
+        pair.erase_makers(graph, users, patch);
         patch.count("pairs", 1);
     }
     if only_through_pairs && agree {
@@ -217,8 +246,8 @@ fn encoding_of(graph: &Graph, node: &Node, storage: DType, shape: &[usize]) -> O
     let block = usize::try_from(node.int("block_size", 0)).ok()?;
     let granularity = match scale.shape() {
         [] => Granularity::Tensor,
-        [1] if block == 0 && shape.len() != 1 => Granularity::Tensor,
-        [_] if block == 0 => Granularity::Axis(positive_axis(node.int("axis", 1), shape.len().max(1))?),
+        [1] if block == 0 => Granularity::Tensor,
+        [_] if block == 0 => Granularity::Axis(positive_axis(node.int("axis", 1), shape.len())?),
         _ if block > 0 => Granularity::Block { axis: positive_axis(node.int("axis", 1), shape.len())?, size: block },
         _ => return None,
     };
@@ -247,12 +276,14 @@ fn grid_between(graph: &Graph, clip: &Node, stored: &'static dyn Grid) -> Option
         Some(stored.decode(*crate::encoding::unpack(bound).first()?))
     };
     let (low, high) = (bound(1)?, bound(2)?);
-    let between = |grid: &&&dyn Grid| {
+    let between = |grid: &&dyn Grid| {
         let (from, to) = grid.range();
-        let same = (from - low).abs() < 0.5 && (to - high).abs() < 0.5;
-        grid.info().storage == storage && grid.info().integer && same
+        (from - low).abs() < 0.5 && (to - high).abs() < 0.5 && grid.info().integer
     };
-    grid::GRIDS.iter().find(between).copied()
+    // Of grids with the same codes rather the one that is stored as they are.
+    let stored_so = |grid: &&dyn Grid| grid.info().storage == storage;
+    let found = || grid::GRIDS.iter().filter(|grid| between(grid));
+    found().find(|grid| stored_so(grid)).or_else(|| found().next()).copied()
 }
 
 pub(super) fn grid_of(storage: DType) -> Option<&'static dyn Grid> {

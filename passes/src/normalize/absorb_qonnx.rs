@@ -23,10 +23,14 @@ pub(super) fn encoding_of(graph: &Graph, node: &Node) -> Option<Encoding> {
         return None;
     }
     let scale = floats(graph, node, 1)?;
-    let granularity = granularity(graph.constant_input(node, 1)?.shape())?;
+    let shape = graph.constant_input(node, 1)?.shape();
+    let rank = graph.value(node.input(0)?).ty.rank().or_else(|| scale_is_one(shape).then_some(shape.len()))?;
+    let granularity = granularity(shape, rank)?;
     let (grid, zero_point) = match &*node.op.name {
         "Quant" | "IntQuant" => {
             let zero = floats(graph, node, 2)?;
+            let like_scales = graph.constant_input(node, 2).is_some_and(|zero| zero.shape() == shape);
+            (zero.len() == 1 || like_scales).then_some(())?;
             let zero = if zero.len() == 1 { vec![zero[0]; scale.len()] } else { zero };
             (integers(graph, node)?, zero.into_iter().map(whole).collect::<Option<Vec<i32>>>()?)
         }
@@ -42,13 +46,21 @@ fn floats(graph: &Graph, node: &Node, input: usize) -> Option<Vec<f32>> {
     (!tensor.is_empty()).then(|| tensor.floats().map(std::borrow::Cow::into_owned))?
 }
 
+fn scale_is_one(shape: &[usize]) -> bool {
+    shape.iter().all(|dim| *dim == 1)
+}
+
+/// One number, a float or a whole one.
 fn one(graph: &Graph, node: &Node, input: usize) -> Option<f32> {
-    floats(graph, node, input).filter(|values| values.len() == 1)?.first().copied()
+    let whole = graph.constant_input(node, input).and_then(|tensor| tensor.integers());
+    let whole = whole.map(|values| values.into_iter().map(|value| value as f32).collect::<Vec<_>>());
+    floats(graph, node, input).or(whole).filter(|values| values.len() == 1)?.first().copied()
 }
 
 /// Who shares a scale of this shape, which broadcasts against the tensor from the back.
-fn granularity(shape: &[usize]) -> Option<Granularity> {
-    let mut long = shape.iter().enumerate().filter(|(_, dim)| **dim != 1).map(|(axis, _)| axis);
+fn granularity(shape: &[usize], rank: usize) -> Option<Granularity> {
+    let missing = rank.checked_sub(shape.len())?;
+    let mut long = shape.iter().enumerate().filter(|(_, dim)| **dim != 1).map(|(axis, _)| missing + axis);
     match (long.next(), long.next()) {
         (None, _) => Some(Granularity::Tensor),
         (Some(axis), None) => Some(Granularity::Axis(axis)),

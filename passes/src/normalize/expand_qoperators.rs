@@ -72,6 +72,11 @@ impl Expansion<'_> {
             return None;
         }
         match (&*node.op.name, contrib) {
+            ("QuantizeLinear" | "DequantizeLinear", true) => {
+                let op = OpKey { domain: "".into(), name: Arc::clone(&node.op.name), opset: self.opset };
+                self.patch.replace(self.id, Node { op, ..node.clone() });
+                Some(())
+            }
             ("QLinearConv", false) => {
                 let weight_axis = Some(0);
                 let mut inputs = vec![Some(self.float(0, None)?), Some(self.float(3, weight_axis)?)];
@@ -118,7 +123,9 @@ impl Expansion<'_> {
         (moves && plain).then_some(())?;
         let (made, quantize) = self.graph.producer(node.input(0)?)?;
         (quantize.op.is("QuantizeLinear") && !self.patch.touches(made)).then_some(())?;
-        let per_tensor = self.graph.constant_input(quantize, 1).is_some_and(|scale| scale.len() == 1);
+        // The largest code is that of the largest value only for positive scales.
+        let scale = self.graph.constant_input(quantize, 1).and_then(|scale| scale.floats());
+        let per_tensor = scale.is_some_and(|scale| scale.len() == 1 && scale[0] > 0.0);
         per_tensor.then_some(())?;
         let mut inputs = node.inputs.clone();
         inputs[0] = quantize.input(0);
@@ -149,7 +156,9 @@ impl Expansion<'_> {
         let Some(codes) = self.node.input(input) else { return Some(()) };
         let scales = self.graph.constant_input(self.node, 4)?.floats()?.into_owned();
         let x = *self.graph.constant_input(self.node, 1)?.floats()?.first()?;
-        let products: Vec<f32> = scales.iter().map(|w| x * w).collect();
+        // What QGemm adds to is multiplied by alpha already.
+        let alpha = self.node.float("alpha", 1.0);
+        let products: Vec<f32> = scales.iter().map(|w| alpha * (x * w)).collect();
         let shape = if products.len() == 1 { Vec::new() } else { vec![products.len()] };
         let attrs = if products.len() == 1 { Attrs::new() } else { [("axis".into(), Attr::Int(0))].into() };
         let scale = self.patch.constant(&format!("{}.bias_scale", self.node.name), Tensor::of(shape, products));

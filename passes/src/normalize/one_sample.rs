@@ -36,15 +36,10 @@ impl Pass for OneSample {
         let symbols = batch::batch_symbols(graph);
         for value in graph.value_ids() {
             let declared = &graph.value(value).ty;
-            // Only inputs count samples in front whatever they call it.
-            let open = graph.inputs().contains(&value) || !symbols.is_empty();
-            let fixed = if open { batch::of_one_sample(declared, &symbols) } else { declared.clone() };
-            if let (Some(ty), true) = (fixed.tensor(), fixed != *declared) {
-                let known = graph.inputs().contains(&value) || declared.tensor().is_some_and(|ty| ty.shape.is_some());
-                if known {
-                    patch.edit(Edit::Refine { value, ty: ty.clone() });
-                    patch.count("refined", 1);
-                }
+            let fixed = batch::of_one_sample(declared, &symbols, graph.inputs().contains(&value));
+            if let Some(ty) = fixed.tensor().filter(|_| fixed != *declared) {
+                patch.edit(Edit::Refine { value, ty: ty.clone() });
+                patch.count("refined", 1);
             }
         }
         Ok(patch)

@@ -237,7 +237,10 @@ impl Selector<'_> {
         let graph = self.graph();
         let Some(roles) = ops::linear(graph, id) else {
             return match &*node.op.name {
-                "MatMul" if activations(graph, id, node).len() == 2 => None,
+                "MatMul" if activations(graph, id, node).len() == 2 => {
+                    let runs = self.target.accepts().products_of_activations;
+                    (!runs).then(|| "the target does not run products of two activations on codes".to_owned())
+                }
                 _ => Some("its weight is not constant".into()),
             };
         };
