@@ -144,6 +144,8 @@ codes! {
         "Weights in it are written as float constants that hold exactly the numbers which their codes stand for: the model computes what the format would, but is not smaller. Formats with an operator are integers of up to 8 bits and the four 8-bit floats.";
     NEWER_RUNTIME = "OQ6004", "what was written needs a newer runtime than the oldest that is still common",
         "The message names what older runtimes lack. Where the file must run there, take the bits that they have, or --target onnx-qdq, which writes plain operators.";
+    TIES_DIFFER = "OQ6005", "ties round otherwise in the dialect that was written",
+        "QONNX adds the zero point before it rounds, ONNX after: where a value lies exactly between two codes and the zero point is odd, the code is the other of the two. Everything else is the same; symmetric codes (--target qonnx makes those) have no such case.";
     VERIFY_STRUCTURE = "OQ7001", "the written model does not read back as what was planned",
         "The file was imported again and differs from the plan it was written from. This is a bug in onnx-quant: please report it with the model.";
     VERIFY_NUMBERS = "OQ7002", "the written model does not compute what was simulated",

@@ -1,6 +1,7 @@
 //! From graphs to files.
 
 mod compressed;
+mod layout;
 mod memories;
 mod onnx;
 mod packed;
@@ -8,7 +9,7 @@ mod stage;
 mod write;
 
 pub(crate) use compressed::check as check_compressed;
-pub use memories::{Layout, MemoryFormat};
+pub use layout::{Layout, MemoryFormat};
 pub use onnx::{Artifact, Emit, model, part};
 pub use stage::{main_file, obstacle, stage};
 pub use write::{Staged, WriteError, atomically, discard_staged};

@@ -1,10 +1,13 @@
 //! Spelling a plan as graph nodes. Used by targets.
 
+mod dialect;
 mod dynamic;
+mod pairs;
 mod qdq;
 mod qonnx;
 mod qoperator;
 mod tables;
 
-pub use qdq::{Dialect, is_native, lower};
+pub use dialect::Dialect;
+pub use qdq::{is_native, lower};
 pub use qoperator::lower_to_qoperators;

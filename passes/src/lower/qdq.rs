@@ -3,46 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::dialect::Dialect;
 use super::dynamic::{IntegerWeights, Quantized};
 use super::tables::Tables;
 use crate::diag::{self, Diagnostic, Place, Severity};
-use crate::encoding::{Encoding, Granularity};
+use crate::encoding::Encoding;
 use crate::grid::Grid;
 use crate::id::{Name, NodeId, Site, ValueId};
-use crate::ir::{Attr, Attrs, BuildError, Builder, Def, Graph, Node, OpKey, TensorType, Type, batch, walk};
+use crate::ir::{Attr, BuildError, Builder, Def, Graph, Node, OpKey, Type, batch, walk};
 use crate::model::{Model, Plan};
 use crate::nbits;
 use crate::target::{LowerError, Lowered};
 use crate::tensor::{DType, Tensor};
-
-/// What encodings become.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "independent properties of a dialect")]
-pub struct Dialect {
-    /// `Quant` and `FloatQuant` instead of `QuantizeLinear` and `DequantizeLinear`.
-    pub qonnx: bool,
-    /// `com.microsoft::MatMulNBits` for matrix products of float activations with a weight of integers in blocks: it computes in float
-    /// where ONNX Runtime's own fusion rounds activations to 8 bits, and has room for 2 bits. Tables of integers in blocks are read by
-    /// `com.microsoft::GatherBlockQuantized`.
-    pub nbits: bool,
-    /// Open leading extents are written as 1, for consumers that compile for fixed shapes.
-    pub one_sample: bool,
-    /// 32-bit biases are written as the float numbers that they stand for.
-    pub float_biases: bool,
-}
-
-impl Dialect {
-    /// Quantize and dequantize nodes.
-    pub const QDQ: Self = Self { qonnx: false, nbits: false, one_sample: false, float_biases: false };
-    /// The same, with packed products.
-    pub const QDQ_AND_NBITS: Self = Self { nbits: true, ..Self::QDQ };
-    /// The same without those, for one sample.
-    pub const QDQ_OF_ONE: Self = Self { one_sample: true, ..Self::QDQ };
-    /// The same for any number, with biases in float.
-    pub const QDQ_AND_FLOAT_BIASES: Self = Self { float_biases: true, ..Self::QDQ };
-    /// QONNX, see [`super::qonnx`].
-    pub const QONNX: Self = Self { qonnx: true, one_sample: true, ..Self::QDQ };
-}
 
 /// The float graph of `model` with a quantize-dequantize pair for every encoded activation and a dequantized constant for
 /// every encoded constant, as `dialect` spells them.
@@ -126,7 +98,7 @@ pub(super) struct Lowering<'a> {
     /// Values as they are computed.
     pub(super) raw: BTreeMap<ValueId, ValueId>,
     /// Values behind their pairs, by encoding.
-    pairs: BTreeMap<ValueId, Vec<(Encoding, ValueId)>>,
+    pub(super) pairs: BTreeMap<ValueId, Vec<(Encoding, ValueId)>>,
     /// Constants behind their dequantize nodes, by codes and encoding.
     constants: BTreeMap<CodesKey, Vec<(Encoding, ValueId)>>,
     /// Values with the codes, scale and zero point that each run gives them.
@@ -138,7 +110,7 @@ pub(super) struct Lowering<'a> {
     pub(super) integers: IntegerWeights,
     /// Formats that were written as float numbers.
     unwritable: BTreeSet<&'static str>,
-    notes: Vec<Diagnostic>,
+    pub(super) notes: Vec<Diagnostic>,
 }
 
 /// Whether ONNX operators of opset 21 read codes of `grid`.
@@ -214,7 +186,7 @@ impl Lowering<'_> {
         Ok(())
     }
 
-    fn type_of(&self, ty: &Type, input: bool) -> Type {
+    pub(super) fn type_of(&self, ty: &Type, input: bool) -> Type {
         if self.dialect.one_sample { batch::of_one_sample(ty, &self.batch, input) } else { ty.clone() }
     }
 
@@ -342,172 +314,10 @@ impl Lowering<'_> {
         }
         self.builder.constant(&stem, tensor).map_err(bug)
     }
-
-    /// The result of the quantize-dequantize pair for an activation, made when it is first asked for.
-    fn pair(&mut self, value: ValueId, encoding: &Encoding) -> Result<ValueId, LowerError> {
-        if let Some((_, id)) = self.pairs.get(&value).and_then(|all| all.iter().find(|(e, _)| e == encoding)) {
-            return Ok(*id);
-        }
-        let name = Arc::clone(&self.graph.value(value).name);
-        if encoding.granularity == Granularity::Dynamic {
-            let problem = "its range is chosen by each run, which only products with a constant weight can use".into();
-            return Err(LowerError { place: format!("tensor `{name}`"), problem });
-        }
-        let shape_type = self.type_of(&self.graph.value(value).ty, false).tensor().cloned().unwrap_or_default();
-        let returned = self.graph.outputs().contains(&value) && self.plan.encoding(Site::Value(value)).is_some();
-        if self.dialect.qonnx {
-            if !returned && self.is_moved(value, encoding) {
-                return Ok(self.raw[&value]);
-            }
-            let result_name = returned.then(|| name.to_string());
-            let result = self.quant((&name, &[]), self.raw[&value], encoding, result_name)?;
-            self.builder.set_type(result, Type::Tensor(shape_type));
-            self.pairs.entry(value).or_default().push((encoding.clone(), result));
-            return Ok(result);
-        }
-        let storage = encoding.grid.info().storage;
-        let codes_name = self.fresh(&format!("{name}.codes"));
-        let codes = self.builder.value(&codes_name);
-        self.builder.set_type(codes, Type::Tensor(TensorType::new(Some(storage), shape_type.shape.clone())));
-        let (scale, zero_point) = self.parameters(&name, encoding, &[])?;
-        let inputs = vec![Some(self.raw[&value]), Some(scale), zero_point];
-        self.add("QuantizeLinear", &format!("{name}.quantize"), inputs, codes, encoding, &[])?;
-        let codes = if fills_storage(encoding.grid) { codes } else { self.clipped(&name, codes, encoding)? };
-        let result_name = if returned { name.to_string() } else { self.fresh(&format!("{name}.dequantized")) };
-        let result = self.builder.value(&result_name);
-        self.builder.set_type(result, Type::Tensor(shape_type));
-        let inputs = vec![Some(codes), Some(scale), zero_point];
-        self.add("DequantizeLinear", &format!("{name}.dequantize"), inputs, result, encoding, &[])?;
-        self.pairs.entry(value).or_default().push((encoding.clone(), result));
-        Ok(result)
-    }
-
-    /// A clamp of `codes`, the result of a quantize node, to the codes of a grid that has fewer than their type.
-    fn clipped(&mut self, name: &Name, codes: ValueId, encoding: &Encoding) -> Result<ValueId, LowerError> {
-        let storage = encoding.grid.info().storage;
-        let (low, high) = encoding.grid.range();
-        let mut inputs = vec![Some(codes)];
-        for (what, bound) in [("lowest", low), ("highest", high)] {
-            let bytes = encoding.grid.encode(bound).to_le_bytes()[..storage.bits().div_ceil(8) as usize].to_vec();
-            let bound = Tensor::new(storage, Vec::new(), bytes.into());
-            let bound = bound.map_err(|e| LowerError { place: format!("tensor `{name}`"), problem: e.to_string() })?;
-            let name = self.fresh(&format!("{name}.{what}"));
-            inputs.push(Some(self.builder.constant(&name, Arc::new(bound)).map_err(bug)?));
-        }
-        let result = self.builder.value(&self.fresh(&format!("{name}.clipped")));
-        let ty = self.builder.get(codes).ty.clone();
-        self.builder.set_type(result, ty);
-        let node = Node {
-            name: format!("{name}.clip").into(),
-            op: OpKey { domain: "".into(), name: "Clip".into(), opset: self.opset },
-            inputs,
-            outputs: vec![Some(result)],
-            attrs: Attrs::new(),
-            bodies: Vec::new(),
-            notes: None,
-        };
-        self.builder.node(node).map_err(bug)?;
-        Ok(result)
-    }
-
-    fn dequantize(
-        &mut self,
-        name: &Name,
-        codes: ValueId,
-        encoding: &Encoding,
-        shape: &[usize],
-    ) -> Result<ValueId, LowerError> {
-        let (scale, zero_point) = self.parameters(name, encoding, shape)?;
-        let result_name = self.fresh(&format!("{name}.dequantized"));
-        let result = self.builder.value(&result_name);
-        self.builder.set_type(result, Type::Tensor(TensorType::known(DType::F32, shape)));
-        let mut inputs = vec![Some(codes), Some(scale)];
-        inputs.extend(zero_point.map(Some));
-        self.add("DequantizeLinear", &format!("{name}.dequantize"), inputs, result, encoding, shape)?;
-        Ok(result)
-    }
-
-    /// The constants for scale and zero point.
-    pub(super) fn parameters(
-        &mut self,
-        name: &Name,
-        encoding: &Encoding,
-        shape: &[usize],
-    ) -> Result<(ValueId, Option<ValueId>), LowerError> {
-        let scale_shape = encoding.scale_shape(shape);
-        let scale = Arc::new(Tensor::of(scale_shape.clone(), encoding.scale.to_vec()));
-        let scale_name = self.fresh(&format!("{name}.scale"));
-        let scale = self.builder.constant(&scale_name, scale).map_err(bug)?;
-        let blocked = matches!(encoding.granularity, Granularity::Block { .. });
-        if encoding.grid.info().storage == DType::I32 || (blocked && signed(encoding) && encoding.is_symmetric()) {
-            return Ok((scale, None));
-        }
-        let ones = Encoding { scale: vec![1.0; encoding.scale.len()].into(), ..encoding.clone() };
-        // Decoding subtracts the zero point, encoding adds it: the code of 0 is the zero point itself.
-        let zeros = vec![0.0; encoding.zero_point.len()];
-        let flat = Encoding { granularity: group_axis(encoding), ..ones };
-        let codes = flat.encode(&zeros, &[zeros.len()]).map(|codes| codes.reshaped(scale_shape).unwrap_or(codes));
-        let codes = codes.map_err(|e| LowerError { place: format!("tensor `{name}`"), problem: e.to_string() })?;
-        let zero_name = self.fresh(&format!("{name}.zero_point"));
-        let zero_point = self.builder.constant(&zero_name, Arc::new(codes)).map_err(bug)?;
-        Ok((scale, Some(zero_point)))
-    }
-
-    fn add(
-        &mut self,
-        op: &str,
-        name: &str,
-        inputs: Vec<Option<ValueId>>,
-        output: ValueId,
-        encoding: &Encoding,
-        shape: &[usize],
-    ) -> Result<(), LowerError> {
-        let mut attrs = Attrs::new();
-        let axis = |axis: usize| Attr::Int(i64::try_from(axis).unwrap_or(i64::MAX));
-        match encoding.granularity {
-            Granularity::Tensor | Granularity::Dynamic => {}
-            Granularity::Axis(a) => drop(attrs.insert("axis".into(), axis(a))),
-            Granularity::Block { axis: a, size } => {
-                attrs.insert("axis".into(), axis(a));
-                attrs.insert("block_size".into(), axis(size.min(shape.get(a).copied().unwrap_or(size).max(1))));
-            }
-        }
-        let node = Node {
-            name: name.into(),
-            op: OpKey { domain: "".into(), name: op.into(), opset: self.opset },
-            inputs,
-            outputs: vec![Some(output)],
-            attrs,
-            bodies: Vec::new(),
-            notes: None,
-        };
-        self.builder.node(node).map_err(bug)?;
-        Ok(())
-    }
 }
 
 /// Whether `codes` come back from the float numbers that they stand for.
 fn survives(encoding: &Encoding, codes: &Tensor) -> bool {
     let again = encoding.decode(codes).and_then(|values| encoding.encode(&values, codes.shape()));
     encoding.grid.info().bits <= 16 || again.is_ok_and(|again| again == *codes)
-}
-
-/// Whether every code of the type that `grid` is stored in is one of its own.
-fn fills_storage(grid: &dyn Grid) -> bool {
-    let info = grid.info();
-    let (low, high) = grid.range();
-    !info.integer || high - low + 1.0 >= f64::from(info.storage.bits()).exp2()
-}
-
-/// Whether codes are signed: a missing zero point then means 0.
-pub(super) fn signed(encoding: &Encoding) -> bool {
-    encoding.grid.range().0 < 0.0
-}
-
-/// How a flat list of groups is cut: each its own.
-fn group_axis(encoding: &Encoding) -> Granularity {
-    match encoding.granularity {
-        Granularity::Tensor => Granularity::Tensor,
-        _ => Granularity::Axis(0),
-    }
 }

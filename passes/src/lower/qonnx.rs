@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use super::qdq::{Lowering, bug};
+use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::FloatFormat;
 use crate::id::{Name, Site, ValueId};
@@ -136,6 +137,11 @@ impl Lowering<'_> {
             "FloatQuant"
         } else if info.integer {
             let (low, high) = encoding.grid.range();
+            if shape.is_empty() && encoding.zero_point.iter().any(|zero| zero % 2 != 0) {
+                let message = "its zero point is odd: values exactly between two codes become the other one in QONNX";
+                let place = Place::Value(Arc::clone(name));
+                self.notes.push(Diagnostic::new(diag::TIES_DIFFER, Severity::Note, place, message));
+            }
             let zero = encoding.zero_point.iter().map(|&zero| zero as f32).collect();
             inputs.push(Some(parameter(self, "zero_point", &scale_shape, zero)?));
             inputs.push(Some(parameter(self, "bits", &[], vec![info.bits as f32])?));

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::qdq::{self, Dialect};
+use super::dialect::Dialect;
+use super::qdq;
 use crate::id::{NodeId, ValueId};
 use crate::ir::walk::Users;
 use crate::ir::{Attrs, Graph, Node, OpKey};

@@ -1,0 +1,30 @@
+//! How a plan can be spelled.
+
+/// What encodings become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent properties of a dialect")]
+pub struct Dialect {
+    /// `Quant` and `FloatQuant` instead of `QuantizeLinear` and `DequantizeLinear`.
+    pub qonnx: bool,
+    /// `com.microsoft::MatMulNBits` for matrix products of float activations with a weight of integers in blocks: it computes in float
+    /// where ONNX Runtime's own fusion rounds activations to 8 bits, and has room for 2 bits. Tables of integers in blocks are read by
+    /// `com.microsoft::GatherBlockQuantized`.
+    pub nbits: bool,
+    /// Open leading extents are written as 1, for consumers that compile for fixed shapes.
+    pub one_sample: bool,
+    /// 32-bit biases are written as the float numbers that they stand for.
+    pub float_biases: bool,
+}
+
+impl Dialect {
+    /// Quantize and dequantize nodes.
+    pub const QDQ: Self = Self { qonnx: false, nbits: false, one_sample: false, float_biases: false };
+    /// The same, with packed products.
+    pub const QDQ_AND_NBITS: Self = Self { nbits: true, ..Self::QDQ };
+    /// The same without those, for one sample.
+    pub const QDQ_OF_ONE: Self = Self { one_sample: true, ..Self::QDQ };
+    /// The same for any number, with biases in float.
+    pub const QDQ_AND_FLOAT_BIASES: Self = Self { float_biases: true, ..Self::QDQ };
+    /// QONNX, see [`super::qonnx`].
+    pub const QONNX: Self = Self { qonnx: true, one_sample: true, ..Self::QDQ };
+}
