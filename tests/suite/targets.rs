@@ -405,3 +405,23 @@ fn memories_have_no_zero_points() {
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && error.contains("zero points") && error.contains("MatMul"), "{error}");
 }
+
+/// Every graph that breaks a rule, and every one that a pass is tried on, converts or is refused: nothing panics.
+#[test]
+fn odd_graphs_convert_or_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let graphs =
+        ["lint", "passes/absorb-qdq", "passes/expand-qoperators"].map(|name| std::fs::read_dir(fixture(name)).unwrap());
+    for path in graphs.into_iter().flatten().map(|entry| entry.unwrap().path()) {
+        let model = folder.path().join("model.onnx");
+        let readable = path.extension().is_some_and(|e| e == "oq")
+            && tool(&["cat", text(&path), "--to", "onnx", "-o", text(&model)]).status.success();
+        for target in ["onnx-qdq", "qoperator", "tensorrt", "qonnx", "rtl-mem", "packed"].iter().filter(|_| readable) {
+            let out = folder.path().join(format!("{target}.out"));
+            let output = tool(&["convert", text(&model), "--target", target, "-o", text(&out)]);
+            let error = String::from_utf8_lossy(&output.stderr);
+            let known = matches!(output.status.code(), Some(0..=4)) && !error.contains("a bug in");
+            assert!(known, "{} to {target}: {error}", path.display());
+        }
+    }
+}

@@ -28,7 +28,10 @@ impl Lowering<'_> {
                 return Ok(self.raw[&value]);
             }
             let result_name = returned.then(|| name.to_string());
-            let result = self.quant((&name, &[]), self.raw[&value], encoding, result_name)?;
+            self.note_ties(&name, encoding);
+            // Only the number of dimensions plays a part.
+            let dims = vec![0; shape_type.shape.as_ref().map_or(0, Vec::len)];
+            let result = self.quant((&name, &dims), self.raw[&value], encoding, result_name)?;
             self.builder.set_type(result, Type::Tensor(shape_type));
             self.pairs.entry(value).or_default().push((encoding.clone(), result));
             return Ok(result);

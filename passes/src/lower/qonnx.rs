@@ -91,6 +91,15 @@ impl Lowering<'_> {
         node.op.is("Clip") && low == 0.0 && implied
     }
 
+    /// Tells where zero points make ties round otherwise.
+    pub(super) fn note_ties(&mut self, name: &Name, encoding: &Encoding) {
+        if encoding.zero_point.iter().any(|zero| zero % 2 != 0) {
+            let message = "its zero point is odd: values exactly between two codes become the other one in QONNX";
+            let place = Place::Value(Arc::clone(name));
+            self.notes.push(Diagnostic::new(diag::TIES_DIFFER, Severity::Note, place, message));
+        }
+    }
+
     /// The result of a node that rounds `source`, a tensor of `shape` (needed for scales along an axis) called `name`.
     pub(super) fn quant(
         &mut self,
@@ -102,6 +111,9 @@ impl Lowering<'_> {
         let fail = |problem: &str| LowerError { place: format!("tensor `{name}`"), problem: problem.into() };
         let scale_shape = match encoding.granularity {
             Granularity::Tensor => Vec::new(),
+            Granularity::Axis(axis) if axis >= shape.len() => {
+                return Err(fail("the number of its dimensions is not known"));
+            }
             Granularity::Axis(axis) => {
                 (0..shape.len()).map(|at| if at == axis { encoding.scale.len() } else { 1 }).collect()
             }
@@ -137,11 +149,6 @@ impl Lowering<'_> {
             "FloatQuant"
         } else if info.integer {
             let (low, high) = encoding.grid.range();
-            if shape.is_empty() && encoding.zero_point.iter().any(|zero| zero % 2 != 0) {
-                let message = "its zero point is odd: values exactly between two codes become the other one in QONNX";
-                let place = Place::Value(Arc::clone(name));
-                self.notes.push(Diagnostic::new(diag::TIES_DIFFER, Severity::Note, place, message));
-            }
             let zero = encoding.zero_point.iter().map(|&zero| zero as f32).collect();
             inputs.push(Some(parameter(self, "zero_point", &scale_shape, zero)?));
             inputs.push(Some(parameter(self, "bits", &[], vec![info.bits as f32])?));
