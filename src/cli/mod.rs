@@ -19,7 +19,6 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::driver::Error;
-pub(crate) use run::stored;
 
 /// Quantizes ONNX models for the place where they will run.
 #[derive(Debug, Parser)]

@@ -100,7 +100,7 @@ impl Joined {
 fn serialized(graph: &Graph, outputs: &[Joined]) -> Result<Vec<u8>, Error> {
     let view = |(id, joined): (&passes::id::ValueId, &'_ Joined)| {
         let name = graph.value(*id).name.to_string();
-        let dtype = joined.dtype.and_then(stored);
+        let dtype = joined.dtype.and_then(emit::stored);
         let dtype =
             dtype.ok_or_else(|| Error::Input(format!("output `{name}` has no type that .safetensors holds")))?;
         Ok((name, dtype))
@@ -115,26 +115,4 @@ fn serialized(graph: &Graph, outputs: &[Joined]) -> Result<Vec<u8>, Error> {
         })
         .collect::<Result<_, Error>>()?;
     safetensors::serialize(views, None).map_err(Error::input)
-}
-
-/// The type that holds `dtype` in a .safetensors file.
-pub(crate) fn stored(dtype: DType) -> Option<Dtype> {
-    Some(match dtype {
-        DType::Bool => Dtype::BOOL,
-        DType::U8 => Dtype::U8,
-        DType::I8 => Dtype::I8,
-        DType::I16 => Dtype::I16,
-        DType::U16 => Dtype::U16,
-        DType::F16 => Dtype::F16,
-        DType::Bf16 => Dtype::BF16,
-        DType::I32 => Dtype::I32,
-        DType::U32 => Dtype::U32,
-        DType::F32 => Dtype::F32,
-        DType::F64 => Dtype::F64,
-        DType::I64 => Dtype::I64,
-        DType::U64 => Dtype::U64,
-        DType::F8E4M3Fn => Dtype::F8_E4M3,
-        DType::F8E5M2 => Dtype::F8_E5M2,
-        _ => return None,
-    })
 }

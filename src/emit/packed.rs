@@ -7,7 +7,7 @@ use std::path::Path;
 
 use passes::ir::Graph;
 use passes::model::Model;
-use passes::tensor::Tensor;
+use passes::tensor::{DType, Tensor};
 use proto::ExternalRef;
 use safetensors::tensor::View;
 use safetensors::{Dtype, SafeTensors};
@@ -28,7 +28,7 @@ struct Stored<'a> {
 
 impl<'a> Stored<'a> {
     fn of(tensor: &'a Tensor) -> Self {
-        match crate::cli::stored(tensor.dtype()) {
+        match stored(tensor.dtype()) {
             Some(dtype) => Self { tensor, dtype, shape: tensor.shape().to_vec() },
             None => Self { tensor, dtype: Dtype::U8, shape: vec![tensor.bytes().len()] },
         }
@@ -51,6 +51,28 @@ impl View for Stored<'_> {
     fn data_len(&self) -> usize {
         self.tensor.bytes().len()
     }
+}
+
+/// The type that holds `dtype` in a .safetensors file.
+pub(crate) fn stored(dtype: DType) -> Option<Dtype> {
+    Some(match dtype {
+        DType::Bool => Dtype::BOOL,
+        DType::U8 => Dtype::U8,
+        DType::I8 => Dtype::I8,
+        DType::I16 => Dtype::I16,
+        DType::U16 => Dtype::U16,
+        DType::F16 => Dtype::F16,
+        DType::Bf16 => Dtype::BF16,
+        DType::I32 => Dtype::I32,
+        DType::U32 => Dtype::U32,
+        DType::F32 => Dtype::F32,
+        DType::F64 => Dtype::F64,
+        DType::I64 => Dtype::I64,
+        DType::U64 => Dtype::U64,
+        DType::F8E4M3Fn => Dtype::F8_E4M3,
+        DType::F8E5M2 => Dtype::F8_E5M2,
+        _ => return None,
+    })
 }
 
 /// Writes the large constants of `graph` to `path`; returns where each lies.
