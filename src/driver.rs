@@ -387,7 +387,7 @@ fn check_request(request: &Request) -> Result<(), Error> {
     if let Some(problem) = request.output.as_ref().and_then(|o| emit::obstacle(request.target, o, &request.input)) {
         return Err(Error::Input(problem));
     }
-    let measures = request.scheme.fixes_ranges();
+    let measures = request.scheme.measures();
     if measures && request.data.is_none() && request.stats.is_none() && request.pipeline.is_none() {
         return Err(Error::Input(format!(
             "scheme {} needs calibration samples: pass a folder or file with --data, or measured statistics with --stats",

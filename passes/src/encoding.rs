@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::grid::Grid;
+use crate::grid::block::{self, BlockFormat};
 use crate::tensor::{DType, Tensor};
 
 /// Which elements of a tensor share a scale.
@@ -26,6 +27,21 @@ pub enum Granularity {
     },
     /// All of them, by a scale and a zero point that every run computes from its own values.
     Dynamic,
+    /// Runs of `size` along `axis`, by scales that every run computes from its own values as the block format of that grid and size has
+    /// it; the one scale of the encoding is the factor that they are multiples of.
+    DynamicBlocks {
+        /// The axis that is cut.
+        axis: usize,
+        /// Elements per block.
+        size: usize,
+    },
+}
+
+impl Granularity {
+    /// Whether every run computes the scales anew.
+    pub const fn is_dynamic(self) -> bool {
+        matches!(self, Self::Dynamic | Self::DynamicBlocks { .. })
+    }
 }
 
 /// How a tensor is written in few bits.
@@ -94,6 +110,33 @@ impl Encoding {
         Self::per_tensor(grid, scale, zero_point as i32)
     }
 
+    /// Blocks of `format` along `axis` whose scales are computed from the values of each run: multiples of `factor`.
+    pub fn dynamic_blocks(format: &BlockFormat, axis: usize, factor: f32) -> Self {
+        let granularity = Granularity::DynamicBlocks { axis, size: format.size };
+        Self { grid: format.element, granularity, scale: Arc::new([factor]), zero_point: Arc::new([0]) }
+    }
+
+    /// The encoding in blocks that a run gives `values`, for one of [`Self::dynamic_blocks`].
+    ///
+    /// # Errors
+    /// [`EncodingError`] for any other, and where the axis is none of `shape`.
+    fn measured_blocks(&self, values: &[f32], shape: &[usize]) -> Result<Self, EncodingError> {
+        let Granularity::DynamicBlocks { axis, size } = self.granularity else { return Err(self.misfit(shape)) };
+        let (format, factor) = block::of(self.grid, size).zip(self.scale.first()).ok_or_else(|| self.misfit(shape))?;
+        let granularity = Granularity::Block { axis, size };
+        let n = Self { granularity, ..self.clone() }.scale_shape(shape).iter().product();
+        let mut peaks = vec![0.0_f32; n];
+        let blocks = Self { granularity, scale: vec![1.0; n].into(), zero_point: vec![0; n].into(), ..self.clone() };
+        blocks.for_each_line(shape, |range, groups| match groups {
+            Groups::One(group) => peaks[group] = values[range].iter().fold(peaks[group], |most, x| most.max(x.abs())),
+            Groups::From(first) => {
+                let each = peaks[first..].iter_mut().zip(&values[range]);
+                each.for_each(|(peak, x)| *peak = peak.max(x.abs()));
+            }
+        })?;
+        Ok(Self { scale: peaks.into_iter().map(|peak| format.measured(peak, *factor)).collect(), ..blocks })
+    }
+
     /// Whether both read codes as the same values: a file does not tell grids of one storage type apart.
     pub fn reads_like(&self, other: &Self) -> bool {
         self.grid.info().storage == other.grid.info().storage && Self { grid: other.grid, ..self.clone() } == *other
@@ -111,6 +154,9 @@ impl Encoding {
     pub fn simulate(&self, values: &mut [f32], shape: &[usize]) -> Result<(), EncodingError> {
         if self.granularity == Granularity::Dynamic {
             return Self::measured(self.grid, values).simulate(values, shape);
+        }
+        if let Granularity::DynamicBlocks { .. } = self.granularity {
+            return self.measured_blocks(values, shape)?.simulate(values, shape);
         }
         self.for_each_line(shape, |range, groups| {
             let line = &mut values[range];
@@ -217,7 +263,7 @@ impl Encoding {
     /// The shape of the scale tensor for values of shape `shape`: rank 0, `[D]`, or `shape` with the blocked axis cut.
     pub fn scale_shape(&self, shape: &[usize]) -> Vec<usize> {
         match self.granularity {
-            Granularity::Tensor | Granularity::Dynamic => Vec::new(),
+            Granularity::Tensor | Granularity::Dynamic | Granularity::DynamicBlocks { .. } => Vec::new(),
             Granularity::Axis(_) => vec![self.scale.len()],
             Granularity::Block { axis, size } => {
                 let cut = |(i, &d): (usize, &usize)| if i == axis { d.div_ceil(size.max(1)) } else { d };
@@ -235,7 +281,7 @@ impl Encoding {
         let (groups, layout) = match self.granularity {
             Granularity::Tensor => (1, (1, 1, shape.iter().product())),
             // Its codes say nothing without the scale of their run.
-            Granularity::Dynamic => return Err(self.misfit(shape)),
+            Granularity::Dynamic | Granularity::DynamicBlocks { .. } => return Err(self.misfit(shape)),
             Granularity::Axis(axis) | Granularity::Block { axis, .. } => {
                 let &dim = shape.get(axis).ok_or_else(|| self.misfit(shape))?;
                 let outer: usize = shape[..axis].iter().product();
@@ -269,7 +315,9 @@ impl Encoding {
             start += length;
         };
         match self.granularity {
-            Granularity::Tensor | Granularity::Dynamic => line(inner, Groups::One(0)),
+            Granularity::Tensor | Granularity::Dynamic | Granularity::DynamicBlocks { .. } => {
+                line(inner, Groups::One(0))
+            }
             Granularity::Axis(_) if inner == 1 => (0..outer).for_each(|_| line(dim, Groups::From(0))),
             Granularity::Axis(_) => {
                 (0..outer).for_each(|_| (0..dim).for_each(|group| line(inner, Groups::One(group))));
@@ -431,6 +479,26 @@ mod tests {
         assert!(Encoding::dynamic(uint8).encode(&values, &[3]).is_err(), "codes without a scale");
         let mut endless = [f32::INFINITY, 1.0];
         Encoding::dynamic(uint8).simulate(&mut endless, &[2]).unwrap();
+    }
+
+    #[test]
+    fn dynamic_blocks_take_their_scales_from_each_run() {
+        // Blocks of 16: the peak 12 of the first is 6 codes of 2 = 448 · factor / …, the second is all zero.
+        let nvfp4 = block::find("nvfp4").unwrap();
+        let factor = 2.0 / 448.0;
+        let mut values: Vec<f32> = (0..32).map(|i| if i < 16 { i as f32 * 0.8 } else { 0.0 }).collect();
+        Encoding::dynamic_blocks(nvfp4, 1, factor).simulate(&mut values, &[1, 32]).unwrap();
+        assert_eq!(&values[..4], &[0.0, 1.0, 2.0, 2.0], "{values:?}");
+        assert_eq!(values[15], 12.0);
+        assert!(values[16..].iter().all(|x| *x == 0.0));
+        // A power of two under which the peak is not clipped: 500 needs 2, with steps of 32 from 256 on.
+        let mxfp8 = block::find("mxfp8").unwrap();
+        let mut values = vec![500.0_f32; 32];
+        values[1] = 0.01;
+        Encoding::dynamic_blocks(mxfp8, 0, 1.0).simulate(&mut values, &[32]).unwrap();
+        assert_eq!(values[0], 512.0);
+        assert!((values[1] - 0.01).abs() < 0.001, "{}", values[1]);
+        assert!(Encoding::dynamic_blocks(mxfp8, 1, 1.0).simulate(&mut values, &[32]).is_err(), "no such axis");
     }
 
     #[test]

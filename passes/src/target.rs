@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::about::About;
 use crate::diag::Diagnostic;
 use crate::grid;
-use crate::grid::block::{self, BlockFormat};
+use crate::grid::block::{self, BlockFormat, BlockScale};
 use crate::ir::{Graph, OpKey};
 use crate::model::{Metadata, Model};
 
@@ -240,7 +240,8 @@ pub struct LowerError {
     pub problem: String,
 }
 
-/// Weights and activations, in how many bits or in which format: `w8a8`, `w4a16g32`, `wfp8afp8`, `w8a8pow2`, `w8a8dyn`.
+/// Weights and activations, in how many bits or in which format: `w8a8`, `w4a16g32`, `wfp8afp8`, `w8a8pow2`, `w8a8dyn`,
+/// `wnvfp4anvfp4`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scheme {
     /// Bits of weight codes.
@@ -282,7 +283,17 @@ impl Scheme {
 
     /// Whether activations have ranges that are fixed beforehand, by calibration.
     pub fn fixes_ranges(&self) -> bool {
-        self.activation_bits.is_some() && !self.dynamic
+        self.activation_bits.is_some() && !self.dynamic && self.activation_block().is_none()
+    }
+
+    /// Whether a number of every activation is measured beforehand: its range, or the factor of the scales that runs give its blocks.
+    pub fn measures(&self) -> bool {
+        self.fixes_ranges() || self.activation_block().is_some_and(|format| format.scale == BlockScale::Float8)
+    }
+
+    /// The block format of activations, where they have one: every run then gives their blocks scales.
+    pub fn activation_block(&self) -> Option<&'static BlockFormat> {
+        block::find(self.activation_format?)
     }
 
     /// The block format of weights, where they have one.
@@ -321,7 +332,8 @@ impl Scheme {
         };
         let plain = weight_format.is_none() || !asymmetric && (scheme.block_format().is_none() || !power_of_two);
         let ranged = !dynamic || activation_bits.is_some();
-        (!of_blocks && plain && ranged).then_some(scheme)
+        let of_blocks = !of_blocks || activation_format == weight_format && !dynamic && block.is_none();
+        (of_blocks && plain && ranged).then_some(scheme)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod compressed;
 mod layout;
+mod matrix;
 mod memories;
 mod onnx;
 mod packed;

@@ -66,8 +66,7 @@ fn activation(model: &Model, id: NodeId) -> Option<String> {
     let constant = model.graph().node(id)?.input(input.into()).is_some_and(|v| model.graph().constant(v).is_some());
     let encoding = model.plan().encoding_of_use(model.graph(), id, input).filter(|_| !constant)?;
     let name = encoding.grid.info().about.name;
-    let dynamic = encoding.granularity == passes::encoding::Granularity::Dynamic;
-    Some(if dynamic { format!("{name} dynamic") } else { name.to_owned() })
+    Some(if encoding.granularity.is_dynamic() { format!("{name} dynamic") } else { name.to_owned() })
 }
 
 /// Who shares a scale, in words.
@@ -76,6 +75,7 @@ pub(crate) fn granularity(granularity: passes::encoding::Granularity) -> String 
     match granularity {
         Granularity::Tensor => "tensor".into(),
         Granularity::Dynamic => "each run".into(),
+        Granularity::DynamicBlocks { axis, size } => format!("blocks of {size} on axis {axis}, each run"),
         Granularity::Axis(axis) => format!("axis {axis}"),
         Granularity::Block { axis, size } => format!("blocks of {size} on axis {axis}"),
     }

@@ -5,7 +5,9 @@ use std::borrow::Cow;
 use passes::about::About;
 use passes::lower::Dialect;
 use passes::model::Model;
-use passes::target::{Accepts, Container, Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo};
+use passes::target::{
+    Accepts, Activations, Bias, Container, Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo,
+};
 
 use super::ort_cpu;
 
@@ -17,13 +19,21 @@ static INFO: TargetInfo = TargetInfo {
     about: About {
         name: "safetensors-ct",
         doc: "A folder with model.safetensors and config.json for readers of compressed-tensors: linear layers alone, [outputs, inputs], \
-              called after their weights; integers of 2 to 8 bits as pack-quantized, 8-bit floats as float-quantized.",
-        source: "compressed-tensors, source of 2026-08; read back here by safetensors 0.8, not by its own reader",
+              called after their weights; integers of 2 to 8 bits as pack-quantized, beside 8-bit activations as int-quantized, 8-bit floats \
+              as float-quantized (naive-quantized beside float activations), and nvfp4, mxfp4 and mxfp8.",
+        source: "compressed-tensors 0.20, whose own reader decompresses what is written",
     },
-    version: "source of 2026-08-06",
+    version: "0.20.0",
 };
 
-static ACCEPTS: Accepts = Accepts { negative_scales: false, whole_blocks: true, ..Accepts::USUAL };
+static ACCEPTS: Accepts = Accepts {
+    activations: Activations::Symmetric,
+    bias: Bias::Float,
+    negative_scales: false,
+    whole_blocks: true,
+    products_of_activations: false,
+    ..Accepts::USUAL
+};
 
 /// Linear layers, their activations in float.
 static RULES: &[Rule] = &[Rule::always("MatMul", Outcome::Float), Rule::always("Gemm", Outcome::Float)];
@@ -50,11 +60,21 @@ impl Target for SafetensorsCt {
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
-        let format = scheme.weight_format.is_none_or(|name| name == "float8e4m3fn" && scheme.block.is_none());
-        let weights = format && (2..=8).contains(&scheme.weight_bits) && scheme.activation_bits.is_none();
-        (!weights || ort_cpu::refuses(scheme, &[8]).is_some()).then(|| {
-            "it holds weights alone, of 2 to 8 bits (w4a16g128, w4a16g32asym, w8a16) or in 8-bit floats (wfp8a16); nvfp4, mxfp4 and \
-             activations in codes are not written yet"
+        let e4m3 = Some("float8e4m3fn");
+        let weights_alone = scheme.activation_bits.is_none();
+        let both = scheme.block.is_none() && !scheme.dynamic && !scheme.asymmetric;
+        let int8 = scheme.weight_format.is_none() && scheme.weight_bits == 8 && scheme.activation_bits == Some(8);
+        let int8 = int8 && scheme.activation_format.is_none();
+        let fp8 = scheme.weight_format == e4m3 && scheme.activation_format == e4m3;
+        let weights = match scheme.weight_format {
+            None => (2..=8).contains(&scheme.weight_bits),
+            Some("float8e4m3fn") => scheme.block.is_none(),
+            Some(name) => matches!(name, "nvfp4" | "mxfp4" | "mxfp8"),
+        };
+        let taken = weights && weights_alone && ort_cpu::refuses(scheme, &[8]).is_none() || both && (int8 || fp8);
+        (!taken).then(|| {
+            "it holds weights of 2 to 8 bits (w4a16g128, w4a16g32asym, w8a16), in 8-bit floats (wfp8a16) or in blocks (wnvfp4a16, wmxfp4a16, \
+             wmxfp8a16), and weights beside activations of 8 bits (w8a8, wfp8afp8)"
                 .into()
         })
     }

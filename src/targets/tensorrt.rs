@@ -65,20 +65,22 @@ impl Target for TensorRt {
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
         let e4m3 = Some("float8e4m3fn");
+        let both = |name: &str| scheme.weight_format == Some(name) && scheme.activation_format == Some(name);
+        let blackwell = both("nvfp4") || both("mxfp8");
         let plain = !scheme.asymmetric && !scheme.dynamic && !scheme.power_of_two;
         let integers = scheme.weight_format.is_none() && scheme.activation_format.is_none() && scheme.block.is_none();
         let int8 = integers && scheme.weight_bits == 8 && scheme.activation_bits == Some(8);
         let fp8 = scheme.weight_format == e4m3 && scheme.activation_format == e4m3 && scheme.block.is_none();
         let blocks =
             scheme.weight_format.is_none() && scheme.weight_bits == 4 && matches!(scheme.block, Some(64 | 128));
-        (!(plain && (int8 || fp8 || blocks && scheme.activation_bits.is_none()))).then(|| {
-            "it takes w8a8, wfp8afp8, and 4-bit weights in blocks of 64 or 128 inputs beside float activations (w4a16g128), all without zero \
-             points; nvfp4 and mxfp8, whose activations are rounded by operators of its own, are not written yet"
+        (!(plain && (int8 || fp8 || blocks && scheme.activation_bits.is_none() || blackwell))).then(|| {
+            "it takes w8a8, wfp8afp8, on GPUs from Blackwell on wnvfp4anvfp4 and wmxfp8amxfp8, and 4-bit weights in blocks of 64 or 128 \
+             inputs beside float activations (w4a16g128), all without zero points"
                 .into()
         })
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::lower(model, Dialect::QDQ_AND_FLOAT_BIASES)
+        passes::lower::lower(model, Dialect::TENSORRT)
     }
 }

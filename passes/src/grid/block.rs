@@ -61,28 +61,74 @@ pub fn find(name: &str) -> Option<&'static BlockFormat> {
     BLOCKS.iter().find(|format| format.about.name == name)
 }
 
+/// The block format whose blocks are `size` elements of `grid`.
+pub fn of(grid: &dyn Grid, size: usize) -> Option<&'static BlockFormat> {
+    BLOCKS.iter().find(|format| format.element.info().about.name == grid.info().about.name && format.size == size)
+}
+
 impl BlockFormat {
-    /// The scale of a block whose largest magnitude is `peak`, in a tensor whose largest is `top`; 1 for a block of zeros. What is
-    /// returned has a code in the scale's own format (times the tensor's factor).
+    /// The scale of a block whose largest magnitude is `peak`, in a tensor whose largest is `top`; 1 for a block of zeros (times the
+    /// tensor's factor). What is returned
+    /// has a code in the scale's own format (times the tensor's factor).
     #[expect(clippy::cast_possible_truncation, reason = "powers of two and products of few bits are exact in f32")]
     pub fn scale_of(&self, peak: f32, top: f32) -> f32 {
-        if peak <= 0.0 || !peak.is_finite() {
-            return 1.0;
-        }
+        let factor = Self::tensor_factor(top);
         match self.scale {
+            BlockScale::PowerOfTwo { .. } if peak <= 0.0 || !peak.is_finite() => 1.0,
             BlockScale::PowerOfTwo { largest } => {
                 let exponent = i32::try_from(f64::from(peak).to_bits() >> 52 & 0x7ff).unwrap_or(0) - 1023;
                 2.0_f64.powi((exponent - largest).clamp(-126, 127)) as f32
             }
-            BlockScale::Float8 => {
-                let factor = Self::tensor_factor(top);
-                let (_, reach) = self.element.range();
-                let wanted = f64::from(peak) / (reach * f64::from(factor));
-                // Below half the smallest code the scale would be 0.
-                let code = super::float::FLOAT8_E4M3FN.nearest(wanted).max(super::float::FLOAT8_E4M3FN.decode(1));
-                code as f32 * factor
-            }
+            BlockScale::Float8 => self.multiple(peak, factor),
         }
+    }
+
+    /// The scale that a run gives a block of an activation, as NVIDIA's operators do: a power of two under which `peak` is not clipped,
+    /// or a FLOAT8E4M3FN times `factor`.
+    #[expect(clippy::cast_possible_truncation, reason = "powers of two are exact in f32")]
+    pub fn measured(&self, peak: f32, factor: f32) -> f32 {
+        match self.scale {
+            BlockScale::PowerOfTwo { .. } if peak <= 0.0 || !peak.is_finite() => 1.0,
+            BlockScale::PowerOfTwo { .. } => {
+                let wanted = (f64::from(peak) / self.element.range().1).to_bits();
+                let exponent = i32::try_from(wanted >> 52 & 0x7ff).unwrap_or(0) - 1023;
+                let above = i32::from(wanted & ((1 << 52) - 1) != 0);
+                2.0_f64.powi((exponent + above).clamp(-126, 127)) as f32
+            }
+            BlockScale::Float8 => self.multiple(peak, factor),
+        }
+    }
+
+    /// The FLOAT8E4M3FN times `factor` under which `peak` is about the largest element.
+    #[expect(clippy::cast_possible_truncation, reason = "products of few bits, rounded to f32 once")]
+    fn multiple(&self, peak: f32, factor: f32) -> f32 {
+        if peak <= 0.0 || !peak.is_finite() {
+            return factor;
+        }
+        let wanted = f64::from(peak) / (self.element.range().1 * f64::from(factor));
+        // Below half the smallest code the scale would be 0.
+        let code = super::float::FLOAT8_E4M3FN.nearest(wanted).max(super::float::FLOAT8_E4M3FN.decode(1));
+        code as f32 * factor
+    }
+
+    /// The f32 of which every one of `scales` is a FLOAT8E4M3FN multiple, exactly, and the codes of
+    /// those; `top` is the largest magnitude
+    /// in the tensor, as far as it is known.
+    #[expect(clippy::cast_possible_truncation, reason = "codes of few bits are exact in f32")]
+    pub fn factored(scales: &[f32], top: f32) -> Option<(f32, Vec<u8>)> {
+        let float8 = &super::float::FLOAT8_E4M3FN;
+        let multiples = |factor: f32| -> Option<Vec<u8>> {
+            let multiple = |scale: &f32| {
+                let code = float8.nearest(f64::from(*scale) / f64::from(factor));
+                (code > 0.0 && code as f32 * factor == *scale).then(|| float8.encode(code).to_le_bytes()[0])
+            };
+            scales.iter().map(multiple).collect()
+        };
+        let largest = scales.iter().fold(0.0_f32, |most, scale| most.max(*scale));
+        let codes = (1..=0x7e).rev().map(|code| float8.decode(code) as f32);
+        let guesses = codes.map(|code| largest / code).flat_map(|near| [near, near.next_down(), near.next_up()]);
+        let mut factors = std::iter::once(Self::tensor_factor(top)).chain(guesses);
+        factors.find_map(|factor| Some((factor, multiples(factor)?)).filter(|_| factor.is_normal() && factor > 0.0))
     }
 
     /// The scales worth trying for such a block: that of [`Self::scale_of`], and the next coarser one, under which the largest
@@ -128,6 +174,13 @@ mod tests {
             let code = scale / f64::from(factor);
             assert!((super::super::float::FLOAT8_E4M3FN.nearest(code) - code).abs() < 1e-6 * code, "{peak}");
         }
+        // They are found again from the scales alone.
+        let scales: Vec<f32> = [10.0, 3.7, 0.2, 0.0].map(|peak| format.scale_of(peak, 10.0)).to_vec();
+        let (found, multiples) = BlockFormat::factored(&scales, 0.0).unwrap();
+        let decode = |code: &u8| super::super::float::FLOAT8_E4M3FN.decode(u32::from(*code)) as f32;
+        let again: Vec<f32> = multiples.iter().map(|code| decode(code) * found).collect();
+        assert_eq!(again, scales);
+        assert!(BlockFormat::factored(&[1.0, 1.1], 0.0).is_none());
         // The largest block reaches the largest code: 10 / 6 = 448 · factor.
         assert!((format.scale_of(10.0, 10.0) - 10.0 / 6.0).abs() < 1e-5);
     }

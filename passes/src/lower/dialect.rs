@@ -12,19 +12,21 @@ pub struct Dialect {
     pub nbits: bool,
     /// Open leading extents are written as 1, for consumers that compile for fixed shapes.
     pub one_sample: bool,
+    /// Blocks of activations, and E8M0 scales, by the operators of TensorRT's own domain: see [`super::blocks`].
+    pub trt: bool,
     /// 32-bit biases are written as the float numbers that they stand for.
     pub float_biases: bool,
 }
 
 impl Dialect {
     /// Quantize and dequantize nodes.
-    pub const QDQ: Self = Self { qonnx: false, nbits: false, one_sample: false, float_biases: false };
+    pub const QDQ: Self = Self { qonnx: false, nbits: false, one_sample: false, trt: false, float_biases: false };
     /// The same, with packed products.
     pub const QDQ_AND_NBITS: Self = Self { nbits: true, ..Self::QDQ };
     /// The same without those, for one sample.
     pub const QDQ_OF_ONE: Self = Self { one_sample: true, ..Self::QDQ };
-    /// The same for any number, with biases in float.
-    pub const QDQ_AND_FLOAT_BIASES: Self = Self { float_biases: true, ..Self::QDQ };
+    /// The same for any number, with biases in float and TensorRT's operators for blocks.
+    pub const TENSORRT: Self = Self { trt: true, float_biases: true, ..Self::QDQ };
     /// QONNX, see [`super::qonnx`].
     pub const QONNX: Self = Self { qonnx: true, one_sample: true, ..Self::QDQ };
 }

@@ -17,6 +17,9 @@ impl Lowering<'_> {
             return Ok(*id);
         }
         let name = Arc::clone(&self.graph.value(value).name);
+        if let Granularity::DynamicBlocks { .. } = encoding.granularity {
+            return self.block_pair(value, encoding);
+        }
         if encoding.granularity == Granularity::Dynamic {
             let problem = "its range is chosen by each run, which only products with a constant weight can use".into();
             return Err(LowerError { place: format!("tensor `{name}`"), problem });
@@ -136,7 +139,7 @@ impl Lowering<'_> {
         let mut attrs = Attrs::new();
         let axis = |axis: usize| Attr::Int(i64::try_from(axis).unwrap_or(i64::MAX));
         match encoding.granularity {
-            Granularity::Tensor | Granularity::Dynamic => {}
+            Granularity::Tensor | Granularity::Dynamic | Granularity::DynamicBlocks { .. } => {}
             Granularity::Axis(a) => drop(attrs.insert("axis".into(), axis(a))),
             Granularity::Block { axis: a, size } => {
                 attrs.insert("axis".into(), axis(a));

@@ -32,11 +32,12 @@ pub fn lower(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
     let mut lowering = Lowering {
         graph,
         plan: model.plan(),
-        opset: model.meta.opset(),
+        opset: opset_of(model, dialect),
         nbits: (dialect.nbits).then(|| walk::Users::of(graph)),
         dialect,
         batch: if dialect.one_sample { batch::batch_symbols(graph) } else { BTreeSet::new() },
         packed: false,
+        trt_used: false,
         builder: Builder::new(graph.name(), graph.doc()),
         taken: graph.value_ids().map(|id| Arc::clone(&graph.value(id).name)).collect(),
         raw: BTreeMap::new(),
@@ -62,16 +63,29 @@ pub fn lower(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
     for &output in graph.outputs() {
         lowering.output(output)?;
     }
-    let notes = lowering.notes;
     let mut meta = Arc::clone(&model.meta);
     if dialect.qonnx {
         super::qonnx::import(Arc::make_mut(&mut meta));
+    }
+    let opset = lowering.opset;
+    if lowering.trt_used {
+        Arc::make_mut(&mut meta).opsets.insert(super::blocks::DOMAIN.into(), 1);
+    }
+    if opset != meta.opset() {
+        Arc::make_mut(&mut meta).opsets.insert("".into(), opset);
     }
     if lowering.packed {
         let (domain, version) = nbits::DOMAIN;
         Arc::make_mut(&mut meta).opsets.insert(domain.into(), version);
     }
-    Ok(Lowered { graph: lowering.builder.finish().map_err(bug)?, meta, notes })
+    Ok(Lowered { graph: lowering.builder.finish().map_err(bug)?, meta, notes: lowering.notes })
+}
+
+/// The ai.onnx version to write: 4-bit floats came with 23, which took nothing away from 21.
+fn opset_of(model: &Model, dialect: Dialect) -> u32 {
+    let narrow = |encoding: &Encoding| dialect.trt && encoding.grid.info().storage == DType::F4E2M1;
+    let least = if model.plan().encodings().any(|(_, encoding)| narrow(encoding)) { 23 } else { 0 };
+    model.meta.opset().max(least)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "it is the function given to map_err")]
@@ -92,6 +106,8 @@ pub(super) struct Lowering<'a> {
     /// Symbols of extents that are written as 1.
     batch: BTreeSet<Name>,
     pub(super) packed: bool,
+    /// Whether an operator of TensorRT's domain was written.
+    pub(super) trt_used: bool,
     pub(super) builder: Builder,
     /// The names of the float graph.
     taken: BTreeSet<Name>,
@@ -275,6 +291,11 @@ impl Lowering<'_> {
         let key = (value, Some(Arc::as_ptr(codes)));
         if let Some((_, id)) = self.constants.get(&key).and_then(|all| all.iter().find(|(e, _)| e == encoding)) {
             return Ok(*id);
+        }
+        if let Some(format) = self.block_format(encoding) {
+            let result = self.block_constant(value, format, encoding, &Arc::clone(codes))?;
+            self.constants.entry(key).or_default().push((encoding.clone(), result));
+            return Ok(result);
         }
         let as_float = self.dialect.float_biases && encoding.grid.info().storage == DType::I32;
         if self.dialect.qonnx || as_float || !is_native(encoding.grid) {

@@ -118,7 +118,9 @@ impl Lowering<'_> {
                 (0..shape.len()).map(|at| if at == axis { encoding.scale.len() } else { 1 }).collect()
             }
             Granularity::Block { .. } => return Err(fail("scales of blocks cannot be said in QONNX")),
-            Granularity::Dynamic => return Err(fail("a range that each run chooses cannot be said in QONNX")),
+            Granularity::Dynamic | Granularity::DynamicBlocks { .. } => {
+                return Err(fail("a range that each run chooses cannot be said in QONNX"));
+            }
         };
         let result = result.unwrap_or_else(|| self.fresh(&format!("{name}.quant")));
         let result = self.builder.value(&result);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::absorb_qonnx;
+use super::{absorb_blocks, absorb_qonnx};
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, Site, ValueId};
@@ -22,7 +22,8 @@ crate::declare_pass! {
     /// itself is encoded; otherwise only those uses are. Pairs with scales that are not constant, or in grids that are
     /// not known here, stay as they are. A `MatMulNBits` becomes a `MatMul` with its weight encoded, and so does a
     /// `MatMulInteger` of what a `DynamicQuantizeLinear` returns, cast and scaled; its activation has the range of each run. A
-    /// `GatherBlockQuantized` becomes a `Gather` from an encoded table, which a `MatMulNBits` by the same codes shares. A `Clip` between
+    /// `GatherBlockQuantized` becomes a `Gather` from an encoded table, which a `MatMulNBits` by the same codes shares. Blocks whose scales are codes themselves, as
+    /// `TensorRT` has them, are one encoding. A `Clip` between
     /// both nodes of a pair says how many of its type's codes are used; `Quant` and `FloatQuant` of QONNX are a pair in one node.
     INFO {
         name: "absorb-qdq",
@@ -51,7 +52,11 @@ impl Pass for AbsorbQdq {
         let users = Users::of(graph);
         let mut patch = Patch::on(model);
         let mut pairs: BTreeMap<ValueId, Vec<Pair>> = BTreeMap::new();
+        let in_blocks = absorb_in_blocks(graph, &users, &mut pairs, &mut patch);
         for (id, node) in graph.nodes().filter(|(_, node)| node.op.is("DequantizeLinear")) {
+            if in_blocks.contains(&id) {
+                continue;
+            }
             if absorb_constant(graph, &users, id, node, &mut patch) {
                 continue;
             }
@@ -71,7 +76,7 @@ impl Pass for AbsorbQdq {
                 absorb_codes(&users, (id, node), &encoding, &Arc::new(codes), &mut patch);
             } else if let (Some(source), Some(result)) = (node.input(0), node.output(0)) {
                 // One node is both: it rounds, and returns what is left.
-                let pair = Pair { source, quantize: id, clip: None, dequantize: id, result, encoding };
+                let pair = Pair { source, quantize: id, between: None, dequantize: id, result, encoding };
                 pairs.entry(source).or_default().push(pair);
             }
         }
@@ -93,6 +98,30 @@ impl Pass for AbsorbQdq {
         }
         Ok(patch)
     }
+}
+
+/// Blocks with scales of their own format: constants become that, activations join `pairs`. Returns the nodes that are done with.
+fn absorb_in_blocks(
+    graph: &Graph,
+    users: &Users,
+    pairs: &mut BTreeMap<ValueId, Vec<Pair>>,
+    patch: &mut Patch,
+) -> BTreeSet<NodeId> {
+    let mut done = BTreeSet::new();
+    for (id, node) in graph.nodes() {
+        let Some(blocks) = absorb_blocks::at(graph, users, node) else { continue };
+        done.extend(blocks.scales.into_iter().chain([id]));
+        if let Some(codes) = &blocks.codes {
+            if absorb_codes(users, (id, node), &blocks.encoding, codes, patch) {
+                blocks.scales.into_iter().for_each(|scales| patch.erase(scales));
+            }
+        } else if let (Some((source, quantize)), Some(result)) = (blocks.source, node.output(0)) {
+            let encoding = blocks.encoding;
+            let pair = Pair { source, quantize, between: blocks.scales, dequantize: id, result, encoding };
+            pairs.entry(source).or_default().push(pair);
+        }
+    }
+    done
 }
 
 /// A constant behind a `DequantizeLinear`.
@@ -132,8 +161,8 @@ fn absorb_codes(
 struct Pair {
     source: ValueId,
     quantize: NodeId,
-    /// The clamp of codes between both.
-    clip: Option<NodeId>,
+    /// What stands between both: a clamp of codes, or what turns the scales of blocks into floats.
+    between: Option<NodeId>,
     dequantize: NodeId,
     result: ValueId,
     encoding: Encoding,
@@ -159,15 +188,15 @@ impl Pair {
             Some((_, clip)) => Encoding { grid: grid_between(graph, clip, encoding.grid)?, ..encoding },
             None => encoding,
         };
-        let (source, result, clip) = (q.input(0)?, node.output(0)?, clip.map(|(id, _)| id));
-        same.then_some(Self { source, quantize, clip, dequantize: id, result, encoding })
+        let (source, result, between) = (q.input(0)?, node.output(0)?, clip.map(|(id, _)| id));
+        same.then_some(Self { source, quantize, between, dequantize: id, result, encoding })
     }
 }
 
 impl Pair {
     /// Removes what made the codes, where nobody else reads those.
     fn erase_makers(&self, graph: &Graph, users: &Users, patch: &mut Patch) {
-        for before in self.clip.into_iter().chain([self.quantize]) {
+        for before in self.between.into_iter().chain([self.quantize]) {
             if !patch.touches(before) && all_readers_erased(graph, users, before, patch) {
                 patch.erase(before);
             }
@@ -190,11 +219,14 @@ fn absorb_pairs(graph: &Graph, users: &Users, source: ValueId, pairs: &[Pair], p
         users.of_value(value).iter().all(|user| matches!(user, User::Input { node, .. } if nodes.contains(node)))
     };
     // Codes that are clamped for one reader and not for another are two encodings.
-    let readers: Vec<NodeId> = pairs.iter().map(|pair| pair.clip.unwrap_or(pair.dequantize)).collect();
-    let whole = pairs.iter().filter(|pair| pair.clip.is_some()).all(|pair| {
+    let readers: Vec<NodeId> = pairs.iter().map(|pair| pair.between.unwrap_or(pair.dequantize)).collect();
+    let whole = pairs.iter().filter(|pair| pair.between.is_some()).all(|pair| {
         let codes = graph.node(pair.quantize).and_then(|node| node.output(0));
         codes.is_some_and(|codes| only_read_by(codes, &readers))
     });
+    // Blocks of an activation lie along the axis that one product sums over.
+    let whole =
+        whole && !pairs.iter().any(|pair| matches!(pair.encoding.granularity, Granularity::DynamicBlocks { .. }));
     let only_through_pairs = whole && only_read_by(source, &quantizers);
     let agree = pairs.iter().all(|pair| pair.encoding == pairs[0].encoding);
     if !(only_through_pairs && agree) {
@@ -223,13 +255,9 @@ fn absorb_pairs(graph: &Graph, users: &Users, source: ValueId, pairs: &[Pair], p
 
 /// Whether everyone who reads what `id` returns is gone.
 fn all_readers_erased(graph: &Graph, users: &Users, id: NodeId, patch: &Patch) -> bool {
-    let result = graph.node(id).and_then(|node| node.output(0));
-    result.is_some_and(|result| {
-        users.of_value(result).iter().all(|user| match user {
-            User::Input { node, .. } => patch.touches(*node),
-            User::Capture { .. } | User::Output => false,
-        })
-    })
+    let erased = |user: &User| matches!(user, User::Input { node, .. } if patch.touches(*node));
+    let unread = |value: &ValueId| users.of_value(*value).iter().all(erased);
+    graph.node(id).is_some_and(|node| node.outputs.iter().flatten().all(unread))
 }
 
 /// The encoding that a quantize or dequantize node spells, when its scale is a constant and its grid is known here.

@@ -1,5 +1,6 @@
 //! Passes that bring a float graph to a plain form without changing its function.
 
+mod absorb_blocks;
 mod absorb_dynamic;
 mod absorb_nbits;
 mod absorb_qdq;
@@ -19,6 +20,9 @@ mod scale_linear;
 mod split_gemm;
 
 use crate::pass::PassEntry;
+
+/// What `split-gemm` adds to the names of weights that it turns.
+pub const TRANSPOSED: &str = ".transposed";
 
 /// Order is the order of the manual, not of the pipeline.
 pub static PASSES: &[PassEntry] = &[

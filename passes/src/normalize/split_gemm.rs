@@ -78,7 +78,7 @@ fn split(
         (_, Some(made)) => *made,
         (Some(tensor), None) => {
             let tensor = tensor.transposed().ok_or(Miss::Blocked("its weight is not f32".into()))?;
-            let made = patch.constant(&format!("{}.transposed", graph.value(weight).name), tensor);
+            let made = patch.constant(&format!("{}{}", graph.value(weight).name, super::TRANSPOSED), tensor);
             *turned.entry(weight).or_insert(made)
         }
     };

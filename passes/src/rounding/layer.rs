@@ -109,7 +109,8 @@ impl<'a> Layer<'a> {
             centered: bias.is_some_and(|bias| model.plan().encoding(bias).is_some()),
         };
         let along_rows = match encoding.granularity {
-            Granularity::Tensor | Granularity::Dynamic => true,
+            Granularity::Tensor => true,
+            Granularity::Dynamic | Granularity::DynamicBlocks { .. } => false,
             Granularity::Axis(axis) => axis == roles.out_axis,
             Granularity::Block { axis, .. } => axis != roles.out_axis && tensor.shape().len() == 2,
         };
@@ -147,7 +148,7 @@ impl<'a> Layer<'a> {
     /// The position of the scale of a block of a row.
     pub(super) fn scale_index(&self, row: usize, block: usize) -> usize {
         match self.encoding.granularity {
-            Granularity::Tensor | Granularity::Dynamic => 0,
+            Granularity::Tensor | Granularity::Dynamic | Granularity::DynamicBlocks { .. } => 0,
             Granularity::Axis(_) => row,
             Granularity::Block { .. } if self.transposed => block * self.rows + row,
             Granularity::Block { .. } => row * self.blocks() + block,

@@ -42,6 +42,9 @@ pub fn plan(model: &Model) -> String {
                 write!(text, "per-tensor, scale {scale:.6e}, zero {zero}")
             }
             (crate::encoding::Granularity::Dynamic, ..) => write!(text, "with the range of each run"),
+            (crate::encoding::Granularity::DynamicBlocks { axis, size }, scale, _) => {
+                write!(text, "in blocks of {size} on axis {axis} with the scales of each run, factor {:.6e}", scale[0])
+            }
             (granularity, scale, _) => {
                 let (low, high) = scale.iter().fold((f32::MAX, 0.0_f32), |(a, b), &s| (a.min(s), b.max(s)));
                 write!(text, "{granularity:?}, {} scales {low:.6e} to {high:.6e}", scale.len())

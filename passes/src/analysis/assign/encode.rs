@@ -7,11 +7,13 @@ use super::select::Selection;
 use super::{Goal, Goals, weights};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::Encoding;
+use crate::grid::block::{BlockFormat, BlockScale};
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Graph;
 use crate::model::{Edit, Model, Patch};
 use crate::observe::{Observer, Purpose, Sketch};
+use crate::pass::PassError;
 use crate::target::{Activations, Bias};
 use crate::{ops, parallel};
 
@@ -207,16 +209,47 @@ fn int32() -> &'static dyn Grid {
     grid::find("int32").unwrap_or_else(|| unreachable!("the grid table has int32"))
 }
 
-/// Encodes the weights of the products that `selection` chose, and what they read where its ranges are `dynamic`; biases stay in float.
-pub(super) fn encode_products(model: &Model, selection: &Selection, dynamic: bool, goals: &Goals, patch: &mut Patch) {
+/// Encodes the weights of the products that `selection` chose, and what they read where every run gives that its scales; biases stay in
+/// float.
+pub(super) fn encode_products(
+    model: &Model,
+    selection: &Selection,
+    goals: &Goals,
+    patch: &mut Patch,
+) -> Result<(), PassError> {
+    let scheme = &goals.base.scheme;
     for &(node, input) in &selection.reads {
         let Some(edit) = weight_alone(model, node, goals.of(node)) else { continue };
         patch.edit(edit);
-        if dynamic {
-            let encoding = Encoding::dynamic(goals.base.activation_grid());
-            patch.edit(Edit::Encode { site: Site::Use { node, input }, encoding });
-        }
+        let encoding = match scheme.activation_block() {
+            Some(format) => in_blocks(model, node, input, format)?,
+            None if scheme.dynamic => Encoding::dynamic(goals.base.activation_grid()),
+            None => continue,
+        };
+        patch.edit(Edit::Encode { site: Site::Use { node, input }, encoding });
     }
+    Ok(())
+}
+
+/// Blocks of `format` along the summed axis of what the product `id` reads at `input`.
+fn in_blocks(model: &Model, id: NodeId, input: u16, format: &BlockFormat) -> Result<Encoding, PassError> {
+    let graph = model.graph();
+    let node = graph.node(id);
+    let fail = |problem: &str| PassError::Model(format!("node `{}`: {problem}", node.map_or("", |node| &node.name)));
+    let value = node.and_then(|node| node.input(input.into())).ok_or_else(|| fail("it has no activation"))?;
+    let last = graph.value(value).ty.rank().and_then(|rank| rank.checked_sub(1));
+    let last = last.ok_or_else(|| fail("how many extents its activation has is not known: export it with shapes"))?;
+    let factor = match format.scale {
+        BlockScale::PowerOfTwo { .. } => 1.0,
+        BlockScale::Float8 => {
+            let measured = model.stats().distribution(value);
+            let sketch = measured.ok_or_else(|| fail("its activation was not measured: pass samples with --data"))?;
+            #[expect(clippy::cast_possible_truncation, reason = "the largest of f32 values")]
+            BlockFormat::tensor_factor(sketch.max().max(-sketch.min()) as f32)
+        }
+    };
+    let turned = node.is_some_and(|node| node.op.is("Gemm") && node.int("transA", 0) != 0);
+    Ok(Encoding::dynamic_blocks(format, last.saturating_sub(usize::from(turned)), factor))
 }
 
 /// The encoding of the weight of the linear node `id`, whose activation stays in float.

@@ -10,7 +10,6 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use crate::diag::{self, Diagnostic, Place, Severity};
-use crate::encoding::Granularity;
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, ValueId};
 use crate::ir::Node;
@@ -125,7 +124,7 @@ pub(super) fn reencode(
     let graph = model.graph();
     let roles = ops::linear(graph, id)?;
     match model.plan().encoding_of_use(graph, id, roles.activation) {
-        Some(input) if input.granularity != Granularity::Dynamic => {
+        Some(input) if !input.granularity.is_dynamic() => {
             Some(encode::parameters(model, id, *input.scale.first()?, &goal)?.edits)
         }
         _ => Some(vec![encode::weight_alone(model, id, &goal)?]),
@@ -155,6 +154,9 @@ impl Goal {
 
     fn activation_grid(&self) -> &'static dyn Grid {
         let bits = self.scheme.activation_bits.unwrap_or(8);
+        if let Some(format) = self.scheme.activation_block() {
+            return format.element;
+        }
         let name = self.scheme.activation_format.map_or_else(|| format!("uint{bits}"), str::to_owned);
         grid::find(&name).unwrap_or_else(|| unreachable!("schemes name grids that are in the table"))
     }
@@ -168,6 +170,10 @@ impl Pass for AssignEncodings {
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
         let values = match cx.scheme.fixes_ranges() {
             true => select::wishes(model, cx.target, cx.keep_float),
+            false if cx.scheme.measures() => {
+                let selection = select::products(model, cx, &select::Coarse::new());
+                encode::read_by_products(model.graph(), &selection)
+            }
             // Only to tell which products lose too much.
             false if cx.scheme.dynamic && self.least.is_some() && cx.dataset.is_some_and(|data| !data.is_empty()) => {
                 let selection = select::products(model, cx, &select::Coarse::new());
@@ -206,7 +212,7 @@ impl Pass for AssignEncodings {
         if cx.scheme.fixes_ranges() {
             encode::encode(model, &selection, &observers, &goals, &mut patch);
         } else {
-            encode::encode_products(model, &selection, cx.scheme.dynamic, &goals, &mut patch);
+            encode::encode_products(model, &selection, &goals, &mut patch)?;
         }
         if let Some(goal) = cx.embeddings.and_then(|scheme| Goal::new(scheme, self.weights, cx.target.accepts())) {
             tables::encode(model, cx, (&goal, &goals), &mut selection, &mut patch)?;

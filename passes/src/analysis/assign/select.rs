@@ -69,7 +69,9 @@ pub(super) fn wishes(model: &Model, target: &dyn Target, keep_float: &KeepFloat)
 /// run, and have no fast convolution of activations whose range that run chose.
 pub(super) fn products(model: &Model, cx: &PassContext<'_>, coarse: &Coarse) -> Selection {
     let (target, keep_float) = (cx.target, cx.keep_float);
-    let reason = if cx.scheme.dynamic {
+    let reason = if cx.scheme.activation_block().is_some() {
+        "its weight and its activation are in blocks, the latter with the scales of each run"
+    } else if cx.scheme.dynamic {
         "its weight is in codes, its activation in those of each run's range"
     } else {
         "its weight is in codes, its activation in float"
@@ -102,14 +104,16 @@ pub(super) fn products(model: &Model, cx: &PassContext<'_>, coarse: &Coarse) -> 
 
 /// Why the weight of the product `id` is not cut into blocks, for a target that takes whole ones only.
 fn ragged(graph: &Graph, cx: &PassContext<'_>, id: NodeId) -> Option<String> {
-    let block = cx.scheme.block.filter(|_| cx.target.accepts().whole_blocks)?;
+    let block = cx.scheme.block_format().map(|format| format.size).or(cx.scheme.block);
+    let block = block.filter(|_| cx.target.accepts().whole_blocks)?;
     let roles = ops::linear(graph, id)?;
     let weight = graph.constant_input(graph.node(id)?, roles.weight.into())?;
     let (inputs, outputs) = (*weight.shape().get(1 - roles.out_axis)?, *weight.shape().get(roles.out_axis)?);
     if !inputs.is_multiple_of(block) {
         return Some(format!("its {inputs} inputs are no whole blocks of {block}"));
     }
-    (!outputs.is_multiple_of(2)).then(|| format!("its {outputs} outputs are an odd number"))
+    (!outputs.is_multiple_of(2) && cx.scheme.weight_bits < 8)
+        .then(|| format!("its {outputs} outputs are an odd number"))
 }
 
 /// The inputs of `node` that carry activations: all that are not constant, but for weights and biases.
