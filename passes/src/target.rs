@@ -338,15 +338,21 @@ impl Scheme {
 }
 
 /// Short names of formats in schemes.
-const ALIASES: &[(&str, &str)] =
-    &[("fp8", "float8e4m3fn"), ("fp8e5m2", "float8e5m2"), ("fp8fnuz", "float8e4m3fnuz"), ("fp4", "float4e2m1")];
+const ALIASES: &[(&str, &str)] = &[
+    ("1", "bipolar"),
+    ("fp8", "float8e4m3fn"),
+    ("fp8e5m2", "float8e5m2"),
+    ("fp8fnuz", "float8e4m3fnuz"),
+    ("fp4", "float4e2m1"),
+];
 
 /// Bits, and the name of the format where `text` is no number.
 fn number(text: &str) -> Option<(u32, Option<&'static str>)> {
-    if let Ok(bits) = text.parse() {
+    let alias = ALIASES.iter().find(|(short, _)| *short == text);
+    if let (None, Ok(bits)) = (alias, text.parse()) {
         return Some((bits, None));
     }
-    let name = ALIASES.iter().find(|(short, _)| *short == text).map_or(text, |(_, name)| name);
+    let name = alias.map_or(text, |(_, name)| name);
     if let Some(format) = block::find(name) {
         return Some((format.element.info().bits, Some(format.about.name)));
     }

@@ -32,15 +32,17 @@ pub(super) fn pipeline(goal: Goal, scheme: &Scheme, prepare: &str) -> Cow<'stati
 
 /// Why no reader of `Quant` nodes takes `scheme`, with activations of up to `most` bits.
 pub(super) fn refuses(scheme: &Scheme, most: u32) -> Option<String> {
-    let integers = scheme.weight_format.is_none() && scheme.activation_format.is_none();
+    let signs = scheme.weight_format == Some("bipolar");
+    let integers = (scheme.weight_format.is_none() || signs && most > 7) && scheme.activation_format.is_none();
     let bits = |bits: u32| (2..=most).contains(&bits);
     let widths = scheme.weight_format.is_some() || (2..=8).contains(&scheme.weight_bits);
-    let activations = scheme.activation_format.is_some() || scheme.activation_bits.is_some_and(bits);
+    let activations =
+        scheme.activation_format.is_some_and(|name| name != "bipolar") || scheme.activation_bits.is_some_and(bits);
     let plain = scheme.block.is_none() && !scheme.asymmetric && !scheme.dynamic && scheme.block_format().is_none();
     (!(widths && activations && plain && (integers || most > 8))).then(|| {
         let floats = if most > 8 { ", or the small floats of `list formats` for both" } else { "" };
         format!(
-            "it takes weights of 2 to 8 bits and activations of 2 to {most} bits{floats}, without blocks, zero points of weights and \
+            "it takes weights of 1 to 8 bits and activations of 2 to {most} bits{floats}, without blocks, zero points of weights and \
              ranges of each run: w8a8, w6a6 and w4a4 are usual"
         )
     })

@@ -134,6 +134,7 @@ pub static GRIDS: &[&dyn Grid] = &[
     &float::FLOAT8_E3M4,
     &float::FLOAT4_E2M1,
     &codebook::NF4,
+    &codebook::BIPOLAR,
 ];
 
 /// Every grid, the minifloats of all widths included.

@@ -39,6 +39,11 @@ impl Lowering<'_> {
             self.pairs.entry(value).or_default().push((encoding.clone(), result));
             return Ok(result);
         }
+        if !super::is_native(encoding.grid) {
+            let grid = encoding.grid.info().about.name;
+            let problem = format!("no quantize node of ONNX writes `{grid}`: only --target qonnx says it");
+            return Err(LowerError { place: format!("tensor `{name}`"), problem });
+        }
         let storage = encoding.grid.info().storage;
         let codes_name = self.fresh(&format!("{name}.codes"));
         let codes = self.builder.value(&codes_name);

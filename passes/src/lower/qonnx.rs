@@ -132,7 +132,10 @@ impl Lowering<'_> {
         let mut inputs = vec![Some(source), Some(parameter(self, "scale", &scale_shape, encoding.scale.to_vec())?)];
         let mut attrs = Attrs::new();
         let info = encoding.grid.info();
-        let op = if let Some(format) = encoding.grid.float_format() {
+        let signs = info.about.name == "bipolar";
+        let op = if signs {
+            "BipolarQuant"
+        } else if let Some(format) = encoding.grid.float_format() {
             let FloatFormat { exponent, mantissa, bias, infinities, nan } = format;
             #[expect(clippy::cast_possible_truncation, reason = "largest numbers of formats of up to 8 bits")]
             let numbers = [
@@ -160,7 +163,9 @@ impl Lowering<'_> {
         } else {
             return Err(fail(&format!("`{}` has no operator in QONNX", info.about.name)));
         };
-        attrs.insert("rounding_mode".into(), Attr::String(b"ROUND".as_slice().into()));
+        if !signs {
+            attrs.insert("rounding_mode".into(), Attr::String(b"ROUND".as_slice().into()));
+        }
         let node = Node {
             name: format!("{name}.quantize").into(),
             op: OpKey { domain: DOMAIN.into(), name: op.into(), opset: 1 },

@@ -1,4 +1,4 @@
-//! What `Quant`, `IntQuant` and `FloatQuant` of the QONNX dialect say.
+//! What `Quant`, `IntQuant`, `BipolarQuant` and `FloatQuant` of the QONNX dialect say.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::ops;
 use crate::tensor::{DType, Tensor};
 
 /// The domains that the operators are written in; exporters of training tools use the second.
-const DOMAINS: [&str; 2] = [crate::ops::QONNX_DOMAIN, "onnx.brevitas"];
+pub(super) const DOMAINS: [&str; 2] = [crate::ops::QONNX_DOMAIN, "onnx.brevitas"];
 
 /// The encoding that `node` rounds its input with, where it is such an operator and all its parameters are constants that a grid here
 /// has: ties to even, whole zero points, one scale in all or per index of one axis.
@@ -34,6 +34,7 @@ pub(super) fn encoding_of(graph: &Graph, node: &Node) -> Option<Encoding> {
             let zero = if zero.len() == 1 { vec![zero[0]; scale.len()] } else { zero };
             (integers(graph, node)?, zero.into_iter().map(whole).collect::<Option<Vec<i32>>>()?)
         }
+        "BipolarQuant" => (grid::find("bipolar")?, vec![0; scale.len()]),
         "FloatQuant" => (float(graph, node)?, vec![0; scale.len()]),
         _ => return None,
     };
@@ -51,7 +52,7 @@ fn scale_is_one(shape: &[usize]) -> bool {
 }
 
 /// One number, a float or a whole one.
-fn one(graph: &Graph, node: &Node, input: usize) -> Option<f32> {
+pub(super) fn one(graph: &Graph, node: &Node, input: usize) -> Option<f32> {
     let whole = graph.constant_input(node, input).and_then(|tensor| tensor.integers());
     let whole = whole.map(|values| values.into_iter().map(|value| value as f32).collect::<Vec<_>>());
     floats(graph, node, input).or(whole).filter(|values| values.len() == 1)?.first().copied()

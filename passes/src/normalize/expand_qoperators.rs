@@ -15,7 +15,8 @@ crate::declare_pass! {
     /// What such an operator computes is, by its definition, the quantized result of the float operator on dequantized inputs. ONNX
     /// Runtime's `QGemm`, `QLinearAdd`, `QLinearMul`, `QLinearConcat`, `QLinearSigmoid`, `QLinearLeakyRelu`, `QLinearAveragePool` and
     /// `QLinearGlobalAveragePool` are read as well. Data movement and `MaxPool` on codes move in front of the quantize node that made
-    /// them: elements are the same either way. Parameters must be constants; a node that cannot be read stays as it is.
+    /// them: elements are the same either way. `Trunc` of QONNX
+    /// becomes the arithmetic that it stands for. Parameters must be constants; a node that cannot be read stays as it is.
     INFO {
         name: "expand-qoperators",
         source: "ONNX operator specification, QLinearConv-10 and QLinearMatMul-21; ONNX Runtime's contrib operators",
@@ -67,6 +68,9 @@ impl Expansion<'_> {
     /// The node as a float operator.
     fn expand(&mut self) -> Option<()> {
         let node = self.node;
+        if super::absorb_qonnx::DOMAINS.contains(&&*node.op.domain) && &*node.op.name == "Trunc" {
+            return super::expand_trunc::expand(self.graph, self.opset, (self.id, node), self.patch);
+        }
         let contrib = &*node.op.domain == "com.microsoft";
         if !contrib && !node.op.domain.is_empty() {
             return None;

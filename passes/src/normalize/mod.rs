@@ -9,6 +9,7 @@ mod absorb_tables;
 mod drop_dead;
 mod eliminate_identity;
 mod expand_qoperators;
+mod expand_trunc;
 mod fold_affine;
 mod fold_batch_norm;
 mod fold_constants;

@@ -82,6 +82,9 @@ fn scale_of(channel: &[f32], goals: &Goal) -> f64 {
     if top == 0.0 {
         return 0.0;
     }
+    if grid.info().bits == 1 {
+        return allowed(mean_magnitude(channel), goals, |scale| squared_error(channel, grid, scale, 0.0));
+    }
     let widest = f64::from(top) / grid.range().1;
     let best = match goals.weights {
         WeightScale::MinMax => widest,
@@ -89,6 +92,12 @@ fn scale_of(channel: &[f32], goals: &Goal) -> f64 {
         WeightScale::Cfp => truncated_scale(channel, grid, widest),
     };
     allowed(best, goals, |scale| squared_error(channel, grid, scale, 0.0)).max(f64::from(f32::MIN_POSITIVE))
+}
+
+/// Of all factors of the signs of `values` that with the smallest squared error (XNOR-Net, arXiv:1603.05279, equation 6).
+fn mean_magnitude(values: &[f32]) -> f64 {
+    let sum: f64 = values.iter().map(|v| f64::from(v.abs())).sum();
+    (sum / values.len().max(1) as f64).max(f64::from(f32::MIN_POSITIVE))
 }
 
 /// `scale`, or where scales are powers of two the one beside it with the smaller `error`.
@@ -181,6 +190,10 @@ fn signed_block(block: &[f32], goals: &Goal) -> (f32, i32) {
         return (1.0, 0);
     }
     let grid = goals.weight_grid;
+    if grid.info().bits == 1 {
+        let scale = allowed(mean_magnitude(block), goals, |scale| squared_error(block, grid, scale, 0.0));
+        return (scale as f32, 0);
+    }
     // Formats that are as long on both sides have no use for the sign.
     let widest = match grid.range() {
         (low, high) if low + high < 0.0 && goals.accepts.negative_scales => f64::from(longest) / low,
