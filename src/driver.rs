@@ -32,6 +32,16 @@ pub enum Select {
     Herding,
 }
 
+/// The type of what stays in float.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Rest {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// 16 bits, where the target takes them.
+    F16,
+}
+
 /// What a user asks for.
 #[derive(Debug)]
 pub struct Request {
@@ -63,6 +73,8 @@ pub struct Request {
     pub goal: Goal,
     /// Whether residual streams of decoders are turned into another basis.
     pub rotate: bool,
+    /// The type of what stays in float.
+    pub rest: Rest,
     /// What is learned of weights by gradients, block after block, with its options: `brecq{iterations=1000}`.
     pub learn: Option<String>,
     /// The exact passes, instead of the target's.
@@ -208,7 +220,7 @@ const LOW_SQNR_DB: f64 = 5.0;
 pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, Error> {
     let mut clock = Clock { stages: Vec::new(), since: Instant::now() };
     check_request(request)?;
-    let imported = import::file(&request.input).map_err(Error::input)?;
+    let imported = import::in_f32(&request.input).map_err(Error::input)?;
     let (mut notes, input_opset, external) = (imported.notes, imported.opset, imported.external);
     if let Some(output) = &request.output {
         guard_inputs(&emit::main_file(request.target, output), &request.input, &external)?;
@@ -235,6 +247,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     // Statistics go by the names that tensors have once the graph is plain.
     let (plain, rest) = pipeline.split_at_calibration();
     let (mut model, mut trace) = manager.run(&plain, imported.model, &mut cx)?;
+    let given = model.graph().clone();
     if let Some(files) = dataset.as_mut().filter(|_| request.select == Select::Herding) {
         let mut pool = context(request, executor.as_ref(), Some(files), &overrides, progress);
         fit_memory(request, &model, &mut pool, false)?;
@@ -259,32 +272,21 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     trace.notes.extend(more.notes);
     drop(manager);
     notes.append(&mut trace.notes);
-    let lowered = request.target.lower(&model).map_err(|e| Error::Target(e.to_string()))?;
+    let lowered = lower(request, &model)?;
     notes.extend(lowered.notes.iter().cloned());
     refuse_rejected(request.target, &lowered)?;
-    let mut sizes = Sizes {
-        input_bytes: input_bytes(&request.input, &external),
-        input_opset,
-        output_opset: model.meta.opset(),
-        output_bytes: 0,
-    };
-    let mut staged = None;
-    if let Some(output) = &request.output {
-        let written = emit::stage(request.target, (&model, lowered), output, &external, &request.layout)?;
-        sizes.output_bytes = written.bytes()?;
-        staged = Some(written);
-    } else {
-        let name = output_name(request);
-        let options = Emit { external: (!external.is_empty()).then(|| format!("{name}.data")), ..Emit::default() };
-        sizes.output_bytes = emit::model(&lowered.graph, &lowered.meta, &options, &name).bytes();
-    }
+    let output_opset = lowered.meta.opset();
+    let (staged, output_bytes) = emitted(request, &model, lowered, &external)?;
+    let input_bytes = input_bytes(&request.input, &external);
+    let sizes = Sizes { input_bytes, input_opset, output_bytes, output_opset };
     clock.lap("emit");
     if progress.cancelled() {
         return Err(Error::Interrupted);
     }
     let path = staged.as_ref().map(Staged::path);
     cx.dataset = judge;
-    let (verdict, fidelity) = on_a_worker(|| check(path.as_deref(), &model, &mut cx, held_out.is_some(), &mut clock))?;
+    let (verdict, fidelity) =
+        on_a_worker(|| check(path.as_deref(), (&model, &given), &mut cx, held_out.is_some(), &mut clock))?;
     if progress.cancelled() {
         return Err(Error::Interrupted);
     }
@@ -309,6 +311,33 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     })
 }
 
+/// The files of `lowered` beside where they belong, and their bytes; nothing but the bytes where nothing is to be written.
+fn emitted(
+    request: &Request,
+    model: &Model,
+    lowered: Lowered,
+    external: &[Source],
+) -> Result<(Option<Staged>, u64), Error> {
+    if let Some(output) = &request.output {
+        let staged = emit::stage(request.target, (model, lowered), output, external, &request.layout)?;
+        let bytes = staged.bytes()?;
+        return Ok((Some(staged), bytes));
+    }
+    let name = output_name(request);
+    let options = Emit { external: (!external.is_empty()).then(|| format!("{name}.data")), ..Emit::default() };
+    Ok((None, emit::model(&lowered.graph, &lowered.meta, &options, &name).bytes()))
+}
+
+/// `model` as its target spells it.
+fn lower(request: &Request, model: &Model) -> Result<Lowered, Error> {
+    let lowered = request.target.lower(model);
+    let narrowed = lowered.and_then(|lowered| match request.rest {
+        Rest::F32 => Ok(lowered),
+        Rest::F16 => passes::half::narrow(lowered),
+    });
+    narrowed.map_err(|e| Error::Target(e.to_string()))
+}
+
 /// Refuses what the rules of the target say that it rejects, before anything is written.
 pub(crate) fn refuse_rejected(target: &dyn Target, lowered: &Lowered) -> Result<(), Error> {
     let model = Model::new(lowered.graph.clone(), lowered.meta.as_ref().clone()).map_err(Error::input)?;
@@ -329,10 +358,11 @@ fn on_a_worker<T: Send>(f: impl FnOnce() -> Result<T, Error> + Send) -> Result<T
     std::thread::scope(|scope| scope.spawn(f).join().unwrap_or_else(panicked))
 }
 
-/// Reads the file at `path` back and compares it with the plan, and the plan with the float model.
+/// Reads the file at `path` back and compares it with the plan, and the plan with the float model: end to end with `given`, its graph
+/// before anything was measured.
 fn check(
     path: Option<&Path>,
-    model: &Model,
+    (model, given): (&Model, &Graph),
     cx: &mut PassContext<'_>,
     held_out: bool,
     clock: &mut Clock,
@@ -340,7 +370,8 @@ fn check(
     let verdict = path.map(|path| verify::artifact(path, model, cx)).transpose()?;
     clock.lap("verify");
     let most = if held_out { verify::HELD_OUT } else { verify::SAMPLES };
-    let fidelity = cx.dataset.map(|samples| verify::fidelity(model, cx.executor, samples, most)).transpose()?;
+    let fidelity =
+        cx.dataset.map(|samples| verify::fidelity(model, Some(given), cx.executor, samples, most)).transpose()?;
     clock.lap("compare");
     Ok((verdict, fidelity))
 }
@@ -358,6 +389,12 @@ fn check_request(request: &Request) -> Result<(), Error> {
     if let Some(what) = request.target.refuses(&request.scheme) {
         let name = request.target.info().about.name;
         return Err(Error::Target(format!("target `{name}` cannot take scheme {}: {what}", request.scheme)));
+    }
+    if request.rest == Rest::F16 && !request.target.accepts().half {
+        let name = request.target.info().about.name;
+        return Err(Error::Target(format!(
+            "target `{name}` computes what stays in float in 32 bits: leave --rest f16 out"
+        )));
     }
     if request.rotate && request.pipeline.is_some() {
         return Err(Error::Input(

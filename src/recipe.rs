@@ -2,7 +2,7 @@
 
 use passes::target::Scheme;
 
-use crate::driver::Request;
+use crate::driver::{Request, Rest};
 
 /// What will run for `request`.
 pub(crate) fn pipeline_text(request: &Request) -> String {
@@ -32,6 +32,7 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
     let text = request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method));
     let text = request.learn.as_ref().map_or(text.clone(), |method| with_learning(&text, method));
+    let text = if request.rest == Rest::F16 { format!("{}, round-to-half", text.trim_end()) } else { text };
     with_allocation(&text, request.budget, max_drop.filter(|_| raises(request) || request.budget.is_some()))
 }
 

@@ -105,12 +105,13 @@ impl Noise {
 }
 
 /// Compares the plan's simulation with the float model, at every node that the plan decided about and end to end, on at most
-/// `most` samples.
+/// `most` samples. End to end it is compared with `given`, the graph before anything was moved between its weights, where there is one.
 ///
 /// # Errors
 /// [`VerifyError`].
 pub fn fidelity(
     model: &Model,
+    given: Option<&Graph>,
     executor: &dyn Executor,
     dataset: &dyn Dataset,
     most: usize,
@@ -130,6 +131,7 @@ pub fn fidelity(
     let large = is_large(graph);
     let feeds = if large { &feeds[..feeds.len().min(SAMPLES_OF_LARGE)] } else { &feeds };
     let mut noise = vec![Noise::default(); taps.len()];
+    let mut ends = Ends::of(graph, given.filter(|given| differ(given, graph)), executor, feeds, large)?;
     if large {
         // In slices: the weights of two such models would take more memory than the tensors of a few samples.
         let mut references = vec![vec![None; taps.len()]; feeds.len()];
@@ -137,18 +139,23 @@ pub fn fidelity(
             references[sample][at] = Some(tensor);
         })?;
         slices::run(graph, model.plan(), executor, &taps, feeds, &mut |sample, at, tensor| {
+            ends.add(sample, taps[at], &tensor);
             compare(&mut noise[at], references[sample][at].take(), &tensor);
         })?;
     } else {
         let prepare = |plan: &Plan| Simulation::prepare(graph, plan, executor, &taps);
         let (float, quantized) = (prepare(&Plan::default())?, prepare(model.plan())?);
-        for feed in feeds {
+        for (sample, feed) in feeds.iter().enumerate() {
             let mut reference: Vec<Option<Tensor>> = float.run(feed)?.into_iter().map(Some).collect();
-            quantized.run_with(feed, &mut |at, tensor| compare(&mut noise[at], reference[at].take(), &tensor))?;
+            quantized.run_with(feed, &mut |at, tensor| {
+                ends.add(sample, taps[at], &tensor);
+                compare(&mut noise[at], reference[at].take(), &tensor);
+            })?;
         }
     }
     let of = |value: &ValueId| taps.binary_search(value).map(|at| noise[at]).unwrap_or_default();
-    let outputs: Vec<Noise> = graph.outputs().iter().filter(|v| is_f32(graph, **v)).map(of).collect();
+    let end = |value: &ValueId| ends.noise.get(value).copied().unwrap_or_else(|| of(value));
+    let outputs: Vec<Noise> = graph.outputs().iter().filter(|v| is_f32(graph, **v)).map(end).collect();
     let mut total = Noise::default();
     for output in &outputs {
         total.signal += output.signal;
@@ -160,6 +167,58 @@ pub fn fidelity(
         by_node: nodes.iter().map(|(id, value)| (*id, of(value).decibels())).collect(),
         samples: feeds.len(),
     })
+}
+
+/// The outputs of the model as it was given, and how far those of the plan are from them.
+#[derive(Default)]
+struct Ends {
+    /// By sample, then by output of the graph with the plan.
+    wanted: Vec<BTreeMap<ValueId, Tensor>>,
+    noise: BTreeMap<ValueId, Noise>,
+}
+
+impl Ends {
+    /// What `given` returns for `feeds`, under the ids that `graph` has for its outputs; nothing without `given`.
+    fn of(
+        graph: &Graph,
+        given: Option<&Graph>,
+        executor: &dyn Executor,
+        feeds: &[Vec<Tensor>],
+        large: bool,
+    ) -> Result<Self, VerifyError> {
+        let Some(given) = given else { return Ok(Self::default()) };
+        let pair = |mine: &ValueId| Some((given.find(&graph.value(*mine).name)?, *mine));
+        let mut pairs: Vec<(ValueId, ValueId)> = graph.outputs().iter().filter_map(pair).collect();
+        pairs.sort_unstable();
+        pairs.dedup_by_key(|pair| pair.0);
+        let taps: Vec<ValueId> = pairs.iter().map(|pair| pair.0).collect();
+        let mut wanted = vec![BTreeMap::new(); feeds.len()];
+        let mut keep = |sample: usize, at: usize, tensor: Tensor| drop(wanted[sample].insert(pairs[at].1, tensor));
+        if large {
+            slices::run(given, &Plan::default(), executor, &taps, feeds, &mut keep)?;
+        } else {
+            let float = Simulation::prepare(given, &Plan::default(), executor, &taps)?;
+            for (sample, feed) in feeds.iter().enumerate() {
+                float.run(feed)?.into_iter().enumerate().for_each(|(at, tensor)| keep(sample, at, tensor));
+            }
+        }
+        Ok(Self { wanted, noise: BTreeMap::new() })
+    }
+
+    fn add(&mut self, sample: usize, value: ValueId, tensor: &Tensor) {
+        if let Some(wanted) = self.wanted.get_mut(sample).and_then(|wanted| wanted.remove(&value)) {
+            compare(self.noise.entry(value).or_default(), Some(wanted), tensor);
+        }
+    }
+}
+
+/// Whether two graphs, one made from the other, may compute different numbers.
+fn differ(a: &Graph, b: &Graph) -> bool {
+    let same_constant = |id: ValueId| match (a.constant(id), b.constant(id)) {
+        (Some(x), Some(y)) => std::sync::Arc::ptr_eq(x, y),
+        (x, y) => x.is_none() && y.is_none(),
+    };
+    a.n_values() != b.n_values() || a.n_nodes() != b.n_nodes() || !a.value_ids().all(same_constant)
 }
 
 /// Adds what became of `reference`, which is let go.
@@ -195,7 +254,7 @@ pub fn artifact(path: &Path, model: &Model, cx: &mut passes::pass::PassContext<'
         verdict.passed = verdict.findings.is_empty();
         return Ok(verdict);
     }
-    let imported = match import::file(path) {
+    let imported = match import::in_f32(path) {
         Ok(imported) => imported,
         Err(error) => {
             verdict.findings.push(structure(Place::Model, format!("it does not read back: {error}")));

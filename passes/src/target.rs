@@ -84,6 +84,8 @@ pub struct Accepts {
     pub whole_blocks: bool,
     /// Whether products of two activations run on codes.
     pub products_of_activations: bool,
+    /// Whether what stays in float may be written in 16 bits.
+    pub half: bool,
     /// Whether it runs one sample at a time: an open leading extent is written as 1.
     pub one_sample: bool,
 }
@@ -99,6 +101,7 @@ impl Accepts {
         negative_scales: true,
         whole_blocks: false,
         products_of_activations: true,
+        half: false,
         one_sample: false,
     };
 

@@ -6,7 +6,7 @@ use passes::target::{Goal, Scheme, Target};
 
 use super::progress::Mode;
 use crate::dataset::ImageOptions;
-use crate::driver::{Error, Request, Select};
+use crate::driver::{Error, Request, Rest, Select};
 use crate::targets;
 
 /// Options about samples and how they are run.
@@ -70,6 +70,7 @@ impl DataArgs {
             set: Vec::new(),
             embeddings: None,
             rotate: false,
+            rest: Rest::F32,
             learn: None,
             budget: None,
             max_drop: None,

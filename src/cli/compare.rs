@@ -47,8 +47,8 @@ const PIPELINE: &str = "infer-shapes, expand-qoperators, absorb-qdq, fold-consta
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let request = args.data.request(&args.float, "ort-cpu")?;
-    let float = import::file(&args.float).map_err(Error::input)?.model;
-    let quantized = import::file(&args.quantized).map_err(Error::input)?.model;
+    let float = import::in_f32(&args.float).map_err(Error::input)?.model;
+    let quantized = import::in_f32(&args.quantized).map_err(Error::input)?.model;
     samples::refuse_herding(&request)?;
     let dataset = samples::open(&request, Slot::of(float.graph()))?;
     let dataset = dataset.ok_or_else(|| Error::Input("samples are needed: pass them with --data".into()))?;

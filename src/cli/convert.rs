@@ -42,7 +42,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     if let Some(problem) = emit::obstacle(target, &args.output, &args.model) {
         return Err(Error::Input(problem));
     }
-    let imported = import::file(&args.model).map_err(Error::input)?;
+    let imported = import::in_f32(&args.model).map_err(Error::input)?;
     driver::guard_inputs(&emit::main_file(target, &args.output), &args.model, &imported.external)?;
     samples::refuse_herding(&request)?;
     let dataset = samples::open(&request, Slot::of(imported.model.graph()))?;

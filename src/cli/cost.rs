@@ -69,7 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
         return swept(args, request, range, most);
     }
     let scheme = args.scheme.as_ref().map(|text| scheme(text)).transpose().map_err(Error::Input)?;
-    let imported = import::file(path).map_err(Error::input)?;
+    let imported = import::in_f32(path).map_err(Error::input)?;
     let executor = driver::executor(&request.executor, &imported.model)?;
     let mut cx = PassContext::new(target_named("qonnx")?, executor.as_ref());
     let text = "infer-shapes, expand-qoperators, absorb-qdq, infer-shapes";

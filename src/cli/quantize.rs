@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::common::{DataArgs, scheme, share, target_named};
 use super::progress::Shown;
 use super::{Ended, eprint, print};
-use crate::driver::{self, Error, Request};
+use crate::driver::{self, Error, Request, Rest};
 use crate::overrides::Set;
 use crate::{emit, report};
 
@@ -64,6 +64,9 @@ pub(crate) struct Args {
     /// for a head of its own where it was tied to the embedding.
     #[arg(long)]
     rotate: bool,
+    /// The type of what stays in float, for targets that take f16: tensorrt, onnx-qdq.
+    #[arg(long, value_enum, default_value = "f32")]
+    rest: Rest,
     /// Learn codes by gradients, block after block, any of `list parameterizations`: brecq, or brecq{iterations=1000, batch=16}. For
     /// `--recipe best`, whose codes it starts from.
     #[arg(long, value_name = "METHOD")]
@@ -175,6 +178,7 @@ fn request(args: &Args) -> Result<Request, Error> {
     Ok(Request {
         set,
         rotate: args.rotate || recipe.rotate,
+        rest: args.rest,
         learn: args.learn.clone().or(recipe.learn),
         embeddings: embeddings.map(|text| scheme(text)).transpose().map_err(Error::Target)?,
         budget: args.budget.or(of_file(&recipe.budget, "budget")?),

@@ -32,7 +32,7 @@ pub(crate) struct Args {
 /// Runs the command: what the model computes by our own arithmetic, for comparison with whoever else runs it.
 pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let request = args.data.request(&args.model, "ort-cpu")?;
-    let imported = import::file(&args.model).map_err(Error::input)?;
+    let imported = import::in_f32(&args.model).map_err(Error::input)?;
     driver::guard_inputs(&args.output, &args.model, &imported.external)?;
     samples::refuse_herding(&request)?;
     let dataset = samples::open(&request, Slot::of(imported.model.graph()))?;

@@ -76,7 +76,7 @@ fn measure(args: &Args) -> Result<Ended, Error> {
     };
     let target = target_named(&args.target)?;
     let request = args.data.request(input, &args.target)?;
-    let model = import::file(input).map_err(Error::input)?.model;
+    let model = import::in_f32(input).map_err(Error::input)?.model;
     samples::refuse_herding(&request)?;
     let dataset = samples::open(&request, Slot::of(model.graph()))?;
     let dataset = dataset.ok_or_else(|| Error::Input("samples are needed: pass them with --data".into()))?;

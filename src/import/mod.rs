@@ -85,6 +85,16 @@ pub fn file(path: &Path) -> Result<Imported, ImportError> {
     model(wire, &mut ExternalFiles::beside(path))
 }
 
+/// The same as passes take it: computed in f32 throughout.
+///
+/// # Errors
+/// [`ImportError`].
+pub fn in_f32(path: &Path) -> Result<Imported, ImportError> {
+    let imported = file(path)?;
+    let model = passes::half::widen(imported.model).map_err(|error| ImportError::Model(error.to_string()))?;
+    Ok(Imported { model, ..imported })
+}
+
 /// Imports a decoded model.
 ///
 /// # Errors

@@ -34,6 +34,7 @@ static ACCEPTS: Accepts = Accepts {
     negative_scales: false,
     whole_blocks: false,
     products_of_activations: true,
+    half: false,
     one_sample: true,
 };
 

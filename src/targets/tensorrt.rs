@@ -34,6 +34,7 @@ static ACCEPTS: Accepts = Accepts {
     negative_scales: false,
     whole_blocks: true,
     products_of_activations: true,
+    half: true,
     one_sample: false,
 };
 

@@ -53,6 +53,25 @@ def digits(tool, name, tmp):
     assert sqnr(want, plain) >= 30, 'the outputs are too far off'
 
 
+def halves(tool, tmp):
+    """The rest in 16-bit floats, and a model that comes in 16-bit floats."""
+    model, data = ROOT / 'fixtures/models/digits-resnet.onnx', ROOT / 'fixtures/data/digits'
+    held = np.load(ROOT / 'fixtures/data/digits-eval.npz')
+    x = held['images'].astype(np.float32)[:, None] / 255
+    want = session(model).run(None, {'input': x})[0]
+    files = [Path(tmp) / f'halves.{what}.onnx' for what in ('rest', 'float', 'quantized')]
+    for source, out, options in [(model, files[0], ['--rest', 'f16']), (model, files[1], ['--rest', 'f16', '--keep-float', '*']), (files[1], files[2], [])]:
+        target = 'onnx-qdq' if options else 'ort-cpu'
+        subprocess.run([tool, 'quantize', str(source), '--data', str(data), '-o', str(out), '--target', target, *options, '--progress', 'none'], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        onnx.checker.check_model(str(out), full_check=True)
+    found = [sqnr(want, session(file).run(None, {'input': x})[0]) for file in files]
+    kinds = [{i.data_type for i in onnx.load(str(file)).graph.initializer} for file in files]
+    print(f'16-bit floats: the rest {found[0]:.1f} dB, the whole {found[1]:.1f} dB, quantized from that {found[2]:.1f} dB')
+    assert [onnx.TensorProto.FLOAT16 in kind for kind in kinds] == [True, True, False], kinds
+    assert onnx.TensorProto.FLOAT not in kinds[0] | kinds[1], kinds
+    assert found[0] > 30 and found[1] > 55 and found[2] > 30, found
+
+
 def formats(tool, tmp):
     """8-bit floats as written for any consumer, run without the optimizer; other formats as weights, with it."""
     model, data = ROOT / 'fixtures/models/digits-resnet.onnx', ROOT / 'fixtures/data/digits'
@@ -159,6 +178,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         for name in ('digits-resnet', 'digits-mobilenet'): digits(o.tool, name, tmp)
         formats(o.tool, tmp)
+        halves(o.tool, tmp)
         packed(o.tool, tmp)
         tables(o.tool, tmp)
         dynamic(o.tool, tmp)

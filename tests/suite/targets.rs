@@ -22,7 +22,7 @@ const PAIRS: &[(&str, &[&str])] = &[
     ("ort-cpu", &["w8a8", "w4a4"]),
     ("onnx-qdq", &["w8a8", "w6a6", "w5a5", "w8auint16", "wfp8afp8"]),
     ("openvino-cpu", &["w8a8"]),
-    ("tensorrt", &["w8a8", "wfp8afp8"]),
+    ("tensorrt", &["w8a8", "wfp8afp8", "wmxfp8amxfp8"]),
     ("qonnx", &["w8a8", "w6a6", "w3a5", "w4a12", "we2m3ae3m2"]),
     ("hls4ml", &["w8a8", "w6a6", "w4a4"]),
     ("finn", &["w8a8", "w4a4"]),
@@ -424,4 +424,56 @@ fn odd_graphs_convert_or_are_refused() {
             assert!(known, "{} to {target}: {error}", path.display());
         }
     }
+}
+
+fn parsed(text: &str) -> passes::model::Model {
+    passes::text::parse(text).unwrap()
+}
+
+#[test]
+fn a_graph_in_16_bits_comes_back_as_it_was() {
+    // Every number here is one of 16 bits.
+    let model = parsed(
+        "opset 21
+graph (%x: f32[batch,4], %shape: i64[2]) -> (%y: f32[?,?], %c: f32[?]) {
+  %w = const f32[4,4] [1, 0.5, -2, 3, 1, 1, 1, 1, 0.25, 4, 5, 6, 7, 8, 9, 10]
+  %h = MatMul(%x, %w)
+  %zeros = ConstantOfShape(%shape)
+  %n = Shape(%x)
+  %c = Cast(%n) {to = 1}
+  %s = Add(%h, %zeros)
+  %y = Relu(%s)
+}
+",
+    );
+    let meta = std::sync::Arc::new(model.meta.as_ref().clone());
+    let lowered = passes::target::Lowered { graph: model.graph().clone(), meta, notes: Vec::new() };
+    let half = passes::half::narrow(lowered).unwrap().graph;
+    let of_type = |graph: &passes::ir::Graph, dtype| {
+        graph.value_ids().filter(|id| graph.value(*id).ty.dtype() == Some(dtype)).count()
+    };
+    assert!(of_type(&half, passes::tensor::DType::F16) >= 4, "{half:?}");
+    // What goes in and out keeps its type.
+    let names = |ids: &[passes::id::ValueId], graph: &passes::ir::Graph| -> Vec<String> {
+        ids.iter().map(|id| graph.value(*id).name.to_string()).collect()
+    };
+    assert_eq!(names(half.outputs(), &half), ["y", "c"]);
+    assert_eq!(half.value(half.outputs()[0]).ty.dtype(), Some(passes::tensor::DType::F32));
+    let back = passes::half::widen(passes::model::Model::new(half, model.meta.as_ref().clone()).unwrap()).unwrap();
+    assert_eq!(of_type(back.graph(), passes::tensor::DType::F16), 0);
+    let weight =
+        back.graph().value_ids().find_map(|id| back.graph().constant(id).filter(|t| t.shape() == [4, 4])).unwrap();
+    assert_eq!(weight.values::<f32>().unwrap()[..4], [1.0, 0.5, -2.0, 3.0]);
+}
+
+#[test]
+fn what_16_bits_cannot_say_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data, out) =
+        (fixture("models/digits-resnet.onnx"), fixture("data/digits"), folder.path().join("x.onnx"));
+    let base = ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--rest", "f16"];
+    let refused = tool(&[&base[..], &["--target", "ort-cpu"]].concat());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("leave --rest f16 out"));
+    assert!(!out.exists());
+    tool_ok(&[&base[..], &["--target", "tensorrt"]].concat());
 }

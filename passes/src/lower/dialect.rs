@@ -12,7 +12,7 @@ pub struct Dialect {
     pub nbits: bool,
     /// Open leading extents are written as 1, for consumers that compile for fixed shapes.
     pub one_sample: bool,
-    /// Blocks of activations, and E8M0 scales, by the operators of TensorRT's own domain: see [`super::blocks`].
+    /// Blocks of activations, and E8M0 scales, by the operators of `TensorRT`'s own domain: see [`crate::trt`].
     pub trt: bool,
     /// 32-bit biases are written as the float numbers that they stand for.
     pub float_biases: bool,
@@ -25,7 +25,7 @@ impl Dialect {
     pub const QDQ_AND_NBITS: Self = Self { nbits: true, ..Self::QDQ };
     /// The same without those, for one sample.
     pub const QDQ_OF_ONE: Self = Self { one_sample: true, ..Self::QDQ };
-    /// The same for any number, with biases in float and TensorRT's operators for blocks.
+    /// The same for any number, with biases in float and `TensorRT`'s operators for blocks.
     pub const TENSORRT: Self = Self { trt: true, float_biases: true, ..Self::QDQ };
     /// QONNX, see [`super::qonnx`].
     pub const QONNX: Self = Self { qonnx: true, one_sample: true, ..Self::QDQ };

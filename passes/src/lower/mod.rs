@@ -1,6 +1,6 @@
 //! Spelling a plan as graph nodes. Used by targets.
 
-pub mod blocks;
+mod blocks;
 mod dialect;
 mod dynamic;
 mod pairs;

@@ -69,7 +69,7 @@ pub fn lower(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
     }
     let opset = lowering.opset;
     if lowering.trt_used {
-        Arc::make_mut(&mut meta).opsets.insert(super::blocks::DOMAIN.into(), 1);
+        Arc::make_mut(&mut meta).opsets.insert(crate::trt::DOMAIN.into(), 1);
     }
     if opset != meta.opset() {
         Arc::make_mut(&mut meta).opsets.insert("".into(), opset);
@@ -106,7 +106,7 @@ pub(super) struct Lowering<'a> {
     /// Symbols of extents that are written as 1.
     batch: BTreeSet<Name>,
     pub(super) packed: bool,
-    /// Whether an operator of TensorRT's domain was written.
+    /// Whether an operator of `TensorRT`'s domain was written.
     pub(super) trt_used: bool,
     pub(super) builder: Builder,
     /// The names of the float graph.

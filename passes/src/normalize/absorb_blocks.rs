@@ -1,4 +1,4 @@
-//! Blocks with scales of their own format, as `TensorRT` has them, back into the plan. See [`crate::lower::blocks`].
+//! Blocks with scales of their own format, as `TensorRT` has them, back into the plan. See [`crate::trt`].
 
 use std::sync::Arc;
 
@@ -8,9 +8,9 @@ use crate::grid::block::{self, BlockFormat};
 use crate::id::{NodeId, ValueId};
 use crate::ir::walk::Users;
 use crate::ir::{Graph, Node};
-use crate::lower::blocks::{DOMAIN, FP4_QUANTIZE, MXFP8_DEQUANTIZE, MXFP8_QUANTIZE, from_e8m0};
 use crate::ops::positive_axis;
 use crate::tensor::{DType, Tensor};
+use crate::trt::{DOMAIN, FP4_QUANTIZE, MXFP8_DEQUANTIZE, MXFP8_QUANTIZE, from_e8m0};
 
 /// A node that turns blocks into floats.
 pub(super) struct Blocks {

@@ -26,7 +26,8 @@ use crate::pass::PassEntry;
 use tile::{Quadratic, Tile};
 
 /// Order is the order of the manual, not of the pipeline.
-pub static PASSES: &[PassEntry] = &[round::ENTRY, round_in_order::ENTRY, descend::ENTRY, refit_scales::ENTRY];
+pub static PASSES: &[PassEntry] =
+    &[round::ENTRY, round_in_order::ENTRY, descend::ENTRY, refit_scales::ENTRY, crate::half::ENTRY];
 
 /// Every method of `round`, in the order of the manual.
 pub static ROUNDINGS: &[&dyn Method] =

@@ -1,0 +1,408 @@
+//! 16-bit floats: graphs computed in them as graphs computed in f32, and back.
+//!
+//! Passes, simulation and executors compute in f32. What a file has as f16 is [`widen`]ed as it comes in, and [`narrow`]ed again as it
+//! goes out, where that is asked for; inputs and outputs keep their types by a `Cast` each.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use half::f16;
+
+use crate::encoding::{Encoding, Granularity};
+use crate::grid::block;
+use crate::id::{Site, ValueId};
+use crate::ir::{Attr, Attrs, BuildError, Builder, Def, Graph, Node, OpKey, Type, walk};
+use crate::model::{Edit, Model};
+use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo};
+use crate::target::{LowerError, Lowered};
+use crate::tensor::{DType, Tensor};
+use crate::trt::DOMAIN as TRT;
+
+/// A scale that 16 bits change by more than this share of it is refused: it is nearly subnormal.
+const SCALE_ERROR: f32 = 1.0 / 256.0;
+
+crate::declare_pass! {
+    /// Rounds every float constant, and the scale of every encoding, to what 16-bit floats hold, so that `--rest f16` writes exactly
+    /// what was planned and simulated.
+    ///
+    /// What is larger than 65504 becomes that. The scales of formats that have scales of their own (nvfp4, mxfp8) stay as they are.
+    INFO {
+        name: "round-to-half",
+        source: "IEEE 754 binary16; TensorRT documentation: the type of a scale is the type that is dequantized to",
+        requires: Facts::NONE,
+        establishes: Facts::NONE,
+        preserves: Facts::ALL,
+        fidelity: UpToRounding,
+        options: &[],
+    }
+}
+
+/// See [`INFO`].
+pub const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::new(RoundToHalf)) };
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct RoundToHalf;
+
+impl Pass for RoundToHalf {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn run(&self, model: &Model, _: &PassContext<'_>) -> Result<crate::model::Patch, PassError> {
+        let mut patch = crate::model::Patch::on(model);
+        let (graph, plan) = (model.graph(), model.plan());
+        for (site, encoding) in plan.encodings().filter(|(_, encoding)| !has_own_scales(encoding)) {
+            let scale: Arc<[f32]> = encoding.scale.iter().map(|scale| rounded(*scale)).collect();
+            let off = |(a, b): (&f32, &f32)| (a - b).abs() > SCALE_ERROR * a.abs();
+            if encoding.scale.iter().zip(scale.iter()).any(off) {
+                return Err(PassError::Model(format!(
+                    "{}: 16-bit floats do not hold its scale: write the rest in f32 (--rest f32), or leave it in float (--keep-float)",
+                    place(graph, site)
+                )));
+            }
+            if scale != encoding.scale {
+                patch.edit(Edit::Encode { site, encoding: Encoding { scale, ..encoding.clone() } });
+                if let Some(codes) = plan.codes(site) {
+                    patch.edit(Edit::Round { site, codes: Arc::clone(codes) });
+                }
+                patch.count("scales", 1);
+            }
+        }
+        for value in graph.value_ids() {
+            let constant = graph.constant(value).filter(|tensor| tensor.dtype() == DType::F32);
+            let Some(values) = constant.and_then(|tensor| tensor.values::<f32>()) else { continue };
+            if values.iter().any(|v| rounded(*v).to_bits() != v.to_bits()) && is_plain(model, value) {
+                let tensor =
+                    Tensor::of(constant.map_or(&[][..], |t| t.shape()), values.iter().map(|v| rounded(*v)).collect());
+                patch.edit(Edit::Freeze { value, tensor: Arc::new(tensor) });
+                patch.count("constants", 1);
+            }
+        }
+        for (site, tensor) in plan.substitutes() {
+            if let Some(values) = tensor.values::<f32>() {
+                let tensor = Tensor::of(tensor.shape(), values.iter().map(|v| rounded(*v)).collect());
+                patch.edit(Edit::Substitute { site, tensor: Arc::new(tensor) });
+            }
+        }
+        Ok(patch)
+    }
+}
+
+fn place(graph: &Graph, site: Site) -> String {
+    match site {
+        Site::Value(value) => format!("tensor `{}`", graph.value(value).name),
+        Site::Use { node, input } => format!("input {input} of node `{}`", graph.node(node).map_or("", |n| &n.name)),
+    }
+}
+
+/// Whether the scales of `encoding` are written in a format of their own.
+fn has_own_scales(encoding: &Encoding) -> bool {
+    match encoding.granularity {
+        Granularity::Block { size, .. } => block::of(encoding.grid, size).is_some(),
+        Granularity::Dynamic | Granularity::DynamicBlocks { .. } => true,
+        Granularity::Tensor | Granularity::Axis(_) => false,
+    }
+}
+
+/// Whether somebody reads the constant `value` as floats: codes are all that others see of it.
+fn is_plain(model: &Model, value: ValueId) -> bool {
+    let (graph, plan) = (model.graph(), model.plan());
+    let coded = |node: crate::id::NodeId, input: usize| {
+        u16::try_from(input).is_ok_and(|input| plan.encoding_of_use(graph, node, input).is_some())
+    };
+    graph
+        .nodes()
+        .any(|(id, node)| node.inputs.iter().enumerate().any(|(input, read)| *read == Some(value) && !coded(id, input)))
+}
+
+/// `x` as 16 bits hold it, cut at their largest.
+fn rounded(x: f32) -> f32 {
+    if x.is_finite() { f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32() } else { x }
+}
+
+/// `model` computed in f32, where it was computed in f16.
+///
+/// # Errors
+/// Names a node with a graph inside that computes in f16: those are not converted.
+pub fn widen(model: Model) -> Result<Model, PassError> {
+    let is_half = |graph: &Graph| graph.value_ids().any(|id| graph.value(id).ty.dtype() == Some(DType::F16));
+    if !is_half(model.graph()) {
+        return Ok(model);
+    }
+    let graph = Retyping { from: DType::F16, to: DType::F32, graph: model.graph() }.run();
+    let graph = graph.map_err(PassError::Model)?;
+    Model::new(graph, model.meta.as_ref().clone()).map_err(|error| PassError::Model(error.to_string()))
+}
+
+/// `lowered` computed in f16 but for its inputs and outputs, and operators that have no such form.
+///
+/// # Errors
+/// [`LowerError`] for a node with a graph inside that computes in f32.
+pub fn narrow(lowered: Lowered) -> Result<Lowered, LowerError> {
+    let graph = Retyping { from: DType::F32, to: DType::F16, graph: &lowered.graph }.run();
+    let graph = graph.map_err(|problem| LowerError { place: "--rest f16".into(), problem })?;
+    Ok(Lowered { graph, ..lowered })
+}
+
+/// A graph in another float type.
+struct Retyping<'a> {
+    from: DType,
+    to: DType,
+    graph: &'a Graph,
+}
+
+/// The same tensor in both types, as far as they are there.
+#[derive(Clone, Copy, Default)]
+struct Both {
+    new: Option<ValueId>,
+    old: Option<ValueId>,
+}
+
+struct Rebuilt {
+    builder: Builder,
+    values: BTreeMap<ValueId, Both>,
+    opset: u32,
+}
+
+impl Retyping<'_> {
+    fn run(&self) -> Result<Graph, String> {
+        let graph = self.graph;
+        let opset = graph.nodes().map(|(_, n)| n).find(|n| n.op.domain.is_empty()).map_or(21, |n| n.op.opset);
+        let builder = Builder::new(graph.name(), graph.doc());
+        let mut out = Rebuilt { builder, values: BTreeMap::new(), opset };
+        self.build(&mut out).map_err(|error| error.to_string())?;
+        out.builder.finish().map_err(|error| error.to_string())
+    }
+
+    fn build(&self, out: &mut Rebuilt) -> Result<(), Problem> {
+        let graph = self.graph;
+        for &input in graph.inputs() {
+            let value = graph.value(input);
+            let id = out.builder.input(&value.name, value.ty.clone())?;
+            let both =
+                if self.is_from(input) { Both { new: None, old: Some(id) } } else { Both { new: Some(id), old: None } };
+            out.values.insert(input, both);
+        }
+        // Original tensors keep their names, but for outputs: those are what the last `Cast` returns.
+        for (_, node) in graph.nodes() {
+            if self.is_idle(node) {
+                continue;
+            }
+            for &output in node.outputs.iter().flatten() {
+                let hidden = graph.outputs().contains(&output) && self.is_from(output);
+                let name = &graph.value(output).name;
+                let name =
+                    if hidden { out.builder.fresh(&format!("{name}.{}", self.to.name())) } else { name.to_string() };
+                let id = out.builder.value(&name);
+                let kept = self.is_kept(node);
+                let ty = if kept { graph.value(output).ty.clone() } else { self.retyped(&graph.value(output).ty) };
+                out.builder.set_type(id, ty);
+                let both = if kept && self.is_from(output) {
+                    Both { new: None, old: Some(id) }
+                } else {
+                    Both { new: Some(id), old: None }
+                };
+                out.values.insert(output, both);
+            }
+        }
+        for (_, node) in graph.nodes() {
+            self.node(out, node)?;
+        }
+        for &output in graph.outputs() {
+            let name = Arc::clone(&graph.value(output).name);
+            if self.is_from(output) && !graph.inputs().contains(&output) {
+                let both = out.values.get(&output).copied().unwrap_or_default();
+                let constant = graph.constant(output);
+                match (both, constant) {
+                    (_, Some(tensor)) => drop(out.builder.constant(&name, Arc::clone(tensor))?),
+                    (Both { new: Some(id), .. } | Both { old: Some(id), .. }, None) => {
+                        let result = out.builder.value(&name);
+                        out.builder.set_type(result, graph.value(output).ty.clone());
+                        out.cast(id, result, self.from)?;
+                    }
+                    _ => return Err(Problem(format!("output `{name}` is never computed"))),
+                }
+            }
+            out.builder.output(&name);
+        }
+        Ok(())
+    }
+
+    /// Whether `node` is a `Cast` between the two types, which then are one.
+    fn is_idle(&self, node: &Node) -> bool {
+        let [Some(source), Some(result)] = [node.input(0), node.output(0)] else { return false };
+        let ours = |value: ValueId| matches!(self.graph.value(value).ty.dtype(), Some(dtype) if dtype == self.from || dtype == self.to);
+        let to = node.int("to", 0);
+        let both = [self.from, self.to].iter().any(|dtype| to == i64::from(dtype.code()));
+        self.to == DType::F32 && node.op.is("Cast") && both && ours(source) && !self.graph.outputs().contains(&result)
+    }
+
+    fn node(&self, out: &mut Rebuilt, node: &Node) -> Result<(), Problem> {
+        if let (true, Some(source), Some(result)) = (self.is_idle(node), node.input(0), node.output(0)) {
+            let id = self.read(out, source, false)?;
+            out.values.insert(result, Both { new: Some(id), old: None });
+            return Ok(());
+        }
+        if node
+            .bodies
+            .iter()
+            .any(|body| body.graph.value_ids().any(|id| body.graph.value(id).ty.dtype() == Some(self.from)))
+        {
+            let (from, to) = (self.from.name(), self.to.name());
+            return Err(Problem(format!(
+                "node `{}` has a graph inside that computes in {from}: it is not converted to {to}",
+                node.name
+            )));
+        }
+        let mut copy = node.clone();
+        let kept = self.is_kept(node);
+        for (at, input) in copy.inputs.iter_mut().enumerate() {
+            if let Some(value) = *input {
+                // The factors of a Resize are f32 whatever it resizes.
+                let old = kept || node.op.is("Resize") && at == 2;
+                *input = Some(self.read(out, value, old)?);
+            }
+        }
+        let mut captured = BTreeMap::new();
+        for value in walk::captures(node) {
+            captured.insert(value, self.read(out, value, false)?);
+        }
+        for inner in copy.bodies.iter_mut().flat_map(|body| &mut body.graph.values) {
+            if let Def::Capture(outer) = &mut inner.def {
+                *outer = captured[outer];
+            }
+        }
+        for output in copy.outputs.iter_mut().flatten() {
+            let both = out.values.get(output).copied().unwrap_or_default();
+            *output = both.new.or(both.old).ok_or_else(|| Problem("a result without a value".into()))?;
+        }
+        if !kept {
+            self.attributes(&mut copy);
+        }
+        out.builder.node(copy)?;
+        Ok(())
+    }
+
+    /// Element types that attributes name, and numbers in them.
+    fn attributes(&self, node: &mut Node) {
+        let code = |dtype: DType| Attr::Int(i64::from(dtype.code()));
+        for name in ["to", "dtype", "output_dtype"] {
+            if let Some(attr) = node.attrs.get_mut(name).filter(|attr| **attr == code(self.from)) {
+                *attr = code(self.to);
+            }
+        }
+        if let Some(Attr::Tensor(tensor)) = node.attrs.get_mut("value").filter(|_| node.op.is("ConstantOfShape")) {
+            *tensor = self.converted(tensor);
+        } else if node.op.is("ConstantOfShape") && self.from == DType::F32 && !node.attrs.contains_key("value") {
+            node.attrs.insert("value".into(), Attr::Tensor(self.converted(&Arc::new(Tensor::of([1], vec![0.0_f32])))));
+        }
+    }
+
+    /// What stands for `value` in the new type, or in the `old` one.
+    fn read(&self, out: &mut Rebuilt, value: ValueId, old: bool) -> Result<ValueId, Problem> {
+        let both = out.values.get(&value).copied().unwrap_or_default();
+        if let Some(id) = if !self.is_from(value) {
+            both.new
+        } else if old {
+            both.old
+        } else {
+            both.new
+        } {
+            return Ok(id);
+        }
+        let name = Arc::clone(&self.graph.value(value).name);
+        let (id, other) = if let Some(tensor) = self.graph.constant(value) {
+            let taken = both.new.or(both.old).is_some() || self.graph.outputs().contains(&value);
+            let name = if taken { out.builder.fresh(&format!("{name}.{}", self.to.name())) } else { name.to_string() };
+            let tensor = if old || !self.is_from(value) { Arc::clone(tensor) } else { self.converted(tensor) };
+            (out.builder.constant(&name, tensor)?, both)
+        } else {
+            let source =
+                both.old.or(both.new).ok_or_else(|| Problem(format!("tensor `{name}` is read before it is there")))?;
+            let dtype = if old { self.from } else { self.to };
+            let result = out.builder.value(&out.builder.fresh(&format!("{name}.{}", dtype.name())));
+            let ty = self.graph.value(value).ty.clone();
+            out.builder.set_type(result, if old { ty } else { self.retyped(&ty) });
+            out.cast(source, result, dtype)?;
+            (result, both)
+        };
+        let keeps_old = old && self.is_from(value);
+        let now = if keeps_old { Both { old: Some(id), ..other } } else { Both { new: Some(id), ..other } };
+        out.values.insert(value, now);
+        Ok(id)
+    }
+
+    fn is_from(&self, value: ValueId) -> bool {
+        self.graph.value(value).ty.dtype() == Some(self.from)
+    }
+
+    /// Whether `node` goes on computing in the old type: it has no form in 16 bits, or its scales would not be what they are.
+    fn is_kept(&self, node: &Node) -> bool {
+        if self.to != DType::F16 {
+            return false;
+        }
+        let no_form = node.op.is("Range") || node.op.is("NonMaxSuppression");
+        let computed = node.op.is("DequantizeLinear") && self.graph.constant_input(node, 1).is_none();
+        let own = |dtype: Option<DType>| matches!(dtype, Some(DType::F8E4M3Fn)) && node.int("block_size", 0) == 0;
+        // The scales of 4-bit floats: codes themselves, of one factor.
+        let scales = node.op.is("DequantizeLinear")
+            && node.input(2).is_none()
+            && own(self.graph.value(node.input(0).unwrap_or(ValueId(0))).ty.dtype());
+        no_form || computed || scales || &*node.op.domain == TRT
+    }
+
+    fn retyped(&self, ty: &Type) -> Type {
+        match ty {
+            Type::Tensor(tensor) if tensor.dtype == Some(self.from) => {
+                let mut tensor = tensor.clone();
+                tensor.dtype = Some(self.to);
+                Type::Tensor(tensor)
+            }
+            ty => ty.clone(),
+        }
+    }
+
+    fn converted(&self, tensor: &Arc<Tensor>) -> Arc<Tensor> {
+        let Some(values) = tensor.floats().filter(|_| tensor.dtype() == self.from) else { return Arc::clone(tensor) };
+        if self.to == DType::F32 {
+            return Arc::new(Tensor::of(tensor.shape(), values.into_owned()));
+        }
+        let bytes: Vec<u8> = values.iter().flat_map(|v| f16::from_f32(rounded(*v)).to_le_bytes()).collect();
+        Tensor::new(DType::F16, tensor.shape().to_vec(), bytes.into()).map_or_else(|_| Arc::clone(tensor), Arc::new)
+    }
+}
+
+impl Rebuilt {
+    /// Adds `result`, which is `source` in another type.
+    fn cast(&mut self, source: ValueId, result: ValueId, dtype: DType) -> Result<(), Problem> {
+        let name = format!("{}.cast", self.builder.get(result).name);
+        let node = Node {
+            name: name.as_str().into(),
+            op: OpKey { domain: "".into(), name: "Cast".into(), opset: self.opset },
+            inputs: vec![Some(source)],
+            outputs: vec![Some(result)],
+            attrs: Attrs::from([("to".into(), Attr::Int(i64::from(dtype.code())))]),
+            bodies: Vec::new(),
+            notes: None,
+        };
+        self.builder.node(node)?;
+        Ok(())
+    }
+}
+
+/// What is wrong, in words.
+#[derive(Debug)]
+struct Problem(String);
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<BuildError> for Problem {
+    fn from(error: BuildError) -> Self {
+        Self(error.to_string())
+    }
+}
