@@ -2,7 +2,7 @@
 """Judges what is written for TensorRT without a GPU: the reference evaluator of the onnx package computes it, TensorRT's own operators as
 their documentation says it, in numpy, independently of this project's simulation.
 
-    tensorrt.py --tool target/release/onnx-quant
+    nvidia.py --tool target/release/onnx-quant
 
 Checked: a network of two products, written as wnvfp4anvfp4 and wmxfp8amxfp8, passes onnx.checker and computes what the tool's own
 simulation (`run`) does, and so do w8a8 and w4a16g64; each of them again with the rest in 16 bits (`--rest f16`), which the evaluator
