@@ -211,18 +211,16 @@ impl Retyping<'_> {
         }
         for &output in graph.outputs() {
             let name = Arc::clone(&graph.value(output).name);
-            if self.is_from(output) && !graph.inputs().contains(&output) {
-                let both = out.values.get(&output).copied().unwrap_or_default();
-                let constant = graph.constant(output);
-                match (both, constant) {
-                    (_, Some(tensor)) => drop(out.builder.constant(&name, Arc::clone(tensor))?),
-                    (Both { new: Some(id), .. } | Both { old: Some(id), .. }, None) => {
-                        let result = out.builder.value(&name);
-                        out.builder.set_type(result, graph.value(output).ty.clone());
-                        out.cast(id, result, self.from)?;
-                    }
-                    _ => return Err(Problem(format!("output `{name}` is never computed"))),
+            let both = out.values.get(&output).copied().unwrap_or_default();
+            if let Some(tensor) = graph.constant(output) {
+                if !out.builder.is_defined(&name) {
+                    out.builder.constant(&name, Arc::clone(tensor))?;
                 }
+            } else if self.is_from(output) && !graph.inputs().contains(&output) && !out.builder.is_defined(&name) {
+                let id = both.new.or(both.old).ok_or_else(|| Problem(format!("output `{name}` is never computed")))?;
+                let result = out.builder.value(&name);
+                out.builder.set_type(result, graph.value(output).ty.clone());
+                out.cast(id, result, self.from)?;
             }
             out.builder.output(&name);
         }

@@ -44,7 +44,7 @@ impl Target for OnnxQdq {
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
-        ort_cpu::refuses(scheme, &[4, 5, 6, 7, 8, 16])
+        ort_cpu::refuses(scheme, &[2, 3, 4, 5, 6, 7, 8, 16])
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {

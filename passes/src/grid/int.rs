@@ -20,6 +20,17 @@ const fn int(name: &'static str, doc: &'static str, bits: u32, storage: DType, l
     IntGrid { info: GridInfo { about, bits, storage, integer: true }, low, high }
 }
 
+const fn byte(name: &'static str, bits: u32, storage: DType, low: f64, high: f64) -> IntGrid {
+    int(
+        name,
+        "Integers of 2 or 3 bits in bytes, for activations: runtimes clamp no codes of fewer bits.",
+        bits,
+        storage,
+        low,
+        high,
+    )
+}
+
 pub(super) static INT8: IntGrid = int("int8", "Signed 8-bit integers, -128 to 127.", 8, DType::I8, -128.0, 127.0);
 pub(super) static UINT8: IntGrid = int("uint8", "Unsigned 8-bit integers, 0 to 255.", 8, DType::U8, 0.0, 255.0);
 pub(super) static INT8_NARROW: IntGrid =
@@ -58,6 +69,10 @@ pub(super) static INT2_IN_4: IntGrid = int(
 );
 pub(super) static UINT2_IN_4: IntGrid =
     int("uint2-in-4", "Unsigned 2-bit integers, 0 to 3, stored in 4 bits.", 2, DType::U4, 0.0, 3.0);
+pub(super) static INT2_IN_8: IntGrid = byte("int2-in-8", 2, DType::I8, -2.0, 1.0);
+pub(super) static UINT2_IN_8: IntGrid = byte("uint2-in-8", 2, DType::U8, 0.0, 3.0);
+pub(super) static INT3_IN_8: IntGrid = byte("int3-in-8", 3, DType::I8, -4.0, 3.0);
+pub(super) static UINT3_IN_8: IntGrid = byte("uint3-in-8", 3, DType::U8, 0.0, 7.0);
 pub(super) static INT32: IntGrid =
     int("int32", "Signed 32-bit integers, for biases.", 32, DType::I32, -2_147_483_648.0, 2_147_483_647.0);
 

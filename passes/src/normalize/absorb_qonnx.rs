@@ -85,7 +85,11 @@ fn integers(graph: &Graph, node: &Node) -> Option<&'static dyn Grid> {
         (false, true) => return None,
     };
     let constant = graph.constant_input(node, 0).is_some();
-    let name = if constant && bits == 2 && !narrow { format!("{name}-in-4") } else { name };
+    let name = match (constant, bits) {
+        (true, 2) if !narrow => format!("{name}-in-4"),
+        (false, 2 | 3) if !narrow => format!("{name}-in-8"),
+        _ => name,
+    };
     grid::find(&name)
 }
 

@@ -148,7 +148,7 @@ impl Goal {
     /// Integers of as many bits as activations have.
     fn integers(&self, unsigned: bool) -> &'static dyn Grid {
         let bits = self.scheme.activation_bits.unwrap_or(8);
-        let name = format!("{}int{bits}", if unsigned { "u" } else { "" });
+        let name = format!("{}int{bits}{}", if unsigned { "u" } else { "" }, if bits < 4 { "-in-8" } else { "" });
         grid::find(&name).unwrap_or_else(|| unreachable!("schemes name grids that are in the table"))
     }
 
@@ -157,8 +157,8 @@ impl Goal {
         if let Some(format) = self.scheme.activation_block() {
             return format.element;
         }
-        let name = self.scheme.activation_format.map_or_else(|| format!("uint{bits}"), str::to_owned);
-        grid::find(&name).unwrap_or_else(|| unreachable!("schemes name grids that are in the table"))
+        let Some(name) = self.scheme.activation_format else { return self.integers(true) };
+        grid::find(name).unwrap_or_else(|| unreachable!("schemes name grids that are in the table"))
     }
 }
 
