@@ -40,6 +40,18 @@ impl Patch {
 
 /// The bias of `node` encoded and rounded anew for the scales of `weight`, where it is encoded; `None` when it would not fit 32 bits.
 pub(crate) fn behind_weight(model: &Model, node: NodeId, weight: &Encoding) -> Option<Vec<Edit>> {
+    let Some(roles) = ops::linear(model.graph(), node) else { return Some(Vec::new()) };
+    let own = Site::Use { node, input: roles.weight };
+    behind(model, node, &|site| if site == own { Some(weight) } else { model.plan().encoding(site) })
+}
+
+/// The bias of `node` encoded and rounded anew, where it is encoded and `encoding` says other scales than the plan of what it is added to;
+/// `None` when it would not fit 32 bits.
+pub(crate) fn behind<'a>(
+    model: &'a Model,
+    node: NodeId,
+    encoding: &dyn Fn(Site) -> Option<&'a Encoding>,
+) -> Option<Vec<Edit>> {
     let graph = model.graph();
     let Some(roles) = ops::linear(graph, node) else { return Some(Vec::new()) };
     let site = roles.bias.map(|input| Site::Use { node, input });
@@ -47,10 +59,16 @@ pub(crate) fn behind_weight(model: &Model, node: NodeId, weight: &Encoding) -> O
         return Some(Vec::new());
     };
     // Exactly the f32 product: runtimes check it, or ignore what is stored and use it.
-    let input_scale = *model.plan().encoding_of_use(graph, node, roles.activation)?.scale.first()?;
+    let read = Site::Use { node, input: roles.activation };
+    let input = encoding(read).or_else(|| encoding(Site::Value(graph.node(node)?.input(roles.activation.into())?)))?;
+    let weight = encoding(Site::Use { node, input: roles.weight })?;
+    let input_scale = *input.scale.first()?;
     let last = weight.scale.len() - 1;
     let scale = (0..old.scale.len()).map(|i| input_scale * weight.scale[i.min(last)]).collect();
     let encoding = Encoding { scale, ..old.clone() };
+    if encoding == *old {
+        return Some(Vec::new());
+    }
     let tensor: &Tensor = graph.constant_input(graph.node(node)?, roles.bias?.into())?;
     let values = tensor.floats()?;
     let scale_of = |index: usize| encoding.scale[index.min(encoding.scale.len() - 1)];

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::blocks::{self, Block};
 use super::fake_quant::FakeQuant;
+use super::steps;
 use crate::encoding::Encoding;
 use crate::grad::{self, Slot, Tape, Value};
 use crate::id::{NodeId, Site, ValueId};
@@ -33,6 +34,21 @@ pub(super) struct Program {
     pub(super) drop: Slot,
     pub(super) float_biases: Vec<(Slot, Site, Arc<Tensor>)>,
     pub(super) outputs: Vec<(Slot, ValueId)>,
+    /// The logarithms of what scales of activations are multiplied with.
+    pub(super) steps: Vec<(Slot, Site)>,
+    /// Of every bias that is in codes, what its scale is made of.
+    pub(super) products: Vec<Option<Product>>,
+}
+
+/// The scale of a bias: that of an activation times that of a weight.
+#[derive(Clone, Debug)]
+pub(super) struct Product {
+    /// Where the activation is encoded, and how.
+    pub(super) activation: (Site, Encoding),
+    /// Where the weight is encoded.
+    pub(super) weight: Site,
+    /// The encoding of the bias.
+    pub(super) encoding: Encoding,
 }
 
 struct Maker<'a> {
@@ -47,11 +63,13 @@ struct Maker<'a> {
     /// What nodes of the block compute, and the tape does not.
     inner: BTreeSet<ValueId>,
     produced: BTreeSet<ValueId>,
+    /// Sites of activations whose scale is learned.
+    free: BTreeSet<Site>,
 }
 
 impl Program {
     /// The program of `block`, or why gradients do not pass it. Weights that had codes in the `given` plan keep them.
-    pub(super) fn of(graph: &Graph, plan: &Plan, given: &Plan, block: &Block) -> Result<Self, String> {
+    pub(super) fn of(graph: &Graph, plan: &Plan, given: &Plan, block: &Block, steps: bool) -> Result<Self, String> {
         let touched = lockstep::touched(graph, plan);
         let users = Users::of(graph);
         let layers = block.nodes.iter().filter(|id| blocks::is_layer(graph, plan, **id));
@@ -68,23 +86,43 @@ impl Program {
             drop,
             float_biases: Vec::new(),
             outputs: Vec::new(),
+            steps: Vec::new(),
+            products: Vec::new(),
         };
+        let free = if steps { steps::free(graph, plan, &users, block) } else { BTreeSet::new() };
         let outputs =
             block.nodes.iter().filter_map(|id| graph.node(*id)).flat_map(|node| node.outputs.iter().flatten());
         let produced = outputs.copied().collect();
         let (slots, inner) = (BTreeMap::new(), BTreeSet::new());
-        let mut maker = Maker { graph, plan, given, touched: &touched, program, slots, biases, inner, produced };
+        let mut maker = Maker { graph, plan, given, touched: &touched, program, slots, biases, inner, produced, free };
         for &id in &block.nodes {
             if let Some(node) = graph.node(id) {
                 maker.node(id, node)?;
             }
         }
         for &value in block.outputs.iter().filter(|value| simulate::is_float_activation(graph, **value)) {
-            let slot = maker.slots.get(&(value, None)).ok_or("its result does not depend on its weights")?;
-            maker.program.outputs.push((*slot, value));
+            let slot = *maker.slots.get(&(value, None)).ok_or("its result does not depend on its weights")?;
+            // What the graph returns is returned as rounded.
+            let site = Site::Value(value);
+            let returned = graph.outputs().contains(&value) && plan.encoding(site).is_some();
+            let slot = if returned { maker.rounded(site, slot)? } else { slot };
+            maker.program.outputs.push((slot, value));
         }
-        Ok(maker.program)
+        let mut program = maker.program;
+        program.products = program.biases.iter().map(|(_, site, _)| product(graph, plan, *site)).collect();
+        Ok(program)
     }
+}
+
+/// What the scale of the bias at `site` is made of, where it is in codes.
+fn product(graph: &Graph, plan: &Plan, site: Site) -> Option<Product> {
+    let Site::Use { node, .. } = site else { return None };
+    let roles = ops::linear(graph, node)?;
+    let read = Site::Use { node, input: roles.activation };
+    let value = Site::Value(graph.node(node)?.input(roles.activation.into())?);
+    let activation = [read, value].into_iter().find_map(|site| Some((site, plan.encoding(site)?.clone())))?;
+    let weight = Site::Use { node, input: roles.weight };
+    Some(Product { activation, weight, encoding: plan.encoding(site)?.clone() })
 }
 
 impl Maker<'_> {
@@ -197,7 +235,12 @@ impl Maker<'_> {
     fn rounded(&mut self, site: Site, raw: Slot) -> Result<Slot, String> {
         let encoding: &Encoding = self.plan.encoding(site).ok_or("a bug in onnx-quant: a site without an encoding")?;
         let rule = FakeQuant { encoding: encoding.clone() };
-        let inputs = vec![Some(raw), Some(self.program.drop)];
+        let mut inputs = vec![Some(raw), Some(self.program.drop)];
+        if self.free.contains(&site) {
+            let step = self.program.tape.leaf(true);
+            self.program.steps.push((step, site));
+            inputs.push(Some(step));
+        }
         let outputs = self.program.tape.push("rounding", Box::new(rule), inputs, 1);
         outputs.first().copied().ok_or_else(|| "a bug in onnx-quant: a step without a result".to_owned())
     }

@@ -83,7 +83,7 @@ pub fn all_weights(graph: &Graph) -> Plan {
 
 /// Why gradients do not pass `block`, where they do not.
 pub fn boundary(graph: &Graph, plan: &Plan, block: &Block) -> Option<String> {
-    Program::of(graph, plan, plan, block).err()
+    Program::of(graph, plan, plan, block, false).err()
 }
 
 /// Whether node `id` is linear with an encoded weight.

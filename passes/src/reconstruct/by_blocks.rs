@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use super::block::Program;
 use super::blocks::{self, Block};
+use super::fake_quant;
+use super::measure;
 use super::objective::{Objective, Outcome};
 use super::parameterization;
 use super::samples;
@@ -49,6 +51,8 @@ impl Learner {
             drop: (positive("drop", 0.0, 1.0)? * 1000.0) as i64,
             biases: options.count("biases", 1)? > 0,
             scales: options.count("scales", 1)? > 0,
+            steps: options.count("steps", 0)? > 0,
+            loss: loss(options)?,
         };
         Ok(Some(Self { settings, layers: options.count("layers", 4)? }))
     }
@@ -85,7 +89,10 @@ impl Learner {
         block: &Block,
         number: usize,
     ) -> Result<Result<Vec<Edit>, String>, PassError> {
-        let program = match Program::of(model.graph(), model.plan(), given, block) {
+        // Scales in a format of their own, and powers of two, stay what they are.
+        let free = cx.scheme.block_format().is_none() && !cx.scheme.power_of_two;
+        let steps = self.settings.steps && free;
+        let program = match Program::of(model.graph(), model.plan(), given, block, steps) {
             Ok(program) => program,
             Err(reason) => return Ok(Err(reason)),
         };
@@ -93,19 +100,25 @@ impl Learner {
         let Some(samples) = samples::gather(walk, model.graph(), cx, &program, &before)? else {
             return Ok(Err("a tensor that it reads is computed behind its weights".into()));
         };
-        // Scales in a format of their own, and powers of two, stay what they are.
-        let free = cx.scheme.block_format().is_none() && !cx.scheme.power_of_two;
         let settings = Settings { scales: self.settings.scales && free, ..self.settings.clone() };
         let learn = || {
             Objective::agrees(&program, &samples.float)?;
-            let objective = Objective::new(&program, &samples.all, model.plan())?;
+            let objective = {
+                let returned = |value| model.graph().outputs().contains(&value);
+                Objective::new(&program, &samples.all, model.plan(), settings.loss, returned)?
+            };
             let start = objective.start();
             let first = objective.loss(&start)?;
             let tick = || {
                 cx.progress.step();
                 !cx.progress.cancelled()
             };
-            let learned = train::learn(&objective, &settings, &start, number as u64, tick)?;
+            let mut learned = train::learn(&objective, &settings, &start, number as u64, tick)?;
+            let made = edits(model, block, &program, &objective, &learned);
+            // Judged as it will be written: biases in codes of the new scales.
+            if let Some(made) = &made {
+                learned.biases = written(&program, model.plan(), made, learned.biases);
+            }
             let last = objective.loss(&learned)?;
             tracing::debug!(
                 block = number,
@@ -116,7 +129,7 @@ impl Learner {
                 "learned"
             );
             let better = last.held_out < first.held_out;
-            Ok(if better { edits(model, &program, &objective, learned) } else { None }.unwrap_or_default())
+            Ok(made.filter(|_| better).unwrap_or_default())
         };
         if cx.progress.cancelled() {
             return Err(PassError::Interrupted);
@@ -129,28 +142,70 @@ impl Learner {
     }
 }
 
+/// The `biases` that come out of `edits`.
+fn written(program: &Program, plan: &Plan, edits: &[Edit], biases: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
+    let encoding = |site: Site| {
+        let anew = edits.iter().rev().find_map(|edit| match edit {
+            Edit::Encode { site: other, encoding } if *other == site => Some(encoding),
+            _ => None,
+        });
+        anew.or_else(|| plan.encoding(site))
+    };
+    let one = |((_, site, tensor), mut values): (&(_, Site, Arc<crate::tensor::Tensor>), Vec<f32>)| {
+        if let Some(encoding) = encoding(*site) {
+            // What does not fit was refused when the edits were made.
+            let _ = encoding.simulate(&mut values, tensor.shape());
+        }
+        values
+    };
+    program.biases.iter().zip(biases).map(one).collect()
+}
+
+/// The loss that the option names.
+fn loss(options: &Options) -> Result<measure::Wish, OptionError> {
+    let name = options.text("loss", "mse");
+    let found = measure::LOSSES.iter().find(|(_, about)| about.name == name).map(|(wish, _)| *wish);
+    found.ok_or_else(|| {
+        let names: Vec<&str> = measure::LOSSES.iter().map(|(_, about)| about.name).collect();
+        OptionError { option: "loss".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
+    })
+}
+
 /// The edits that write `learned` into the plan; `None` where a bias would not fit its codes any more.
-fn edits(model: &Model, program: &Program, objective: &Objective<'_>, learned: Outcome) -> Option<Vec<Edit>> {
-    let mut edits = Vec::new();
-    let weights = program.weights.iter().zip(&objective.weights).zip(learned.units.iter().zip(learned.scales));
+fn edits(
+    model: &Model,
+    block: &Block,
+    program: &Program,
+    objective: &Objective<'_>,
+    learned: &Outcome,
+) -> Option<Vec<Edit>> {
+    let plan = model.plan();
+    let mut encodings: BTreeMap<Site, Encoding> = BTreeMap::new();
+    for ((_, site), step) in program.steps.iter().zip(&learned.steps).filter(|(_, step)| **step != 0.0) {
+        encodings.insert(*site, fake_quant::rescaled(plan.encoding(*site)?, *step));
+    }
+    let mut rounded = Vec::new();
+    let weights = program.weights.iter().zip(&objective.weights).zip(learned.units.iter().zip(&learned.scales));
     for (((_, site, tensor), weight), (units, scales)) in weights {
-        let encoding = Encoding { scale: scales.into(), ..weight.encoding.clone() };
+        let encoding = Encoding { scale: scales.as_slice().into(), ..weight.encoding.clone() };
         let codes = Arc::new(encoding.pack_points(units, tensor.shape()));
         if encoding != weight.encoding {
-            if let Site::Use { node, .. } = site {
-                edits.extend(bias::behind_weight(model, *node, &encoding)?);
-            }
-            edits.push(Edit::Encode { site: *site, encoding });
+            encodings.insert(*site, encoding);
         }
-        edits.push(Edit::Round { site: *site, codes });
+        rounded.push(Edit::Round { site: *site, codes });
     }
-    for ((_, site, tensor), values) in program.biases.iter().zip(learned.biases) {
-        let anew = edits.iter().find_map(|edit| match edit {
+    let mut biases = Vec::new();
+    for &node in &block.nodes {
+        biases.extend(bias::behind(model, node, &|site| encodings.get(&site).or_else(|| plan.encoding(site)))?);
+    }
+    for ((_, site, tensor), values) in program.biases.iter().zip(&learned.biases) {
+        let anew = biases.iter().find_map(|edit| match edit {
             Edit::Encode { site: other, encoding } if other == site => Some(encoding.clone()),
             _ => None,
         });
-        let encoding = anew.or_else(|| model.plan().encoding(*site).cloned());
-        edits.push(Edit::constant(*site, tensor.shape(), values, encoding.as_ref())?);
+        let encoding = anew.or_else(|| plan.encoding(*site).cloned());
+        biases.push(Edit::constant(*site, tensor.shape(), values.clone(), encoding.as_ref())?);
     }
-    Some(edits)
+    let encoded = encodings.into_iter().map(|(site, encoding)| Edit::Encode { site, encoding });
+    Some(encoded.chain(rounded).chain(biases).collect())
 }

@@ -6,10 +6,10 @@ use crate::seed;
 
 /// x̂ of x, as [`Encoding::simulate`] computes it.
 ///
-/// Inputs: the numbers, then a share in thousandths and a seed: that share of the elements, drawn anew from every seed, passes as it
-/// is. Gradients pass where x lies in the range of the codes.
+/// Inputs: the numbers; a share in thousandths and a seed: that share of the elements, drawn anew from every seed, passes as it
+/// is; where it is learned, the logarithm of what the scale is multiplied with. Gradients pass where x lies in the range of the codes.
 ///
-/// Source: Bengio et al. 2013, arXiv:1308.3432, for passing straight through; Wei et al. 2022 (`QDrop`), arXiv:2203.05740, for the share.
+/// Source: Esser et al. 2020 (LSQ), arXiv:1902.08153, equation 3, for the scale; Bengio et al. 2013, arXiv:1308.3432, for passing straight through; Wei et al. 2022 (`QDrop`), arXiv:2203.05740, for the share.
 #[derive(Debug)]
 pub(super) struct FakeQuant {
     pub(super) encoding: Encoding,
@@ -26,11 +26,47 @@ impl FakeQuant {
     }
 }
 
+impl FakeQuant {
+    /// The encoding at the scale that is being learned.
+    fn scaled<T: Real>(&self, inputs: &Inputs<'_, T>) -> Result<std::borrow::Cow<'_, Encoding>, GradError> {
+        let Some(step) = inputs.optional(2)?.and_then(|step| step.iter().next().copied()) else {
+            return Ok(std::borrow::Cow::Borrowed(&self.encoding));
+        };
+        let step = T::narrowed(&Array::from_elem(vec![1], step))[0];
+        Ok(std::borrow::Cow::Owned(rescaled(&self.encoding, step)))
+    }
+
+    /// The gradient by the logarithm of the scale: x̂ − x where a number is rounded, x̂ where it is cut; none of those that pass as they
+    /// are.
+    fn by_step<T: Real>(call: &Call<'_, T>, encoding: &Encoding) -> Result<Array<T>, GradError> {
+        let (x, grad) = (call.inputs.real(0)?, call.grad()?);
+        let passes = Self::passes(&call.inputs)?;
+        let (low, high) = encoding.grid.range();
+        let (scale, zero) = (f64::from(encoding.scale[0]), f64::from(encoding.zero_point[0]));
+        let (low, high) = (T::of((low - zero - 0.5) * scale), T::of((high - zero + 0.5) * scale));
+        let rounded = call.outputs.first().ok_or_else(|| GradError("it did not run forward".into()))?;
+        let mut sum = T::zero();
+        for (i, ((g, x), rounded)) in grad.iter().zip(x.iter()).zip(rounded.iter()).enumerate() {
+            if passes.as_ref().is_none_or(|passes| !passes(i)) {
+                let inside = *x >= low && *x <= high;
+                sum = sum + *g * if inside { *rounded - *x } else { *rounded };
+            }
+        }
+        Ok(Array::from_elem(vec![1], sum))
+    }
+}
+
+/// `encoding` with scales e^`step` times as large.
+pub(super) fn rescaled(encoding: &Encoding, step: f32) -> Encoding {
+    let scale = encoding.scale.iter().map(|scale| scale * step.exp()).collect();
+    Encoding { scale, ..encoding.clone() }
+}
+
 impl<T: Real> Rule<T> for FakeQuant {
     fn forward(&self, inputs: &Inputs<'_, T>) -> Result<Vec<Array<T>>, GradError> {
         let x = inputs.real(0)?;
         let mut values = T::narrowed(x);
-        self.encoding.simulate(&mut values, x.shape()).map_err(|error| GradError(error.to_string()))?;
+        self.scaled(inputs)?.simulate(&mut values, x.shape()).map_err(|error| GradError(error.to_string()))?;
         let mut rounded = T::widened(values);
         if let Some(passes) = Self::passes(inputs)? {
             let kept = rounded.iter_mut().zip(x.iter()).enumerate().filter(|(i, _)| passes(*i));
@@ -42,11 +78,13 @@ impl<T: Real> Rule<T> for FakeQuant {
 
     fn backward(&self, call: &Call<'_, T>) -> Result<Grads<T>, GradError> {
         let (x, mut grad) = (call.inputs.real(0)?, call.grad()?.clone());
-        let per_tensor = self.encoding.granularity == Granularity::Tensor;
-        let range = self.encoding.scale.first().zip(self.encoding.zero_point.first()).filter(|_| per_tensor);
+        let encoding = self.scaled(&call.inputs)?;
+        let by_step = if call.wants(2) { Some(Self::by_step(call, &encoding)?) } else { None };
+        let per_tensor = encoding.granularity == Granularity::Tensor;
+        let range = encoding.scale.first().zip(encoding.zero_point.first()).filter(|_| per_tensor);
         // Other granularities have ranges that hold everything.
         if let Some((scale, zero)) = range {
-            let (low, high) = self.encoding.grid.range();
+            let (low, high) = encoding.grid.range();
             let (scale, zero) = (f64::from(*scale), f64::from(*zero));
             let (low, high) = (T::of((low - zero - 0.5) * scale), T::of((high - zero + 0.5) * scale));
             let outside = |x: T| x < low || x > high;
@@ -59,7 +97,7 @@ impl<T: Real> Rule<T> for FakeQuant {
                 }
             }
         }
-        Ok(vec![Some(grad), None])
+        Ok(vec![Some(grad), None, by_step])
     }
 }
 

@@ -10,9 +10,11 @@ mod block;
 mod blocks;
 mod by_blocks;
 mod fake_quant;
+mod measure;
 mod objective;
 mod parameterization;
 mod samples;
+mod steps;
 mod train;
 
 pub use blocks::{Block, all_weights, blocks, boundary};

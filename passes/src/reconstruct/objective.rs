@@ -1,8 +1,11 @@
 //! What a block should give, and how far it is from that: losses, and gradients of all that is learned.
 
 use super::block::Program;
+use super::fake_quant::rescaled;
+use super::measure::{Measure, Wish};
 use super::parameterization::Weight;
 use super::samples::Sample;
+use crate::encoding::Encoding;
 use crate::grad::{Array, GradError, Slot, Value, Values};
 use crate::model::Plan;
 use crate::parallel;
@@ -24,6 +27,8 @@ pub(super) struct Outcome {
     /// Of every weight, one per group.
     pub(super) scales: Vec<Vec<f32>>,
     pub(super) biases: Vec<Vec<f32>>,
+    /// The logarithms of what scales of activations are multiplied with.
+    pub(super) steps: Vec<f32>,
 }
 
 impl Outcome {
@@ -51,6 +56,7 @@ pub(super) struct Gradients {
     /// By the weights themselves; empty where none arrived.
     pub(super) weights: Vec<Vec<f32>>,
     pub(super) biases: Vec<Vec<f32>>,
+    pub(super) steps: Vec<f32>,
 }
 
 /// A block with its samples.
@@ -58,8 +64,8 @@ pub(super) struct Objective<'a> {
     program: &'a Program,
     samples: &'a [Sample],
     pub(super) weights: Vec<Weight>,
-    /// Per output, what errors are measured by: the mean square of its elements.
-    power: Vec<f64>,
+    /// Of every output, how errors are measured.
+    measures: Vec<Measure>,
     /// The samples to learn from.
     pub(super) fitted: Vec<usize>,
     held_out: Vec<usize>,
@@ -70,7 +76,14 @@ fn misfit(error: &impl std::fmt::Display) -> GradError {
 }
 
 impl<'a> Objective<'a> {
-    pub(super) fn new(program: &'a Program, samples: &'a [Sample], plan: &Plan) -> Result<Self, GradError> {
+    /// With errors of outputs measured as `wish` says; `of_graph` tells those that the graph itself returns.
+    pub(super) fn new(
+        program: &'a Program,
+        samples: &'a [Sample],
+        plan: &Plan,
+        wish: Wish,
+        of_graph: impl Fn(crate::id::ValueId) -> bool,
+    ) -> Result<Self, GradError> {
         let weight = |(_, site, tensor): &(Slot, _, std::sync::Arc<crate::tensor::Tensor>)| {
             let bug = || GradError("a bug in onnx-quant: a weight without codes".into());
             let (encoding, codes) = plan.encoding(*site).zip(plan.codes(*site)).ok_or_else(bug)?;
@@ -78,8 +91,9 @@ impl<'a> Objective<'a> {
         };
         let weights = program.weights.iter().map(weight).collect::<Result<Vec<_>, GradError>>()?;
         let (held_out, fitted) = (0..samples.len()).partition(|i| i % HELD_OUT == HELD_OUT / 2);
-        let power = (0..program.outputs.len()).map(|output| power(samples, output)).collect();
-        Ok(Self { program, samples, weights, power, fitted, held_out })
+        let outputs = program.outputs.iter().enumerate();
+        let measures = outputs.map(|(at, (_, value))| Measure::of(wish, samples, at, of_graph(*value))).collect();
+        Ok(Self { program, samples, weights, measures, fitted, held_out })
     }
 
     /// Whether the tape gives what the float model gives, on float inputs, with float weights and nothing rounded.
@@ -88,10 +102,13 @@ impl<'a> Objective<'a> {
     /// [`GradError`] where it does not: a rule is wrong then, and nothing may be learned by it.
     pub(super) fn agrees(program: &'a Program, float: &'a Sample) -> Result<(), GradError> {
         let samples = std::slice::from_ref(float);
-        let power = (0..program.outputs.len()).map(|output| power(samples, output)).collect();
-        let alone = Self { program, samples, weights: Vec::new(), power, fitted: vec![0], held_out: Vec::new() };
+        let outputs = 0..program.outputs.len();
+        let measures = outputs.map(|output| Measure::of(Wish::Square, samples, output, false)).collect();
+        let (weights, held_out) = (Vec::new(), Vec::new());
+        let alone = Self { program, samples, weights, measures, fitted: vec![0], held_out };
         let mut leaves = program.constants.clone();
         let learned = program.weights.iter().chain(&program.float_biases);
+        leaves.extend(program.steps.iter().map(|(slot, _)| (*slot, one(0.0))));
         leaves.extend(learned.filter_map(|(slot, _, tensor)| Some((*slot, crate::grad::value_of(tensor)?))));
         let loss = alone.loss_with(&leaves, &[0], (1000, 0))?;
         if loss < DISAGREEMENT { Ok(()) } else { Err(GradError(format!("its tape is {loss:.1e} off the float model"))) }
@@ -106,7 +123,27 @@ impl<'a> Objective<'a> {
             biases: biases
                 .map(|(_, _, tensor)| tensor.floats().map(std::borrow::Cow::into_owned).unwrap_or_default())
                 .collect(),
+            steps: vec![0.0; self.program.steps.len()],
         }
+    }
+
+    /// Bias `i` as its codes have it at the scales of `at`; gradients pass this straight through.
+    fn bias(&self, i: usize, at: &Outcome, shape: &[usize]) -> Vec<f32> {
+        let mut values = at.biases[i].clone();
+        let Some(product) = self.program.products.get(i).and_then(Option::as_ref) else { return values };
+        let (site, activation) = &product.activation;
+        let step = self.program.steps.iter().position(|(_, other)| other == site).map_or(0.0, |step| at.steps[step]);
+        let input = rescaled(activation, step).scale[0];
+        let weight = self.program.weights.iter().position(|(_, site, _)| *site == product.weight);
+        if let Some(scales) = weight.map(|weight| &at.scales[weight]).filter(|scales| !scales.is_empty()) {
+            let of = |channel: usize| input * scales[channel.min(scales.len() - 1)];
+            let scale = (0..product.encoding.scale.len()).map(of).collect();
+            let encoding = Encoding { scale, ..product.encoding.clone() };
+            if encoding.simulate(&mut values, shape).is_err() {
+                values.clone_from(&at.biases[i]);
+            }
+        }
+        values
     }
 
     /// The leaves that are the same for all samples.
@@ -114,11 +151,14 @@ impl<'a> Objective<'a> {
         let mut leaves = self.program.constants.clone();
         let shaped =
             |shape: &[usize], values| Array::from_shape_vec(shape, values).map(Value::Real).map_err(|e| misfit(&e));
-        for (i, (slot, _, tensor)) in self.program.weights.iter().enumerate() {
-            leaves.push((*slot, shaped(tensor.shape(), at.weight(i, &self.weights[i].groups))?));
+        let numbers: Vec<usize> = (0..self.weights.len()).collect();
+        let weights = parallel::map(&numbers, |i| at.weight(*i, &self.weights[*i].groups));
+        for ((slot, _, tensor), weight) in self.program.weights.iter().zip(weights) {
+            leaves.push((*slot, shaped(tensor.shape(), weight)?));
         }
-        for ((slot, _, tensor), values) in self.program.biases.iter().zip(&at.biases) {
-            leaves.push((*slot, shaped(tensor.shape(), values.clone())?));
+        leaves.extend(self.program.steps.iter().zip(&at.steps).map(|((slot, _), step)| (*slot, one(*step))));
+        for (i, (slot, _, tensor)) in self.program.biases.iter().enumerate() {
+            leaves.push((*slot, shaped(tensor.shape(), self.bias(i, at, tensor.shape()))?));
         }
         Ok(leaves)
     }
@@ -150,13 +190,8 @@ impl<'a> Objective<'a> {
             let values = self.run(leaves, sample, drop)?;
             let mut sum = (0.0, 0);
             for (output, (slot, _)) in self.program.outputs.iter().enumerate() {
-                let difference = sample.difference(output, values.real(*slot))?;
-                let mut error = 0.0;
-                sample.rows(output, &difference, |row| {
-                    error += row.iter().map(|d| f64::from(*d) * f64::from(*d)).sum::<f64>();
-                    sum.1 += row.len();
-                });
-                sum.0 += error / self.power[output];
+                let (error, count) = self.measures[output].error(sample, output, values.real(*slot))?;
+                sum = (sum.0 + error, sum.1 + count);
             }
             Ok(sum)
         });
@@ -175,7 +210,13 @@ impl<'a> Objective<'a> {
     ) -> Result<Gradients, GradError> {
         let leaves = self.leaves(at)?;
         let p = self.program;
-        let wanted: Vec<Slot> = p.weights.iter().map(|w| w.0).chain(p.biases.iter().map(|b| b.0)).collect();
+        let wanted: Vec<Slot> = p
+            .weights
+            .iter()
+            .map(|w| w.0)
+            .chain(p.biases.iter().map(|b| b.0))
+            .chain(p.steps.iter().map(|s| s.0))
+            .collect();
         let lanes: Vec<&[usize]> = batch.chunks(batch.len().div_ceil(LANES).max(1)).collect();
         let sums = parallel::map(&lanes, |lane| {
             let mut sums: Vec<Vec<f32>> = vec![Vec::new(); wanted.len()];
@@ -195,36 +236,24 @@ impl<'a> Objective<'a> {
             let sums = weights.iter_mut().zip(sums?).filter(|(_, sum)| !sum.is_empty());
             sums.for_each(|(total, sum)| add(total, sum.into_iter()));
         }
-        let biases = weights.split_off(p.weights.len());
-        Ok(Gradients { weights, biases })
+        let mut biases = weights.split_off(p.weights.len());
+        let steps = biases.split_off(p.biases.len());
+        let steps = steps.into_iter().map(|step| step.first().copied().unwrap_or(0.0)).collect();
+        Ok(Gradients { weights, biases, steps })
     }
 
     /// The gradient of the loss by every output.
     fn seeds(&self, sample: &Sample, values: &Values<f32>) -> Result<Vec<(Slot, Array<f32>)>, GradError> {
         let seed = |(output, (slot, _)): (usize, &(Slot, _))| {
-            let mut grad = sample.difference(output, values.real(*slot))?;
-            #[expect(clippy::cast_possible_truncation, reason = "a factor of the gradient")]
-            let factor = (1.0 / self.power[output]) as f32;
-            grad.iter_mut().for_each(|g| *g *= factor);
-            sample.blank_padding(output, &mut grad);
-            let shape = sample.targets[output].raw_dim();
-            Ok((*slot, Array::from_shape_vec(shape, grad).map_err(|e| misfit(&e))?))
+            Ok((*slot, self.measures[output].gradient(sample, output, values.real(*slot))?))
         };
         self.program.outputs.iter().enumerate().map(seed).collect()
     }
 }
 
-/// Σ z² of an output over all samples, per element that counts.
-fn power(samples: &[Sample], output: usize) -> f64 {
-    let (mut sum, mut count) = (0.0, 0_usize);
-    for sample in samples {
-        let target: Vec<f32> = sample.targets[output].iter().copied().collect();
-        sample.rows(output, &target, |row| {
-            sum += row.iter().map(|z| f64::from(*z) * f64::from(*z)).sum::<f64>();
-            count += row.len();
-        });
-    }
-    (sum / count.max(1) as f64).max(1e-30)
+/// One number as a leaf.
+fn one(number: f32) -> Value<f32> {
+    Value::Real(Array::from_elem(vec![1], number))
 }
 
 fn add(sum: &mut Vec<f32>, with: impl Iterator<Item = f32>) {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::block::Program;
 use crate::exec::Session;
-use crate::grad::{self, Array, GradError, Value};
+use crate::grad::{self, Array, Value};
 use crate::id::ValueId;
 use crate::ir::{Graph, walk};
 use crate::lockstep::{Lockstep, Pair};
@@ -127,18 +127,6 @@ pub(super) fn gather(
 }
 
 impl Sample {
-    /// A result less its target.
-    pub(super) fn difference(&self, output: usize, got: Option<&Array<f32>>) -> Result<Vec<f32>, GradError> {
-        let target = &self.targets[output];
-        match got.filter(|got| got.shape() == target.shape()) {
-            Some(got) => {
-                let difference = grad::map_two(got, target, |got, want| got - want)?;
-                Ok(difference.into_owned().into_raw_vec_and_offset().0)
-            }
-            None => Err(GradError(format!("a result does not have the shape {:?} of its target", target.shape()))),
-        }
-    }
-
     /// Shows the rows of `values`, which are laid out as an output, that are no padding.
     pub(super) fn rows(&self, output: usize, values: &[f32], mut see: impl FnMut(&[f32])) {
         match &self.words[output] {
@@ -147,14 +135,6 @@ impl Sample {
                 let width = (values.len() / words.len().max(1)).max(1);
                 values.chunks_exact(width).zip(words).filter(|(_, word)| **word).for_each(|(row, _)| see(row));
             }
-        }
-    }
-
-    /// Makes the rows of `values` that are padding 0.
-    pub(super) fn blank_padding(&self, output: usize, values: &mut [f32]) {
-        if let Some(words) = &self.words[output] {
-            let width = (values.len() / words.len().max(1)).max(1);
-            values.chunks_exact_mut(width).zip(words).filter(|(_, word)| !**word).for_each(|(row, _)| row.fill(0.0));
         }
     }
 }

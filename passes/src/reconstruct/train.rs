@@ -1,5 +1,7 @@
 //! The loop that learns the weights of one block.
 
+use rayon::prelude::*;
+
 use super::adam::Adam;
 use super::objective::{Objective, Outcome};
 use super::parameterization::{Learned, Parameterization};
@@ -20,12 +22,18 @@ pub(super) struct Settings {
     pub(super) biases: bool,
     /// Whether scales of weights are learned too.
     pub(super) scales: bool,
+    /// Whether scales of activations are learned too.
+    pub(super) steps: bool,
+    /// How errors are measured.
+    pub(super) loss: super::measure::Wish,
 }
 
 /// The rate of biases, in units of their root mean square.
 const BIAS_RATE: f32 = 1e-3;
 /// The rate of the logarithms of scales.
 const SCALE_RATE: f32 = 5e-4;
+/// The same of activations.
+const STEP_RATE: f32 = 1e-3;
 
 /// Rates are meant for so many steps; they rise where there are fewer.
 const USUAL_STEPS: f32 = 1000.0;
@@ -68,6 +76,7 @@ pub(super) fn learn(
     let mut at = start.clone();
     let mut biases = Beside::new(&at.biases, |bias| BIAS_RATE * root_mean_square(bias).max(1e-6));
     let mut scales = Beside::new(&at.scales, |_| SCALE_RATE);
+    let mut steps = Adam::new(at.steps.len());
     // So that as few steps get as far.
     let rate = settings.rate * (USUAL_STEPS / settings.iterations.max(1) as f32).clamp(1.0, 10.0);
     let mut order = Order::new(&objective.fitted, seed);
@@ -84,36 +93,51 @@ pub(super) fn learn(
             best = better(objective, best, hardened(&at, &learned))?;
         }
         let progress = iteration as f32 / settings.iterations as f32;
-        for ((units, learned), weight) in at.units.iter_mut().zip(&mut learned).zip(&objective.weights) {
-            *units = learned.soft(progress, weight);
-        }
+        let each = at.units.par_iter_mut().zip(&mut learned).zip(&objective.weights);
+        each.for_each(|((units, learned), weight)| *units = learned.soft(progress, weight));
         let batch = order.next(settings.batch);
         let grads = objective.gradients(&at, &batch, settings.drop, seed ^ iteration as u64)?;
-        if grads.weights.iter().chain(&grads.biases).flatten().any(|g| !g.is_finite()) {
+        if grads.weights.iter().chain(&grads.biases).chain([&grads.steps]).flatten().any(|g| !g.is_finite()) {
             break; // what has been learned so far is judged as it is
         }
         let decay = rate * 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
-        for (i, grad) in grads.weights.iter().enumerate().filter(|(_, grad)| !grad.is_empty()) {
-            let weight = &objective.weights[i];
-            let by_unit: Vec<f32> =
-                grad.iter().zip(&weight.groups).map(|(g, group)| g * at.scales[i][*group as usize]).collect();
-            if settings.scales {
-                // d/d ln s of s · u is s · u.
-                let mut by_log = vec![0.0; at.scales[i].len()];
-                for ((g, unit), group) in by_unit.iter().zip(&at.units[i]).zip(&weight.groups) {
-                    by_log[*group as usize] += g * unit;
+        let parts = (&grads.weights, &objective.weights, &at.units, &mut at.scales, &mut learned, &mut scales.adam);
+        parts.into_par_iter().filter(|(grad, ..)| !grad.is_empty()).for_each(
+            |(grad, weight, units, scale, learned, adam)| {
+                let by_unit: Vec<f32> =
+                    grad.iter().zip(&weight.groups).map(|(g, group)| g * scale[*group as usize]).collect();
+                if settings.scales {
+                    step_scales(scale, &by_unit, units, &weight.groups, |moved, by| {
+                        adam.step(moved, by, SCALE_RATE * decay);
+                    });
                 }
-                let mut moved = vec![0.0; by_log.len()];
-                scales.step(i, &mut moved, &by_log, decay);
-                at.scales[i].iter_mut().zip(moved).for_each(|(scale, log)| *scale *= log.exp());
-            }
-            learned[i].step(&by_unit, progress, rate, weight);
-        }
+                learned.step(&by_unit, progress, rate, weight);
+            },
+        );
+        steps.step(&mut at.steps, &grads.steps, STEP_RATE * decay);
         for (i, grad) in grads.biases.iter().enumerate().filter(|(_, grad)| settings.biases && !grad.is_empty()) {
             biases.step(i, &mut at.biases[i], grad, decay);
         }
     }
     Ok(better(objective, best, hardened(&at, &learned))?.1)
+}
+
+/// Moves `scales`, by the gradient of what they are multiplied with, as `step` does with their logarithms.
+fn step_scales(
+    scales: &mut [f32],
+    by_unit: &[f32],
+    units: &[f32],
+    groups: &[u32],
+    step: impl FnOnce(&mut [f32], &[f32]),
+) {
+    // d/d ln s of s · u is s · u.
+    let mut by_log = vec![0.0; scales.len()];
+    for ((g, unit), group) in by_unit.iter().zip(units).zip(groups) {
+        by_log[*group as usize] += g * unit;
+    }
+    let mut moved = vec![0.0; by_log.len()];
+    step(&mut moved, &by_log);
+    scales.iter_mut().zip(moved).for_each(|(scale, log)| *scale *= log.exp());
 }
 
 /// The better one on the samples that were held out.

@@ -63,6 +63,8 @@ crate::declare_pass! {
             OptionInfo { name: "drop", doc: "learning: the share of activations left in float, 0 by default" },
             OptionInfo { name: "biases", doc: "learning: 0 leaves biases as they are; 1 by default" },
             OptionInfo { name: "scales", doc: "learning: 0 leaves scales of weights as they are; 1 by default" },
+            OptionInfo { name: "steps", doc: "learning: 1 learns scales of activations too; 0 by default" },
+            OptionInfo { name: "loss", doc: "learning: mse (default), or kl for the outputs of the graph, where they are logits" },
         ],
     }
 }

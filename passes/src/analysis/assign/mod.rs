@@ -153,7 +153,6 @@ impl Goal {
     }
 
     fn activation_grid(&self) -> &'static dyn Grid {
-        let bits = self.scheme.activation_bits.unwrap_or(8);
         if let Some(format) = self.scheme.activation_block() {
             return format.element;
         }

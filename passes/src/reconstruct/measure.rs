@@ -1,0 +1,209 @@
+//! How far an output is from its target.
+
+use super::samples::Sample;
+use crate::about::About;
+use crate::grad::{Array, GradError};
+
+/// What the user can ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wish {
+    /// Squares; of words one by one.
+    Square,
+    /// What distributions lose, for outputs of the graph that are logits; squares elsewhere.
+    Divergence,
+}
+
+/// The losses that `loss` names.
+pub(super) static LOSSES: &[(Wish, About)] = &[
+    (
+        Wish::Square,
+        About {
+            name: "mse",
+            doc: "Squared error over signal; for words (outputs of three dimensions) over the signal of each word.",
+            source: "Li et al. 2021 (BRECQ), arXiv:2102.05426, section 3; words by themselves ours, as norms read them",
+        },
+    ),
+    (
+        Wish::Divergence,
+        About {
+            name: "kl",
+            doc: "Kullback-Leibler divergence of the softmax of the graph's outputs from that of the float model's; squares for blocks before them.",
+            source: "Chee et al. 2025 (DiscQuant), arXiv:2501.06417, section 4",
+        },
+    ),
+];
+
+/// One output.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Measure {
+    /// Σ (z − t)² over the mean square of all targets.
+    Square(f64),
+    /// The same over the mean square of each row, which is at least this.
+    Rows(f64),
+    /// Σ p ln (p / q) of the softmax of each row.
+    Divergence,
+}
+
+/// A row is worth no more than one of this share of the usual mean square.
+const FLOOR: f64 = 1e-4;
+
+impl Measure {
+    /// The measure of an `output`, which is one of the graph's own or not.
+    pub(super) fn of(wish: Wish, samples: &[Sample], output: usize, of_graph: bool) -> Self {
+        let rank = samples.first().map_or(0, |sample| sample.targets[output].ndim());
+        let power = power(samples, output);
+        match wish {
+            Wish::Divergence if of_graph && rank >= 2 => Self::Divergence,
+            _ if rank == 3 => Self::Rows(power * FLOOR),
+            _ => Self::Square(power),
+        }
+    }
+
+    /// Error over signal, as a sum and a count, of `got` for `sample`.
+    pub(super) fn error(
+        self,
+        sample: &Sample,
+        output: usize,
+        got: Option<&Array<f32>>,
+    ) -> Result<(f64, usize), GradError> {
+        let mut sum = (0.0, 0);
+        self.each_row(sample, output, got, |target, got, _| {
+            sum.0 += self.row_error(target, got);
+            sum.1 += if matches!(self, Self::Divergence) { 1 } else { got.len() };
+        })?;
+        Ok(sum)
+    }
+
+    /// The gradient of the sum of errors by `got`, up to a factor that all outputs share.
+    pub(super) fn gradient(
+        self,
+        sample: &Sample,
+        output: usize,
+        got: Option<&Array<f32>>,
+    ) -> Result<Array<f32>, GradError> {
+        let shape = sample.targets[output].raw_dim();
+        let mut grad = vec![0.0; sample.targets[output].len()];
+        self.each_row(sample, output, got, |target, got, range| self.row_gradient(target, got, &mut grad[range]))?;
+        Array::from_shape_vec(shape, grad).map_err(|error| GradError(error.to_string()))
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "gradients are f32")]
+    fn row_gradient(self, target: &[f32], got: &[f32], grad: &mut [f32]) {
+        let mut plain = |power: f64| {
+            let factor = (1.0 / power) as f32;
+            grad.iter_mut().zip(got.iter().zip(target)).for_each(|(g, (q, t))| *g = (q - t) * factor);
+        };
+        match self {
+            Self::Square(power) => plain(power),
+            Self::Rows(floor) => plain(mean_square(target).max(floor)),
+            Self::Divergence => {
+                let (p, q) = (softmax(target), softmax(got));
+                grad.iter_mut().zip(q.iter().zip(&p)).for_each(|(g, (q, p))| *g = (q - p) as f32);
+            }
+        }
+    }
+
+    fn row_error(self, target: &[f32], got: &[f32]) -> f64 {
+        let square = || got.iter().zip(target).map(|(q, t)| f64::from(q - t) * f64::from(q - t)).sum::<f64>();
+        match self {
+            Self::Square(power) => square() / power,
+            Self::Rows(floor) => square() / mean_square(target).max(floor),
+            Self::Divergence => {
+                let (p, q) = (softmax(target), softmax(got));
+                p.iter().zip(&q).filter(|(p, _)| **p > 0.0).map(|(p, q)| p * (p.ln() - q.max(1e-300).ln())).sum()
+            }
+        }
+    }
+
+    /// Shows the rows that are no padding, with where they lie; all in one where rows play no part.
+    fn each_row(
+        self,
+        sample: &Sample,
+        output: usize,
+        got: Option<&Array<f32>>,
+        mut see: impl FnMut(&[f32], &[f32], std::ops::Range<usize>),
+    ) -> Result<(), GradError> {
+        let target = &sample.targets[output];
+        let fits = got.filter(|got| got.shape() == target.shape());
+        let Some(got) = fits else {
+            return Err(GradError(format!("a result does not have the shape {:?} of its target", target.shape())));
+        };
+        let (got, target) = (got.as_standard_layout(), target.as_standard_layout());
+        let (Some(got), Some(target)) = (got.as_slice(), target.as_slice()) else {
+            return Err(GradError("a bug in onnx-quant: a copy is not contiguous".into()));
+        };
+        let last = sample.targets[output].shape().last().copied().unwrap_or(1).max(1);
+        let words = sample.words[output].as_deref();
+        let width = match (words, self) {
+            (Some(words), _) => (target.len() / words.len().max(1)).max(1),
+            (None, Self::Square(_)) => target.len().max(1),
+            (None, _) => last,
+        };
+        for (at, (target, got)) in target.chunks_exact(width).zip(got.chunks_exact(width)).enumerate() {
+            if words.is_none_or(|words| words.get(at).copied().unwrap_or(true)) {
+                see(target, got, at * width..(at + 1) * width);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn mean_square(row: &[f32]) -> f64 {
+    row.iter().map(|z| f64::from(*z) * f64::from(*z)).sum::<f64>() / row.len().max(1) as f64
+}
+
+fn softmax(row: &[f32]) -> Vec<f64> {
+    let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut exp: Vec<f64> = row.iter().map(|z| f64::from(z - top).exp()).collect();
+    let sum: f64 = exp.iter().sum();
+    exp.iter_mut().for_each(|e| *e /= sum);
+    exp
+}
+
+/// Σ z² of an output over all samples, per element that counts.
+fn power(samples: &[Sample], output: usize) -> f64 {
+    let (mut sum, mut count) = (0.0, 0_usize);
+    for sample in samples {
+        let target: Vec<f32> = sample.targets[output].iter().copied().collect();
+        sample.rows(output, &target, |row| {
+            sum += row.iter().map(|z| f64::from(*z) * f64::from(*z)).sum::<f64>();
+            count += row.len();
+        });
+    }
+    (sum / count.max(1) as f64).max(1e-30)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Central differences of the summed error, which for squares is twice what is called the gradient.
+    #[test]
+    fn gradients_are_those_of_the_errors() {
+        let target = Array::from_shape_vec(vec![1, 2, 3], vec![0.3, -1.2, 0.7, 2.0, 0.1, -0.4]).unwrap();
+        let sample = Sample { feeds: Vec::new(), targets: vec![target], words: vec![None] };
+        let got = vec![0.1_f32, -1.0, 0.9, 1.5, 0.4, -0.1];
+        for (measure, factor) in [(Measure::Square(1.7), 2.0), (Measure::Rows(1e-9), 2.0), (Measure::Divergence, 1.0)] {
+            let shaped = |values: Vec<f32>| Array::from_shape_vec(vec![1, 2, 3], values).unwrap();
+            let gradient = measure.gradient(&sample, 0, Some(&shaped(got.clone()))).unwrap();
+            for (i, g) in gradient.iter().enumerate() {
+                let error = |by: f32| {
+                    let mut moved = got.clone();
+                    moved[i] += by;
+                    measure.error(&sample, 0, Some(&shaped(moved))).unwrap().0
+                };
+                let want = (error(0.01) - error(-0.01)) / 0.02 / factor;
+                assert!((f64::from(*g) - want).abs() < 1e-3, "{measure:?} {i}: {g} {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn padding_counts_for_nothing() {
+        let target = Array::from_shape_vec(vec![1, 2, 2], vec![1.0, 1.0, 5.0, 5.0]).unwrap();
+        let sample = Sample { feeds: Vec::new(), targets: vec![target], words: vec![Some(vec![true, false])] };
+        let got = Array::from_shape_vec(vec![1, 2, 2], vec![1.0, 1.0, 0.0, 0.0]).unwrap();
+        assert!(Measure::Rows(1e-9).error(&sample, 0, Some(&got)).unwrap().0 < 1e-12);
+        assert!(Measure::Square(1.0).gradient(&sample, 0, Some(&got)).unwrap().iter().all(|g| *g == 0.0));
+    }
+}
