@@ -6,12 +6,14 @@ use std::time::{Duration, Instant};
 use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::exec::{Dataset, Executor, Progress};
 use passes::ir::Graph;
+use passes::journal::Journal as _;
 use passes::model::Model;
 use passes::pass::{Instrument, Pass, PassContext, PassError, PassManager, Pipeline, RunError, Trace};
 use passes::target::{Goal, Lowered, Scheme, Target};
 
 use crate::dataset::{ImageOptions, Slot};
 use crate::emit::{self, Emit, Layout, Staged};
+use crate::journal::{self, FileJournal};
 use crate::load::Source;
 use crate::max_drop::{self, Checkpoint, Search};
 use crate::memory::Needs;
@@ -43,7 +45,7 @@ pub enum Rest {
 }
 
 /// What a user asks for.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Request {
     /// The float model.
     pub input: PathBuf,
@@ -99,6 +101,20 @@ pub struct Request {
     pub threads: usize,
     /// The most bytes that the run may take.
     pub max_memory: Option<u64>,
+    /// What becomes of the journal that an earlier run has left.
+    pub journal: Kept,
+}
+
+/// What becomes of what an interrupted run has learned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kept {
+    /// It is gone on from, where it is of the same run.
+    #[default]
+    Used,
+    /// The same, and it has to be there.
+    Needed,
+    /// It is thrown away.
+    Fresh,
 }
 
 /// Why a run stopped.
@@ -117,6 +133,11 @@ pub enum Error {
     /// The user interrupted. Nothing was written.
     #[error("interrupted; nothing was written")]
     Interrupted,
+    /// The same; what was learned is kept.
+    #[error(
+        "interrupted; no model was written. What has been learned is kept in {0}: the same command goes on from there"
+    )]
+    Paused(String),
 }
 
 impl Error {
@@ -256,13 +277,18 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     }
     let varied = samples::augmented(request, &model, dataset.as_ref())?;
     let fitted_to = samples::all(varied.as_ref(), dataset.as_ref());
+    let journal = open_journal(request, &text, &external)?;
     let mut cx = context(request, executor.as_ref(), fitted_to, &overrides, progress);
     let estimated_bytes = fit_memory(request, &model, &mut cx, rest.passes().any(Pass::keeps_samples))?;
     if let Some(path) = &request.stats {
         model = stats::attach(model, path)?;
     }
+    if let Some(journal) = &journal {
+        cx.journal = journal;
+        keep_budget(journal, &mut cx.pair_budget)?;
+    }
     let judge = held_out.as_ref().or(dataset.as_ref()).map(|files| files as &dyn Dataset);
-    let mut planned = manager.run(&rest, model, &mut cx)?;
+    let mut planned = manager.run(&rest, model, &mut cx).map_err(|error| paused(error.into(), journal.as_ref()))?;
     if let Some(allowed) = request.max_drop {
         planned = within_drop(request, allowed, (checkpoint.take(), planned), judge, &cx)?;
     }
@@ -291,6 +317,9 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         return Err(Error::Interrupted);
     }
     finish(staged, verdict.as_ref())?;
+    if let Some(journal) = journal {
+        journal.remove();
+    }
     notes.extend(verdict.iter().flat_map(|v| v.findings.iter().cloned()));
     notes.extend(outcome_notes(&sizes, fidelity.as_ref(), model.graph()));
     notes.sort_by_key(|note| std::cmp::Reverse(note.severity));
@@ -326,6 +355,42 @@ fn emitted(
     let name = output_name(request);
     let options = Emit { external: (!external.is_empty()).then(|| format!("{name}.data")), ..Emit::default() };
     Ok((None, emit::model(&lowered.graph, &lowered.meta, &options, &name).bytes()))
+}
+
+/// The journal of this run, where it learns anything and writes it down.
+fn open_journal(request: &Request, pipeline: &str, external: &[Source]) -> Result<Option<FileJournal>, Error> {
+    let (Some(output), true) = (&request.output, pipeline.contains("learn=")) else { return Ok(None) };
+    let mut paths: Vec<&Path> = vec![&request.input];
+    paths.extend(external.iter().map(|source| source.path.as_path()));
+    paths.extend(request.data.iter().chain(&request.stats).map(PathBuf::as_path));
+    let asked = Request { output: None, threads: 0, journal: Kept::Used, ..request.clone() };
+    let words = format!("{} {pipeline} {asked:?}", env!("CARGO_PKG_VERSION"));
+    let identity = journal::identity(&paths, &words).map_err(Error::input)?;
+    let path = FileJournal::beside(output);
+    let (fresh, needed) = (request.journal == Kept::Fresh, request.journal == Kept::Needed);
+    let opened = FileJournal::open(&path, identity, fresh, needed).map_err(Error::input)?;
+    if opened.len() > 0 {
+        tracing::info!(records = opened.len(), path = %path.display(), "going on from what an earlier run has learned");
+    }
+    Ok(Some(opened))
+}
+
+/// Samples that wait between stages take as much memory as in the run that began: how many fit decides what is learned from.
+fn keep_budget(journal: &FileJournal, budget: &mut u64) -> Result<(), Error> {
+    let key = "pair budget";
+    match journal.get(key).and_then(|bytes| Some(u64::from_le_bytes(bytes.try_into().ok()?))) {
+        Some(kept) => *budget = kept,
+        None => journal.put(key, &budget.to_le_bytes()).map_err(Error::Resources)?,
+    }
+    Ok(())
+}
+
+/// What an interruption leaves behind.
+fn paused(error: Error, journal: Option<&FileJournal>) -> Error {
+    match (error, journal) {
+        (Error::Interrupted, Some(journal)) => Error::Paused(journal.path().display().to_string()),
+        (error, _) => error,
+    }
 }
 
 /// `model` as its target spells it.

@@ -11,6 +11,7 @@ pub mod driver;
 pub mod emit;
 pub mod exec;
 pub mod import;
+mod journal;
 pub mod lint;
 pub mod load;
 mod max_drop;

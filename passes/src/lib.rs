@@ -24,6 +24,7 @@ pub mod half;
 pub mod herding;
 pub mod id;
 pub mod ir;
+pub mod journal;
 mod lockstep;
 pub mod lower;
 pub mod model;

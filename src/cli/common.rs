@@ -6,7 +6,7 @@ use passes::target::{Goal, Scheme, Target};
 
 use super::progress::Mode;
 use crate::dataset::ImageOptions;
-use crate::driver::{Error, Request, Rest, Select};
+use crate::driver::{Error, Kept, Request, Rest, Select};
 use crate::targets;
 
 /// Options about samples and how they are run.
@@ -71,6 +71,7 @@ impl DataArgs {
             embeddings: None,
             rotate: false,
             rest: Rest::F32,
+            journal: Kept::Used,
             learn: None,
             budget: None,
             max_drop: None,

@@ -107,7 +107,7 @@ pub fn main() -> ExitCode {
                 Error::Input(_) => 2,
                 Error::Target(_) => 3,
                 Error::Resources(_) => 4,
-                Error::Interrupted => 130,
+                Error::Interrupted | Error::Paused(_) => 130,
             })
         }
     }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::common::{DataArgs, scheme, share, target_named};
 use super::progress::Shown;
 use super::{Ended, eprint, print};
-use crate::driver::{self, Error, Request, Rest};
+use crate::driver::{self, Error, Kept, Request, Rest};
 use crate::overrides::Set;
 use crate::{emit, report};
 
@@ -64,6 +64,12 @@ pub(crate) struct Args {
     /// for a head of its own where it was tied to the embedding.
     #[arg(long)]
     rotate: bool,
+    /// Go on from the journal that an interrupted run has left beside the output; without this one is used where there is one.
+    #[arg(long, conflicts_with = "fresh")]
+    resume: bool,
+    /// Learn anew, whatever an earlier run has left.
+    #[arg(long)]
+    fresh: bool,
     /// The type of what stays in float, for targets that take f16: tensorrt, onnx-qdq.
     #[arg(long, value_enum, default_value = "f32")]
     rest: Rest,
@@ -179,6 +185,11 @@ fn request(args: &Args) -> Result<Request, Error> {
         set,
         rotate: args.rotate || recipe.rotate,
         rest: args.rest,
+        journal: match (args.fresh, args.resume) {
+            (true, _) => Kept::Fresh,
+            (false, true) => Kept::Needed,
+            (false, false) => Kept::Used,
+        },
         learn: args.learn.clone().or(recipe.learn),
         embeddings: embeddings.map(|text| scheme(text)).transpose().map_err(Error::Target)?,
         budget: args.budget.or(of_file(&recipe.budget, "budget")?),

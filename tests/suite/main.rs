@@ -12,6 +12,7 @@ mod formats;
 mod hostile;
 mod import;
 mod layering;
+mod journal;
 mod learning;
 mod mixed;
 mod registry;

@@ -3,6 +3,7 @@
 pub(crate) mod bias;
 mod patch;
 mod plan;
+pub(crate) mod record;
 mod stats;
 
 use std::collections::BTreeMap;

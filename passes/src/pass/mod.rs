@@ -18,6 +18,7 @@ pub use rewrite::{Miss, Rewrite, Site as RewriteSite, Sweep};
 use crate::about::About;
 use crate::exec::{DataError, Dataset, Executor, Progress, Silent};
 use crate::id::ValueId;
+use crate::journal::{Journal, NoJournal};
 use crate::model::{Model, Patch};
 use crate::observe::Rows;
 use crate::simulate::SimulateError;
@@ -117,6 +118,8 @@ pub struct PassContext<'a> {
     pub sizes: BTreeMap<ValueId, u64>,
     /// Told about long work.
     pub progress: &'a dyn Progress,
+    /// Keeps what long work has come to.
+    pub journal: &'a dyn Journal,
 }
 
 impl<'a> PassContext<'a> {
@@ -139,6 +142,7 @@ impl<'a> PassContext<'a> {
             pair_budget: 1 << 30,
             sizes: BTreeMap::new(),
             progress: &Silent,
+            journal: &NoJournal,
         }
     }
 }

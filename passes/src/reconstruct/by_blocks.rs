@@ -15,7 +15,7 @@ use crate::encoding::Encoding;
 use crate::id::{NodeId, Site};
 use crate::ir::Graph;
 use crate::lockstep::{Lockstep, Span};
-use crate::model::{Edit, Model, Plan, bias};
+use crate::model::{Edit, Model, Plan, bias, record};
 use crate::pass::{OptionError, Options, PassContext, PassError};
 
 /// How blocks are learned. The pass that does it lists the options.
@@ -78,9 +78,32 @@ impl Learner {
         (blocks * self.settings.iterations) as u64
     }
 
+    /// What the journal says that `block` came to, or what [`Self::learn`] says now, which the journal is told.
+    pub(crate) fn learn_once(
+        &self,
+        walk: &Lockstep<'_>,
+        model: &Model,
+        given: &Plan,
+        cx: &PassContext<'_>,
+        block: &Block,
+        number: usize,
+    ) -> Result<Result<Vec<Edit>, String>, PassError> {
+        let key = format!("block {number}");
+        if let Some(edits) = cx.journal.get(&key).and_then(|bytes| record::read(&bytes)) {
+            (0..self.settings.iterations).for_each(|_| cx.progress.step());
+            return Ok(Ok(edits));
+        }
+        let learned = self.learn(walk, model, given, cx, block, number)?;
+        if let Some(bytes) = learned.as_ref().ok().and_then(|edits| record::write(edits)) {
+            let kept = cx.journal.put(&key, &bytes);
+            kept.map_err(|problem| PassError::Model(format!("what was learned cannot be kept: {problem}")))?;
+        }
+        Ok(learned)
+    }
+
     /// The edits that `block`, which `number` tells from others, comes to: none where learning does no better on the samples held out
     /// from it. The reason where gradients do not pass it.
-    pub(crate) fn learn(
+    fn learn(
         &self,
         walk: &Lockstep<'_>,
         model: &Model,

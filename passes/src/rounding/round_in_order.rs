@@ -244,7 +244,7 @@ impl Pass for RoundInOrder {
             patch.and_on(&mut work, fitted)?;
             let ended = blocks.iter().enumerate().find(|(_, (_, span))| span.last == stage);
             if let (Some(learner), Some((number, (block, span)))) = (&self.learner, ended) {
-                match learner.learn(&walk, &work, model.plan(), cx, block, number)? {
+                match learner.learn_once(&walk, &work, model.plan(), cx, block, number)? {
                     Ok(edits) if edits.is_empty() => patch.count("blocks that learning did not help", 1),
                     Ok(edits) => {
                         patch.count("blocks learned", 1);

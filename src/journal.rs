@@ -1,0 +1,192 @@
+//! A journal in a file beside the output: what has been learned survives the run that learned it.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use passes::journal::Journal;
+use sha2::{Digest as _, Sha256};
+
+/// What the file begins with.
+const MAGIC: &[u8] = b"onnx-quant journal 1\n";
+/// Bytes of a checksum.
+const SUM: usize = 32;
+
+/// Records of one run, each behind the other, each with its checksum; what a killed run left half-written is cut off.
+#[derive(Debug)]
+pub(crate) struct FileJournal {
+    path: PathBuf,
+    records: Mutex<BTreeMap<String, Vec<u8>>>,
+    file: Mutex<File>,
+}
+
+/// What stands in the way of a journal.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum JournalError {
+    /// The disk.
+    #[error("{path}: {error}")]
+    Io {
+        /// The file.
+        path: String,
+        /// What it says.
+        error: io::Error,
+    },
+    /// It belongs to other options, data, or another model.
+    #[error(
+        "{0} is the journal of a run with other options, other data or another model: pass --fresh to start anew, or run that one to its end"
+    )]
+    Other(String),
+    /// There is none.
+    #[error("--resume: there is no journal {0}")]
+    Missing(String),
+}
+
+impl FileJournal {
+    /// Where the journal of a run that writes `output` lies.
+    pub(crate) fn beside(output: &Path) -> PathBuf {
+        let mut name = output.file_name().unwrap_or_default().to_os_string();
+        name.push(".journal");
+        output.with_file_name(name)
+    }
+
+    /// Opens the journal at `path` of the run that `identity` tells from all others, or begins it; `fresh` begins it in any case.
+    pub(crate) fn open(path: &Path, identity: [u8; SUM], fresh: bool, must_be: bool) -> Result<Self, JournalError> {
+        let shown = || path.display().to_string();
+        let fail = |error: io::Error| JournalError::Io { path: shown(), error };
+        if must_be && !path.exists() {
+            return Err(JournalError::Missing(shown()));
+        }
+        let mut file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(fail)?;
+        let mut bytes = Vec::new();
+        if !fresh {
+            file.read_to_end(&mut bytes).map_err(fail)?;
+        }
+        let header = [MAGIC, &identity].concat();
+        let mut records = BTreeMap::new();
+        // What is shorter was killed before its first record.
+        let end = if bytes.len() < header.len() {
+            file.set_len(0).and_then(|()| file.rewind()).map_err(fail)?;
+            file.write_all(&header).map_err(fail)?;
+            header.len()
+        } else if bytes.starts_with(&header) {
+            header.len() + read_records(&bytes[header.len()..], &mut records)
+        } else {
+            return Err(JournalError::Other(shown()));
+        };
+        file.set_len(end as u64).map_err(fail)?;
+        file.seek(SeekFrom::Start(end as u64)).map_err(fail)?;
+        Ok(Self { path: path.to_owned(), records: Mutex::new(records), file: Mutex::new(file) })
+    }
+
+    /// How many records there are.
+    pub(crate) fn len(&self) -> usize {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Where it lies.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes the file away: what it held is in the output.
+    pub(crate) fn remove(self) {
+        drop(self.file);
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "the journal is left behind");
+        }
+    }
+}
+
+impl Journal for FileJournal {
+    fn get(&self, key: &str) -> Option<Vec<u8>> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner).get(key).cloned()
+    }
+
+    fn put(&self, key: &str, record: &[u8]) -> Result<(), String> {
+        let mut bytes = Vec::with_capacity(key.len() + record.len() + 16 + SUM);
+        for part in [key.as_bytes(), record] {
+            bytes.extend((part.len() as u64).to_le_bytes());
+            bytes.extend(part);
+        }
+        let sum = Sha256::digest(&bytes);
+        bytes.extend(sum);
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = file.write_all(&bytes).and_then(|()| file.sync_data());
+        written.map_err(|error| format!("{}: {error}", self.path.display()))?;
+        self.records.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned(), record.to_vec());
+        Ok(())
+    }
+}
+
+/// Reads whole records into `records`; returns where the last one ends.
+fn read_records(bytes: &[u8], records: &mut BTreeMap<String, Vec<u8>>) -> usize {
+    fn part(rest: &mut &[u8]) -> Option<Vec<u8>> {
+        let (length, behind) = rest.split_at_checked(8)?;
+        let length = usize::try_from(u64::from_le_bytes(length.try_into().ok()?)).ok()?;
+        let (part, behind) = behind.split_at_checked(length)?;
+        *rest = behind;
+        Some(part.to_vec())
+    }
+    let mut end = 0;
+    loop {
+        let mut rest = &bytes[end..];
+        let Some((key, record)) = part(&mut rest).and_then(|key| Some((key, part(&mut rest)?))) else { return end };
+        let length = bytes.len() - end - rest.len();
+        let sound = rest.get(..SUM) == Some(Sha256::digest(&bytes[end..end + length]).as_slice());
+        let (true, Ok(key)) = (sound, String::from_utf8(key)) else { return end };
+        records.insert(key, record);
+        end += length + SUM;
+    }
+}
+
+/// A digest of the files at `paths`, folders walked in the order of names, and of `words`.
+pub(crate) fn identity(paths: &[&Path], words: &str) -> io::Result<[u8; SUM]> {
+    fn add(hash: &mut Sha256, path: &Path) -> io::Result<()> {
+        if path.is_dir() {
+            let mut inside = std::fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+            inside.sort();
+            return inside.iter().try_for_each(|path| add(hash, path));
+        }
+        hash.update(path.file_name().unwrap_or_default().as_encoded_bytes());
+        io::copy(&mut File::open(path)?, hash)?;
+        Ok(())
+    }
+    let mut hash = Sha256::new();
+    hash.update(words.as_bytes());
+    paths.iter().try_for_each(|path| add(&mut hash, path))?;
+    Ok(hash.finalize().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_survive_and_half_ones_are_cut_off() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = FileJournal::beside(&folder.path().join("a.onnx"));
+        assert!(path.ends_with("a.onnx.journal"));
+        let open = |identity: u8, fresh| FileJournal::open(&path, [identity; SUM], fresh, false);
+        let journal = open(1, false).unwrap();
+        journal.put("one", b"first").unwrap();
+        journal.put("two", &[7; 1000]).unwrap();
+        drop(journal);
+        let whole = std::fs::read(&path).unwrap();
+        for cut in [whole.len() - 1, whole.len() - SUM - 1, whole.len() - 900] {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            let journal = open(1, false).unwrap();
+            assert_eq!((journal.get("one").as_deref(), journal.get("two")), (Some(&b"first"[..]), None), "{cut}");
+            journal.put("two", &[7; 1000]).unwrap();
+            drop(journal);
+            assert_eq!(std::fs::read(&path).unwrap(), whole);
+        }
+        assert!(matches!(open(2, false), Err(JournalError::Other(_))), "another run");
+        assert_eq!(open(2, true).unwrap().len(), 0);
+        open(2, false).unwrap().remove();
+        assert!(!path.exists());
+        assert!(matches!(FileJournal::open(&path, [1; SUM], false, true), Err(JournalError::Missing(_))));
+    }
+}
