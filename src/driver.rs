@@ -284,6 +284,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         model = stats::attach(model, path)?;
     }
     if let Some(journal) = &journal {
+        notes.extend(resumed(journal));
         cx.journal = journal;
         keep_budget(journal, &mut cx.pair_budget)?;
     }
@@ -369,10 +370,15 @@ fn open_journal(request: &Request, pipeline: &str, external: &[Source]) -> Resul
     let path = FileJournal::beside(output);
     let (fresh, needed) = (request.journal == Kept::Fresh, request.journal == Kept::Needed);
     let opened = FileJournal::open(&path, identity, fresh, needed).map_err(Error::input)?;
-    if opened.len() > 0 {
-        tracing::info!(records = opened.len(), path = %path.display(), "going on from what an earlier run has learned");
-    }
     Ok(Some(opened))
+}
+
+/// What the user should know of what the journal holds.
+fn resumed(journal: &FileJournal) -> Option<Diagnostic> {
+    // One record says how much memory there is.
+    let blocks = journal.len().saturating_sub(1);
+    let message = format!("it went on behind {blocks} blocks that an earlier run has learned");
+    (blocks > 0).then(|| Diagnostic::new(diag::RESUMED, Severity::Note, Place::Model, message))
 }
 
 /// Samples that wait between stages take as much memory as in the run that began: how many fit decides what is learned from.

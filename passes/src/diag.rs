@@ -142,6 +142,8 @@ codes! {
         "Little of the model is weights that could be quantized. The summary says what was quantized and what was not.";
     NOT_WRITABLE = "OQ6003", "a number format has no ONNX operator that reads it",
         "Weights in it are written as float constants that hold exactly the numbers which their codes stand for: the model computes what the format would, but is not smaller. Formats with an operator are integers of up to 8 bits and the four 8-bit floats.";
+    RESUMED = "OQ5002", "the run went on from what an earlier one has learned",
+        "The journal beside the output held what an interrupted run with the same model, data and options had come to. The bytes are those of a run that was never interrupted; --fresh learns anew.";
     NEWER_RUNTIME = "OQ6004", "what was written needs a newer runtime than the oldest that is still common",
         "The message names what older runtimes lack. Where the file must run there, take the bits that they have, or --target onnx-qdq, which writes plain operators.";
     TIES_DIFFER = "OQ6005", "ties round otherwise in the dialect that was written",

@@ -43,7 +43,7 @@ fn killed(arguments: &[String], journal: &Path, times: usize) -> bool {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let deadline = Instant::now() + Duration::from_secs(120);
+    let deadline = Instant::now() + Duration::from_mins(2);
     let (mut size, mut grown) = (0, 0);
     while grown < times && Instant::now() < deadline {
         let now = std::fs::metadata(journal).map_or(0, |data| data.len());

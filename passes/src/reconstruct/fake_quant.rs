@@ -49,7 +49,7 @@ impl FakeQuant {
         for (i, ((g, x), rounded)) in grad.iter().zip(x.iter()).zip(rounded.iter()).enumerate() {
             if passes.as_ref().is_none_or(|passes| !passes(i)) {
                 let inside = *x >= low && *x <= high;
-                sum = sum + *g * if inside { *rounded - *x } else { *rounded };
+                sum += *g * if inside { *rounded - *x } else { *rounded };
             }
         }
         Ok(Array::from_elem(vec![1], sum))
