@@ -291,7 +291,8 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let judge = held_out.as_ref().or(dataset.as_ref()).map(|files| files as &dyn Dataset);
     let mut planned = manager.run(&rest, model, &mut cx).map_err(|error| paused(error.into(), journal.as_ref()))?;
     if let Some(allowed) = request.max_drop {
-        planned = within_drop(request, allowed, (checkpoint.take(), planned), judge, &cx)?;
+        let found = within_drop(request, allowed, (checkpoint.take(), planned), judge, &cx);
+        planned = found.map_err(|error| paused(error, journal.as_ref()))?;
     }
     let (mut model, more) = planned;
     model.drop_moments();
@@ -360,7 +361,10 @@ fn emitted(
 
 /// The journal of this run, where it learns anything and writes it down.
 fn open_journal(request: &Request, pipeline: &str, external: &[Source]) -> Result<Option<FileJournal>, Error> {
-    let (Some(output), true) = (&request.output, pipeline.contains("learn=")) else { return Ok(None) };
+    let (Some(output), true) = (&request.output, pipeline.contains("learn=")) else {
+        let problem = "--resume: only runs that learn (--learn) and write a file (-o) keep a journal";
+        return if request.journal == Kept::Needed { Err(Error::Input(problem.into())) } else { Ok(None) };
+    };
     let mut paths: Vec<&Path> = vec![&request.input];
     paths.extend(external.iter().map(|source| source.path.as_path()));
     paths.extend(request.data.iter().chain(&request.stats).map(PathBuf::as_path));

@@ -38,6 +38,12 @@ pub(crate) enum JournalError {
         "{0} is the journal of a run with other options, other data or another model: pass --fresh to start anew, or run that one to its end"
     )]
     Other(String),
+    /// It is none of ours.
+    #[error("{0} is no journal of onnx-quant: move it away, or choose another output")]
+    Foreign(String),
+    /// Another run writes it.
+    #[error("{0} is in use: another run writes the same output")]
+    Busy(String),
     /// There is none.
     #[error("--resume: there is no journal {0}")]
     Missing(String),
@@ -61,16 +67,20 @@ impl FileJournal {
         let mut file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(fail)?;
         let mut bytes = Vec::new();
-        if !fresh {
-            file.read_to_end(&mut bytes).map_err(fail)?;
+        file.try_lock().map_err(|_| JournalError::Busy(shown()))?;
+        file.read_to_end(&mut bytes).map_err(fail)?;
+        if fresh && (bytes.starts_with(MAGIC) || MAGIC.starts_with(&bytes)) {
+            bytes.clear();
         }
         let header = [MAGIC, &identity].concat();
         let mut records = BTreeMap::new();
         // What is shorter was killed before its first record.
-        let end = if bytes.len() < header.len() {
+        let end = if header.starts_with(&bytes) {
             file.set_len(0).and_then(|()| file.rewind()).map_err(fail)?;
             file.write_all(&header).map_err(fail)?;
             header.len()
+        } else if !bytes.starts_with(MAGIC) {
+            return Err(JournalError::Foreign(shown()));
         } else if bytes.starts_with(&header) {
             header.len() + read_records(&bytes[header.len()..], &mut records)
         } else {
@@ -142,21 +152,38 @@ fn read_records(bytes: &[u8], records: &mut BTreeMap<String, Vec<u8>>) -> usize 
     }
 }
 
-/// A digest of the files at `paths`, folders walked in the order of names, and of `words`.
+/// Folders are walked so deep.
+const DEEPEST: usize = 8;
+
+/// Whether the file at `path` may hold samples: others that come and go beside them are not part of what a run is about.
+fn is_sample(path: &Path) -> bool {
+    const KINDS: &[&str] =
+        &["npz", "npy", "pb", "safetensors", "png", "jpg", "jpeg", "bmp", "webp", "pnm", "ppm", "pgm", "pbm"];
+    let kind = path.extension().and_then(|kind| kind.to_str()).unwrap_or_default().to_ascii_lowercase();
+    KINDS.contains(&kind.as_str())
+}
+
+/// A digest of the files at `paths`, of samples where those are folders, walked in the order of names, and of `words`.
 pub(crate) fn identity(paths: &[&Path], words: &str) -> io::Result<[u8; SUM]> {
-    fn add(hash: &mut Sha256, path: &Path) -> io::Result<()> {
-        if path.is_dir() {
+    fn add(hash: &mut Sha256, path: &Path, depth: usize) -> io::Result<()> {
+        if path.is_dir() && depth < DEEPEST {
             let mut inside = std::fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+            inside.retain(|path| path.is_dir() || is_sample(path));
             inside.sort();
-            return inside.iter().try_for_each(|path| add(hash, path));
+            return inside.iter().try_for_each(|path| add(hash, path, depth + 1));
         }
-        hash.update(path.file_name().unwrap_or_default().as_encoded_bytes());
-        io::copy(&mut File::open(path)?, hash)?;
+        if path.is_file() {
+            let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+            hash.update((name.len() as u64).to_le_bytes());
+            hash.update(name);
+            hash.update(std::fs::metadata(path)?.len().to_le_bytes());
+            io::copy(&mut File::open(path)?, hash)?;
+        }
         Ok(())
     }
     let mut hash = Sha256::new();
     hash.update(words.as_bytes());
-    paths.iter().try_for_each(|path| add(&mut hash, path))?;
+    paths.iter().try_for_each(|path| add(&mut hash, path, 0))?;
     Ok(hash.finalize().into())
 }
 
@@ -185,8 +212,16 @@ mod tests {
         }
         assert!(matches!(open(2, false), Err(JournalError::Other(_))), "another run");
         assert_eq!(open(2, true).unwrap().len(), 0);
-        open(2, false).unwrap().remove();
+        let held = open(2, false).unwrap();
+        assert!(matches!(open(2, false), Err(JournalError::Busy(_))));
+        held.remove();
         assert!(!path.exists());
+        std::fs::write(&path, "my notes").unwrap();
+        for fresh in [false, true] {
+            assert!(matches!(open(1, fresh), Err(JournalError::Foreign(_))));
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), b"my notes");
+        std::fs::remove_file(&path).unwrap();
         assert!(matches!(FileJournal::open(&path, [1; SUM], false, true), Err(JournalError::Missing(_))));
     }
 }

@@ -138,12 +138,12 @@ codes! {
         "More bits and more nodes in float were tried, as far as the scheme and the budget for bits allow, and the best is what was written. Allow more, use --recipe best, or more samples.";
     BIAS_SATURATED = "OQ5001", "a bias did not fit 32 bits at its scale and the weight scale was raised",
         "The bias is stored at input scale times weight scale. Where the weights of a channel are tiny, that product is too fine for the bias; the channel's weight scale was raised until it fits.";
+    RESUMED = "OQ5002", "the run went on from what an earlier one has learned",
+        "The journal beside the output held what an interrupted run with the same model, data and options had come to. The bytes are those of a run that was never interrupted; --fresh learns anew.";
     GREW = "OQ6002", "the quantized model is not smaller than the float model",
         "Little of the model is weights that could be quantized. The summary says what was quantized and what was not.";
     NOT_WRITABLE = "OQ6003", "a number format has no ONNX operator that reads it",
         "Weights in it are written as float constants that hold exactly the numbers which their codes stand for: the model computes what the format would, but is not smaller. Formats with an operator are integers of up to 8 bits and the four 8-bit floats.";
-    RESUMED = "OQ5002", "the run went on from what an earlier one has learned",
-        "The journal beside the output held what an interrupted run with the same model, data and options had come to. The bytes are those of a run that was never interrupted; --fresh learns anew.";
     NEWER_RUNTIME = "OQ6004", "what was written needs a newer runtime than the oldest that is still common",
         "The message names what older runtimes lack. Where the file must run there, take the bits that they have, or --target onnx-qdq, which writes plain operators.";
     TIES_DIFFER = "OQ6005", "ties round otherwise in the dialect that was written",

@@ -120,7 +120,7 @@ impl Encoding {
     ///
     /// # Errors
     /// [`EncodingError`] for any other, and where the axis is none of `shape`.
-    fn measured_blocks(&self, values: &[f32], shape: &[usize]) -> Result<Self, EncodingError> {
+    pub(crate) fn measured_blocks(&self, values: &[f32], shape: &[usize]) -> Result<Self, EncodingError> {
         let Granularity::DynamicBlocks { axis, size } = self.granularity else { return Err(self.misfit(shape)) };
         let (format, factor) = block::of(self.grid, size).zip(self.scale.first()).ok_or_else(|| self.misfit(shape))?;
         let granularity = Granularity::Block { axis, size };

@@ -10,13 +10,13 @@ use half::f16;
 
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::block;
-use crate::id::{Site, ValueId};
+use crate::id::{NodeId, Site, ValueId};
 use crate::ir::{Attr, Attrs, BuildError, Builder, Def, Graph, Node, OpKey, Type, walk};
 use crate::model::{Edit, Model};
+use crate::ops;
 use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo};
 use crate::target::{LowerError, Lowered};
 use crate::tensor::{DType, Tensor};
-use crate::trt::DOMAIN as TRT;
 
 /// A scale that 16 bits change by more than this share of it is refused: it is nearly subnormal.
 const SCALE_ERROR: f32 = 1.0 / 256.0;
@@ -25,7 +25,9 @@ crate::declare_pass! {
     /// Rounds every float constant, and the scale of every encoding, to what 16-bit floats hold, so that `--rest f16` writes exactly
     /// what was planned and simulated.
     ///
-    /// What is larger than 65504 becomes that. The scales of formats that have scales of their own (nvfp4, mxfp8) stay as they are.
+    /// What is larger than 65504 becomes that, what is not 0 stays so. 32-bit biases keep f32 scales, the products of those of what they are
+    /// added to. What operators without a form in 16 bits read stays as it is, as do the scales of formats that have scales
+    /// of their own (nvfp4, mxfp8).
     INFO {
         name: "round-to-half",
         source: "IEEE 754 binary16; TensorRT documentation: the type of a scale is the type that is dequantized to",
@@ -52,7 +54,9 @@ impl Pass for RoundToHalf {
     fn run(&self, model: &Model, _: &PassContext<'_>) -> Result<crate::model::Patch, PassError> {
         let mut patch = crate::model::Patch::on(model);
         let (graph, plan) = (model.graph(), model.plan());
-        for (site, encoding) in plan.encodings().filter(|(_, encoding)| !has_own_scales(encoding)) {
+        let mut encodings: BTreeMap<Site, Encoding> = BTreeMap::new();
+        let mine = |encoding: &Encoding| !has_own_scales(encoding) && encoding.grid.info().storage != DType::I32;
+        for (site, encoding) in plan.encodings().filter(|(_, encoding)| mine(encoding)) {
             let scale: Arc<[f32]> = encoding.scale.iter().map(|scale| rounded(*scale)).collect();
             let off = |(a, b): (&f32, &f32)| (a - b).abs() > SCALE_ERROR * a.abs();
             if encoding.scale.iter().zip(scale.iter()).any(off) {
@@ -62,11 +66,18 @@ impl Pass for RoundToHalf {
                 )));
             }
             if scale != encoding.scale {
-                patch.edit(Edit::Encode { site, encoding: Encoding { scale, ..encoding.clone() } });
+                let encoding = Encoding { scale, ..encoding.clone() };
+                patch.edit(Edit::Encode { site, encoding: encoding.clone() });
                 if let Some(codes) = plan.codes(site) {
                     patch.edit(Edit::Round { site, codes: Arc::clone(codes) });
                 }
+                encodings.insert(site, encoding);
                 patch.count("scales", 1);
+            }
+        }
+        for (id, _) in graph.nodes() {
+            for edit in bias_of(model, id, &encodings).into_iter().flatten() {
+                patch.edit(edit);
             }
         }
         for value in graph.value_ids() {
@@ -87,6 +98,23 @@ impl Pass for RoundToHalf {
         }
         Ok(patch)
     }
+}
+
+/// The bias of `id` in codes of the product of the scales in `encodings`, where it has codes.
+fn bias_of(model: &Model, id: NodeId, encodings: &BTreeMap<Site, Encoding>) -> Option<[Edit; 2]> {
+    let (graph, plan) = (model.graph(), model.plan());
+    let roles = ops::linear(graph, id)?;
+    let at = |input: u16| Site::Use { node: id, input };
+    let now = |site: Site| encodings.get(&site).or_else(|| plan.encoding(site));
+    let site = at(roles.bias?);
+    let (old, codes) = plan.encoding(site).zip(plan.codes(site))?;
+    let read = graph.node(id)?.input(roles.activation.into())?;
+    let input = *now(at(roles.activation)).or_else(|| now(Site::Value(read)))?.scale.first()?;
+    let weight = &now(at(roles.weight))?.scale;
+    let scale = (0..old.scale.len()).map(|i| input * weight[i.min(weight.len() - 1)]).collect();
+    let encoding = Encoding { scale, ..old.clone() };
+    let codes = encoding.encode(&old.decode(codes).ok()?, codes.shape()).ok()?;
+    (encoding != *old).then(|| [Edit::Encode { site, encoding }, Edit::Round { site, codes: Arc::new(codes) }])
 }
 
 fn place(graph: &Graph, site: Site) -> String {
@@ -111,34 +139,95 @@ fn is_plain(model: &Model, value: ValueId) -> bool {
     let coded = |node: crate::id::NodeId, input: usize| {
         u16::try_from(input).is_ok_and(|input| plan.encoding_of_use(graph, node, input).is_some())
     };
-    graph
-        .nodes()
-        .any(|(id, node)| node.inputs.iter().enumerate().any(|(input, read)| *read == Some(value) && !coded(id, input)))
+    let (mut plain, mut kept) = (false, false);
+    for (id, node) in graph.nodes() {
+        for (input, _) in node.inputs.iter().enumerate().filter(|(_, read)| **read == Some(value)) {
+            let in_f32 = keeps_input(graph, node, input, DType::F32);
+            kept |= in_f32;
+            plain |= !in_f32 && !coded(id, input);
+        }
+    }
+    // What is read in f32 as well stays what it is.
+    plain && !kept
 }
 
-/// `x` as 16 bits hold it, cut at their largest.
+/// `x` as 16 bits hold it, cut at their largest; what is not 0 does not become that.
 fn rounded(x: f32) -> f32 {
-    if x.is_finite() { f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32() } else { x }
+    let near = if x.is_finite() { f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32() } else { x };
+    if near == 0.0 && x != 0.0 { f16::from_bits(1).to_f32().copysign(x) } else { near }
 }
 
-/// `model` computed in f32, where it was computed in f16.
+/// Whether `node` reads `input` in f32 in a graph that computes in f16.
+fn keeps_input(graph: &Graph, node: &Node, input: usize, from: DType) -> bool {
+    // The factors of a Resize are f32 whatever it resizes.
+    computes_in_f32(graph, node, from) || node.op.is("Resize") && input == 2
+}
+
+/// Operators of ai.onnx whose floats have no form in 16 bits.
+const ONLY_F32: &[&str] = &[
+    "Range",
+    "NonMaxSuppression",
+    "DynamicQuantizeLinear",
+    "QLinearConv",
+    "QLinearMatMul",
+    "TfIdfVectorizer",
+    "StringNormalizer",
+    "HannWindow",
+    "HammingWindow",
+    "BlackmanWindow",
+    "MelWeightMatrix",
+    "SequenceConstruct",
+    "SequenceInsert",
+    "SequenceAt",
+    "SequenceEmpty",
+    "SequenceErase",
+    "SplitToSequence",
+    "ConcatFromSequence",
+    "Optional",
+    "OptionalGetElement",
+];
+
+/// Whether `node` goes on computing in f32: it has no form in 16 bits that is known here, or its scales would not be what they are.
+fn computes_in_f32(graph: &Graph, node: &Node, from: DType) -> bool {
+    let foreign = !node.op.domain.is_empty();
+    let named = ONLY_F32.iter().any(|name| node.op.is(name));
+    foreign || named || holds(node, from) || is_dequantizer_in_f32(graph, node)
+}
+
+/// Scales that are computed or codes themselves, and those of 32-bit biases.
+fn is_dequantizer_in_f32(graph: &Graph, node: &Node) -> bool {
+    let dtype = node.input(0).and_then(|codes| graph.value(codes).ty.dtype());
+    let multiples = dtype == Some(DType::F8E4M3Fn) && node.int("block_size", 0) == 0 && node.input(2).is_none();
+    let computed = graph.constant_input(node, 1).is_none();
+    node.op.is("DequantizeLinear") && (computed || multiples || dtype == Some(DType::I32))
+}
+
+/// Whether a graph inside `node` computes in `dtype`.
+fn holds(node: &Node, dtype: DType) -> bool {
+    let typed = |graph: &Graph| graph.value_ids().any(|id| graph.value(id).ty.dtype() == Some(dtype));
+    node.bodies.iter().any(|body| typed(&body.graph) || body.graph.nodes().any(|(_, node)| holds(node, dtype)))
+}
+
+/// `model` computed in f32, where it was computed in f16 or bf16. Graphs inside nodes are carried as they are.
 ///
 /// # Errors
-/// Names a node with a graph inside that computes in f16: those are not converted.
-pub fn widen(model: Model) -> Result<Model, PassError> {
-    let is_half = |graph: &Graph| graph.value_ids().any(|id| graph.value(id).ty.dtype() == Some(DType::F16));
-    if !is_half(model.graph()) {
-        return Ok(model);
+/// Names a tensor that is read before it is computed: a bug.
+pub fn widen(mut model: Model) -> Result<Model, PassError> {
+    for from in [DType::F16, DType::Bf16] {
+        let is_from = |id: ValueId| model.graph().value(id).ty.dtype() == Some(from);
+        if model.graph().value_ids().any(is_from) {
+            let graph = Retyping { from, to: DType::F32, graph: model.graph() }.run().map_err(PassError::Model)?;
+            let widened = Model::new(graph, model.meta.as_ref().clone());
+            model = widened.map_err(|error| PassError::Model(error.to_string()))?;
+        }
     }
-    let graph = Retyping { from: DType::F16, to: DType::F32, graph: model.graph() }.run();
-    let graph = graph.map_err(PassError::Model)?;
-    Model::new(graph, model.meta.as_ref().clone()).map_err(|error| PassError::Model(error.to_string()))
+    Ok(model)
 }
 
 /// `lowered` computed in f16 but for its inputs and outputs, and operators that have no such form.
 ///
 /// # Errors
-/// [`LowerError`] for a node with a graph inside that computes in f32.
+/// [`LowerError`] for a tensor that is read before it is computed: a bug.
 pub fn narrow(lowered: Lowered) -> Result<Lowered, LowerError> {
     let graph = Retyping { from: DType::F32, to: DType::F16, graph: &lowered.graph }.run();
     let graph = graph.map_err(|problem| LowerError { place: "--rest f16".into(), problem })?;
@@ -242,29 +331,17 @@ impl Retyping<'_> {
             out.values.insert(result, Both { new: Some(id), old: None });
             return Ok(());
         }
-        if node
-            .bodies
-            .iter()
-            .any(|body| body.graph.value_ids().any(|id| body.graph.value(id).ty.dtype() == Some(self.from)))
-        {
-            let (from, to) = (self.from.name(), self.to.name());
-            return Err(Problem(format!(
-                "node `{}` has a graph inside that computes in {from}: it is not converted to {to}",
-                node.name
-            )));
-        }
         let mut copy = node.clone();
         let kept = self.is_kept(node);
         for (at, input) in copy.inputs.iter_mut().enumerate() {
             if let Some(value) = *input {
-                // The factors of a Resize are f32 whatever it resizes.
-                let old = kept || node.op.is("Resize") && at == 2;
+                let old = kept || self.to == DType::F16 && keeps_input(self.graph, node, at, self.from);
                 *input = Some(self.read(out, value, old)?);
             }
         }
         let mut captured = BTreeMap::new();
         for value in walk::captures(node) {
-            captured.insert(value, self.read(out, value, false)?);
+            captured.insert(value, self.read(out, value, kept)?);
         }
         for inner in copy.bodies.iter_mut().flat_map(|body| &mut body.graph.values) {
             if let Def::Capture(outer) = &mut inner.def {
@@ -285,6 +362,10 @@ impl Retyping<'_> {
     /// Element types that attributes name, and numbers in them.
     fn attributes(&self, node: &mut Node) {
         let code = |dtype: DType| Attr::Int(i64::from(dtype.code()));
+        // What is drawn is f32 unless said otherwise.
+        if matches!(&*node.op.name, "RandomNormal" | "RandomUniform") && node.op.domain.is_empty() {
+            node.attrs.entry("dtype".into()).or_insert_with(|| code(DType::F32));
+        }
         for name in ["to", "dtype", "output_dtype"] {
             if let Some(attr) = node.attrs.get_mut(name).filter(|attr| **attr == code(self.from)) {
                 *attr = code(self.to);
@@ -335,19 +416,12 @@ impl Retyping<'_> {
         self.graph.value(value).ty.dtype() == Some(self.from)
     }
 
-    /// Whether `node` goes on computing in the old type: it has no form in 16 bits, or its scales would not be what they are.
+    /// Whether `node` goes on computing in the old type.
     fn is_kept(&self, node: &Node) -> bool {
-        if self.to != DType::F16 {
-            return false;
+        match self.to {
+            DType::F16 => computes_in_f32(self.graph, node, self.from),
+            _ => holds(node, self.from),
         }
-        let no_form = node.op.is("Range") || node.op.is("NonMaxSuppression");
-        let computed = node.op.is("DequantizeLinear") && self.graph.constant_input(node, 1).is_none();
-        let own = |dtype: Option<DType>| matches!(dtype, Some(DType::F8E4M3Fn)) && node.int("block_size", 0) == 0;
-        // The scales of 4-bit floats: codes themselves, of one factor.
-        let scales = node.op.is("DequantizeLinear")
-            && node.input(2).is_none()
-            && own(self.graph.value(node.input(0).unwrap_or(ValueId(0))).ty.dtype());
-        no_form || computed || scales || &*node.op.domain == TRT
     }
 
     fn retyped(&self, ty: &Type) -> Type {

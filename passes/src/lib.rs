@@ -47,3 +47,4 @@ pub mod target;
 pub mod tensor;
 pub mod text;
 pub mod trt;
+mod trunc;

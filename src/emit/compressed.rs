@@ -1,13 +1,13 @@
 //! Weights of linear layers as compressed-tensors lays them out, with the configuration that its readers look for.
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
 
 use passes::encoding::Encoding;
 use passes::grid::block::BlockFormat;
-use passes::id::Site;
+use passes::id::{Site, ValueId};
 use passes::model::Model;
 use passes::ops;
 use passes::trt::e8m0;
@@ -52,8 +52,7 @@ impl View for &Entry {
 pub(super) struct Compressed {
     entries: Vec<Entry>,
     /// Format name, the arguments of weights and those of activations, of every layer.
-    schemes: BTreeSet<[String; 3]>,
-    modules: Vec<String>,
+    schemes: BTreeMap<[String; 3], Vec<String>>,
     /// Products whose weights stay in float.
     ignored: Vec<String>,
 }
@@ -63,7 +62,7 @@ impl Compressed {
     pub(super) fn of(model: &Model) -> Result<Self, String> {
         let graph = model.graph();
         let mut compressed = Self::default();
-        let mut taken = BTreeSet::new();
+        let mut taken: BTreeMap<String, (ValueId, Option<Encoding>)> = BTreeMap::new();
         for (id, node) in graph.nodes().filter(|(_, node)| node.op.is("MatMul") || node.op.is("Gemm")) {
             let Some(roles) = ops::linear(graph, id).filter(|roles| roles.weight == 1) else { continue };
             let Some(value) = node.input(1) else { continue };
@@ -76,8 +75,15 @@ impl Compressed {
                 compressed.ignored.push(module);
                 continue;
             };
-            if taken.insert(module.clone()) {
-                let activation = model.plan().encoding_of_use(graph, id, roles.activation);
+            let activation = model.plan().encoding_of_use(graph, id, roles.activation);
+            if let Some((other, read)) = taken.get(&module) {
+                if *other != value || read.as_ref() != activation {
+                    return Err(format!(
+                        "tensor `{name}`: two layers would be called `{module}`, or one of two inputs"
+                    ));
+                }
+            } else {
+                taken.insert(module.clone(), (value, activation.cloned()));
                 let matrix = Matrix::of(encoding, codes, roles.out_axis);
                 let added = matrix.and_then(|matrix| compressed.add(&module, &matrix, activation));
                 added.map_err(|problem| format!("tensor `{name}`: {problem}"))?;
@@ -142,8 +148,7 @@ impl Compressed {
         if let Some(activation) = activation {
             entry("input_scale", Dtype::F32, &[1], activation.scale[0].to_le_bytes().to_vec());
         }
-        self.schemes.insert(layout.scheme(matrix, activation));
-        self.modules.push(module.to_owned());
+        self.schemes.entry(layout.scheme(matrix, activation)).or_default().push(module.to_owned());
         Ok(())
     }
 
@@ -155,16 +160,19 @@ impl Compressed {
 
     /// The `config.json` with nothing but the quantization: the base model's own is the user's.
     pub(super) fn config(&self) -> Value {
-        let group = |[format, weights, activations]: &[String; 3]| {
+        let many = self.schemes.len() > 1;
+        let group = |([format, weights, activations], modules): (&[String; 3], &Vec<String>)| {
+            // Names tell layers of one class apart.
+            let targets = if many { json!(modules) } else { json!(["Linear"]) };
             let [weights, activations] =
                 [weights, activations].map(|text| serde_json::from_str::<Value>(text).unwrap_or_default());
-            json!({ "targets": ["Linear"], "weights": weights, "input_activations": activations,
+            json!({ "targets": targets, "weights": weights, "input_activations": activations,
                 "output_activations": null, "format": format })
         };
         let groups: serde_json::Map<String, Value> =
             self.schemes.iter().enumerate().map(|(at, scheme)| (format!("group_{at}"), group(scheme))).collect();
-        let format = match self.schemes.iter().map(|[format, ..]| format.as_str()).collect::<BTreeSet<_>>().len() {
-            1 => self.schemes.first().map_or("dense", |[format, ..]| format.as_str()),
+        let format = match self.schemes.keys().map(|[format, ..]| format.as_str()).collect::<BTreeSet<_>>().len() {
+            1 => self.schemes.keys().next().map_or("dense", |[format, ..]| format.as_str()),
             _ => "mixed-precision",
         };
         json!({ "quantization_config": {

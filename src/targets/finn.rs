@@ -3,10 +3,11 @@
 use std::borrow::Cow;
 
 use passes::about::About;
+use passes::ir::OpKey;
 use passes::lower::Dialect;
 use passes::model::Model;
 use passes::target::{
-    Accepts, Activations, Bias, Goal, LowerError, Lowered, PerChannel, Rule, Scheme, Target, TargetInfo,
+    Accepts, Activations, Bias, Goal, LowerError, Lowered, Outcome, PerChannel, Rule, Scheme, Target, TargetInfo,
 };
 
 use super::fpga;
@@ -19,7 +20,8 @@ static INFO: TargetInfo = TargetInfo {
     about: About {
         name: "finn",
         doc: "QONNX as FINN turns it into hardware: activations of up to 8 bits become thresholds, unsigned after a Relu and signed \
-              elsewhere; weights have a scale per output channel in convolutions and one in all in matrix products.",
+              elsewhere; weights have a scale per output channel in convolutions and one in all in matrix products; means of 2^t elements cut their \
+              lowest bits off (Trunc).",
         source: "conversion and streamlining passes of FINN, read in its source of 2026-04; not built here",
     },
     version: "source of 2026-04-14",
@@ -38,6 +40,10 @@ static ACCEPTS: Accepts = Accepts {
     one_sample: true,
 };
 
+/// Before those of all hardware: means have the encoding of what they are of, `Trunc` has no other.
+static MEANS: &[Rule] =
+    &[Rule::on_codes("AveragePool", Outcome::Same), Rule::on_codes("GlobalAveragePool", Outcome::Same)];
+
 impl Target for Finn {
     fn info(&self) -> &'static TargetInfo {
         &INFO
@@ -47,12 +53,20 @@ impl Target for Finn {
         fpga::RULES
     }
 
+    fn rule(&self, op: &OpKey) -> Option<&'static Rule> {
+        let named = |rule: &&Rule| op.domain.is_empty() && *rule.op == *op.name;
+        MEANS.iter().chain(fpga::RULES).find(named)
+    }
+
     fn accepts(&self) -> &'static Accepts {
         &ACCEPTS
     }
 
     fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
-        fpga::pipeline(goal, scheme, "")
+        // Means are cut off before weights behind them are rounded.
+        let text = fpga::pipeline(goal, scheme, "");
+        let at = text.find("assign-encodings").and_then(|at| Some(at + text[at..].find('}')? + 1));
+        at.map_or(text.clone(), |at| format!("{}, truncate-pools{}", &text[..at], &text[at..]).into())
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
@@ -60,6 +74,6 @@ impl Target for Finn {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::lower(model, Dialect::QONNX)
+        passes::lower::lower(model, Dialect::QONNX_AND_TRUNC)
     }
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What learning codes by gradients adds to the recipe best: scores on the zoo, time and peak memory, one line per run.
+"""What rounding by data and learning by gradients add to rounding to nearest: scores on the zoo, time and peak memory, one line per run.
 
     learning.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME] [--methods brecq,lrq] [--schemes w2a8]
 """
@@ -9,12 +9,15 @@ from pathlib import Path
 FILES = {'digits-resnet': 'digits-resnet.onnx', 'digits-mobilenet': 'digits-mobilenet.onnx', 'efficientnet-lite0': 'efficientnet-lite0.onnx',
          'minilm': 'minilm-l6.onnx', 'ppocr-rec': 'ppocr-rec.onnx'}
 # Model, schemes, options of learning: small models take more steps in the same time.
-RUNS = [('digits-resnet', ('w4a8', 'w4a4', 'w3a8', 'w2a8', 'w2a4'), 'iterations=400, batch=16'),
+RUNS = [('digits-resnet', ('w4a8', 'w4a4', 'w3a4', 'w2a8', 'w2a4', 'w2a2', 'wfp4a8', 'we2m3a8'), 'iterations=400, batch=16'),
         ('digits-mobilenet', ('w4a8', 'w4a4', 'w3a8', 'w2a8'), 'iterations=400, batch=16'),
         ('minilm', ('w3a16g64', 'w2a16g32'), 'iterations=200, layers=6'),
         ('efficientnet-lite0', ('w4a8', 'w3a8'), 'iterations=200'),
         ('ppocr-rec', ('w4a8',), 'iterations=100')]
-METHODS = ['', 'brecq', 'lora-rounding', 'flexround', 'lrq', 'signround']
+# What a method is called, and its options: rounding to nearest, GPTQ, the chain of the recipe best, and what goes on from there.
+METHODS = {'nearest': ['--recipe', 'balanced', '--rounding', 'nearest'], 'gptq': ['--recipe', 'balanced', '--rounding', 'gptq'], 'best': ['--recipe', 'best'],
+           'brecq': 'brecq{%s}', 'qdrop': 'brecq{%s, drop=0.5}', 'brecq, scales of activations': 'brecq{%s, steps=1}', 'lora-rounding': 'lora-rounding{%s}',
+           'flexround': 'flexround{%s}', 'lrq': 'lrq{%s}', 'signround': 'signround{%s}'}
 
 
 def run(command):
@@ -28,8 +31,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--tool', required=True); p.add_argument('--zoo', required=True); p.add_argument('--only')
     p.add_argument('--methods'); p.add_argument('--schemes'); o = p.parse_args()
-    zoo = Path(o.zoo).resolve(); methods = METHODS if o.methods is None else ['', *o.methods.split(',')]
-    print('| model | scheme | learned by | score | seconds | MB |\n|---|---|---|---|---|---|')
+    zoo = Path(o.zoo).resolve(); methods = list(METHODS) if o.methods is None else o.methods.split(',')
+    print('| model | scheme | method | score | seconds | MB |\n|---|---|---|---|---|---|')
     with tempfile.TemporaryDirectory() as tmp:
         for name, schemes, options in RUNS:
             if o.only and name != o.only: continue
@@ -38,10 +41,11 @@ def main():
             for scheme in schemes:
                 if o.schemes and scheme not in o.schemes.split(','): continue
                 for method in methods:
-                    learn = ['--learn', f'{method}{{{options}}}'] if method else []
-                    wall, memory = run([o.tool, 'quantize', zoo / 'models' / FILES[name], '--scheme', scheme, '--recipe', 'best', '--data', feeds, '-o', out, '--progress', 'none', *learn])
+                    how = METHODS[method]
+                    learn = ['--recipe', 'best', '--learn', how % options] if isinstance(how, str) else how
+                    wall, memory = run([o.tool, 'quantize', zoo / 'models' / FILES[name], '--target', 'onnx-qdq', '--scheme', scheme, '--data', feeds, '-o', out, '--progress', 'none', *learn])
                     score = json.loads(subprocess.run([sys.executable, zoo / 'zoo.py', 'score', name, out, '--json', '--float', zoo / 'models' / FILES[name]], check=True, capture_output=True, text=True).stdout); score.pop('seconds')
-                    print(f'| {name} | {scheme} | {method or "nothing"} | ' + ', '.join(f'{k} {v:.4g}' for k, v in score.items()) + f' | {wall:.1f} | {memory:.0f} |', flush=True)
+                    print(f'| {name} | {scheme} | {method} | ' + ', '.join(f'{k} {v:.4g}' for k, v in score.items()) + f' | {wall:.1f} | {memory:.0f} |', flush=True)
 
 
 if __name__ == '__main__':

@@ -96,11 +96,11 @@ fn what_a_target_cannot_take_is_refused_before_any_work() {
         ("openvino-cpu", "w4a4", "w8a8"),
         ("hls4ml", "w4a16g32", "w4a4"),
         ("hls4ml", "w8auint16", "2 to 8 bits"),
-        ("finn", "w4a12", "2 to 8 bits"),
+        ("finn", "w4a12", "1 to 8 bits"),
         ("tract", "w4a8", "w4a16g32"),
         ("qnn", "w4a16g32", "w8auint16"),
         ("vitisai", "w4a4", "w8a8"),
-        ("onnx-qdq", "w8a3", "w8a8dyn"),
+        ("onnx-qdq", "w8a1", "w8a8dyn"),
         ("ort-cpu", "w8auint16", "--target qnn"),
     ] {
         let output = tool(&["quantize", text(&model), "--target", target, "--scheme", scheme, "-o", "never.onnx"]);

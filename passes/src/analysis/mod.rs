@@ -2,8 +2,9 @@
 
 mod allocate;
 mod assign;
+mod truncate_pools;
 
 use crate::pass::PassEntry;
 
 /// Order is the order of the manual, not of the pipeline.
-pub static PASSES: &[PassEntry] = &[assign::ENTRY, allocate::ENTRY];
+pub static PASSES: &[PassEntry] = &[assign::ENTRY, allocate::ENTRY, truncate_pools::ENTRY];

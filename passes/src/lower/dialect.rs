@@ -10,6 +10,8 @@ pub struct Dialect {
     /// where ONNX Runtime's own fusion rounds activations to 8 bits, and has room for 2 bits. Tables of integers in blocks are read by
     /// `com.microsoft::GatherBlockQuantized`.
     pub nbits: bool,
+    /// Means that lose their lowest bits are written as `Trunc` of QONNX.
+    pub trunc: bool,
     /// Open leading extents are written as 1, for consumers that compile for fixed shapes.
     pub one_sample: bool,
     /// Blocks of activations, and E8M0 scales, by the operators of `TensorRT`'s own domain: see [`crate::trt`].
@@ -20,7 +22,8 @@ pub struct Dialect {
 
 impl Dialect {
     /// Quantize and dequantize nodes.
-    pub const QDQ: Self = Self { qonnx: false, nbits: false, one_sample: false, trt: false, float_biases: false };
+    pub const QDQ: Self =
+        Self { qonnx: false, nbits: false, one_sample: false, trt: false, trunc: false, float_biases: false };
     /// The same, with packed products.
     pub const QDQ_AND_NBITS: Self = Self { nbits: true, ..Self::QDQ };
     /// The same without those, for one sample.
@@ -29,4 +32,6 @@ impl Dialect {
     pub const TENSORRT: Self = Self { trt: true, float_biases: true, ..Self::QDQ };
     /// QONNX, see [`super::qonnx`].
     pub const QONNX: Self = Self { qonnx: true, one_sample: true, ..Self::QDQ };
+    /// The same with `Trunc`.
+    pub const QONNX_AND_TRUNC: Self = Self { trunc: true, ..Self::QONNX };
 }

@@ -8,6 +8,7 @@ mod qdq;
 mod qonnx;
 mod qoperator;
 mod tables;
+mod trunc;
 
 pub use dialect::Dialect;
 pub use qdq::{is_native, lower};

@@ -176,6 +176,9 @@ impl Lowering<'_> {
         if self.is_dynamic(id) {
             return self.dynamic(id, node);
         }
+        if self.is_shift_of_pools(id, node) || self.truncates(node)? {
+            return Ok(());
+        }
         let mut copy = node.clone();
         for (index, input) in copy.inputs.iter_mut().enumerate() {
             if let Some(value) = *input {

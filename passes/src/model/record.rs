@@ -56,6 +56,22 @@ pub(crate) fn read(bytes: &[u8]) -> Option<Vec<Edit>> {
     from.0.is_empty().then_some(edits)
 }
 
+/// A digest of all that `plan` says about tensors: the same for equal plans, on every machine.
+pub(crate) fn digest(plan: &super::Plan) -> u64 {
+    let mut out = Writer(Vec::new());
+    for (site, encoding) in plan.encodings() {
+        out.site(site);
+        out.encoding(encoding);
+        out.0.extend(plan.codes(site).map_or(0, |codes| codes.digest()).to_le_bytes());
+    }
+    for (site, tensor) in plan.substitutes() {
+        out.site(site);
+        out.0.extend(tensor.digest().to_le_bytes());
+    }
+    // FNV-1a.
+    out.0.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
 struct Writer(Vec<u8>);
 
 impl Writer {

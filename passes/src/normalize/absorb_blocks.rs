@@ -42,6 +42,8 @@ pub(super) fn at(graph: &Graph, users: &Users, node: &Node) -> Option<Blocks> {
             inner.filter(|(_, inner)| inner.op.is("DequantizeLinear") && are_scales(graph, users, inner))?;
         (inner.input(0)?, Some((id, inner)))
     };
+    // Only ONNX's own operator counts from the front.
+    let default_axis = if dequantized.is_some() { 1 } else { -1 };
     let size = usize::try_from(node.int("block_size", 0)).ok().filter(|size| *size > 0)?;
     let factor = match dequantized {
         Some((_, inner)) => match (graph.constant_input(inner, 1)?.floats()?.as_ref(), inner.input(2)) {
@@ -55,8 +57,8 @@ pub(super) fn at(graph: &Graph, users: &Users, node: &Node) -> Option<Blocks> {
         return None;
     }
     if let (Some(codes), Some(multiples)) = (graph.constant_input(node, 0), graph.constant(scales)) {
-        let axis = positive_axis(node.int("axis", 1), codes.shape().len())?;
-        let scale = decoded(multiples, factor)?;
+        let axis = positive_axis(node.int("axis", default_axis), codes.shape().len())?;
+        let scale = decoded(multiples, dequantized.map(|_| factor))?;
         let grid = grid_of(codes.dtype())?;
         let zero_point = vec![0; scale.len()].into();
         let encoding =
@@ -71,20 +73,24 @@ pub(super) fn at(graph: &Graph, users: &Users, node: &Node) -> Option<Blocks> {
         None if own(quantizer, MXFP8_QUANTIZE) => block::find("mxfp8")?,
         _ => return None,
     };
-    let same = ["axis", "block_size"].iter().all(|attr| quantizer.int(attr, -1) == node.int(attr, -1));
+    let rank = graph.value(quantizer.input(0)?).ty.rank()?;
+    let axes =
+        [(quantizer, -1), (node, default_axis)].map(|(node, default)| positive_axis(node.int("axis", default), rank));
+    let same = axes[0] == axes[1] && quantizer.int("block_size", -1) == node.int("block_size", -1);
     let source = quantizer.input(0).filter(|_| same && size == format.size && quantizer.output(1) == Some(scales))?;
-    let axis = positive_axis(node.int("axis", -1), graph.value(source).ty.rank()?)?;
+    let axis = positive_axis(node.int("axis", default_axis), graph.value(source).ty.rank()?)?;
     let encoding = Encoding::dynamic_blocks(format, axis, factor);
     Some(Blocks { encoding, codes: None, source: Some((source, id)), scales: scales_by })
 }
 
-/// The f32 scales that small codes times `factor` stand for.
+/// The f32 scales that small codes stand for: floats times a factor, exponents where there is none.
 #[expect(clippy::cast_possible_truncation, reason = "codes of 8 bits are exact in f32")]
-fn decoded(scales: &Tensor, factor: f32) -> Option<Vec<f32>> {
+fn decoded(scales: &Tensor, factor: Option<f32>) -> Option<Vec<f32>> {
     let sound = |scale: &f32| scale.is_finite() && *scale > 0.0;
-    let scales: Vec<f32> = match scales.dtype() {
-        DType::U8 => scales.bytes().iter().map(|code| from_e8m0(*code)).collect(),
-        dtype => {
+    let scales: Vec<f32> = match (scales.dtype(), factor) {
+        (DType::U8, None) => scales.bytes().iter().map(|code| from_e8m0(*code)).collect(),
+        (_, None) => return None,
+        (dtype, Some(factor)) => {
             let grid = grid_of(dtype).filter(|grid| !grid.info().integer)?;
             crate::encoding::unpack(scales).into_iter().map(|code| grid.decode(code) as f32 * factor).collect()
         }

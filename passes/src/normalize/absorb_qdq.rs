@@ -115,6 +115,18 @@ fn absorb_in_blocks(
             if absorb_codes(users, (id, node), &blocks.encoding, codes, patch) {
                 blocks.scales.into_iter().for_each(|scales| patch.erase(scales));
             }
+        } else if let Some(((encoding, codes), quantize)) = rounded_blocks(graph, &blocks) {
+            if absorb_codes(users, (id, node), &encoding, &Arc::new(codes), patch) {
+                let pair = Pair {
+                    source: quantize.0,
+                    quantize: quantize.1,
+                    between: blocks.scales,
+                    dequantize: id,
+                    result: quantize.0,
+                    encoding,
+                };
+                pair.erase_makers(graph, users, patch);
+            }
         } else if let (Some((source, quantize)), Some(result)) = (blocks.source, node.output(0)) {
             let encoding = blocks.encoding;
             let pair = Pair { source, quantize, between: blocks.scales, dequantize: id, result, encoding };
@@ -122,6 +134,16 @@ fn absorb_in_blocks(
         }
     }
     done
+}
+
+/// What a constant is in the blocks that every run would give it, and where it comes from.
+fn rounded_blocks(graph: &Graph, blocks: &absorb_blocks::Blocks) -> Option<((Encoding, Tensor), (ValueId, NodeId))> {
+    let (source, quantize) = blocks.source?;
+    let tensor = graph.constant(source).filter(|tensor| tensor.dtype() == DType::F32)?;
+    let values = tensor.floats()?;
+    let encoding = blocks.encoding.measured_blocks(&values, tensor.shape()).ok()?;
+    let codes = encoding.encode(&values, tensor.shape()).ok()?;
+    Some(((encoding, codes), (source, quantize)))
 }
 
 /// A constant behind a `DequantizeLinear`.

@@ -42,9 +42,11 @@ impl Pass for ExpandQOperators {
     fn run(&self, model: &Model, _: &PassContext<'_>) -> Result<Patch, PassError> {
         let mut patch = Patch::on(model);
         let graph = model.graph();
+        let mut cut = super::expand_trunc::Cut::new();
         for (id, node) in graph.nodes() {
             let mark = patch.mark();
-            let mut expansion = Expansion { graph, opset: model.meta.opset(), id, node, patch: &mut patch };
+            let mut expansion =
+                Expansion { graph, opset: model.meta.opset(), id, node, cut: &mut cut, patch: &mut patch };
             if expansion.expand().or_else(|| expansion.move_in_front()).is_some() {
                 patch.count("expanded", 1);
             } else {
@@ -61,6 +63,8 @@ struct Expansion<'a> {
     opset: u32,
     id: NodeId,
     node: &'a Node,
+    /// Means that were found to be cut off.
+    cut: &'a mut super::expand_trunc::Cut,
     patch: &'a mut Patch,
 }
 
@@ -69,7 +73,7 @@ impl Expansion<'_> {
     fn expand(&mut self) -> Option<()> {
         let node = self.node;
         if super::absorb_qonnx::DOMAINS.contains(&&*node.op.domain) && &*node.op.name == "Trunc" {
-            return super::expand_trunc::expand(self.graph, self.opset, (self.id, node), self.patch);
+            return super::expand_trunc::expand(self.graph, self.opset, (self.id, node), self.cut, self.patch);
         }
         let contrib = &*node.op.domain == "com.microsoft";
         if !contrib && !node.op.domain.is_empty() {

@@ -27,7 +27,7 @@ pub(super) static LOSSES: &[(Wish, About)] = &[
         Wish::Divergence,
         About {
             name: "kl",
-            doc: "Kullback-Leibler divergence of the softmax of the graph's outputs from that of the float model's; squares for blocks before them.",
+            doc: "Kullback-Leibler divergence of the softmax of the graph's outputs of two or three dimensions from that of the float model's; squares elsewhere.",
             source: "Chee et al. 2025 (DiscQuant), arXiv:2501.06417, section 4",
         },
     ),
@@ -53,7 +53,8 @@ impl Measure {
         let rank = samples.first().map_or(0, |sample| sample.targets[output].ndim());
         let power = power(samples, output);
         match wish {
-            Wish::Divergence if of_graph && rank >= 2 => Self::Divergence,
+            // Of more dimensions it is not known which one classes lie along.
+            Wish::Divergence if of_graph && matches!(rank, 2 | 3) => Self::Divergence,
             _ if rank == 3 => Self::Rows(power * FLOOR),
             _ => Self::Square(power),
         }
