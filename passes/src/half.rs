@@ -163,6 +163,9 @@ fn keeps_input(graph: &Graph, node: &Node, input: usize, from: DType) -> bool {
     computes_in_f32(graph, node, from) || node.op.is("Resize") && input == 2
 }
 
+/// Operators that return f32 unless they are told otherwise.
+const WINDOWS: &[&str] = &["HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix"];
+
 /// Operators of ai.onnx whose floats have no form in 16 bits.
 const ONLY_F32: &[&str] = &[
     "Range",
@@ -211,7 +214,7 @@ fn holds(node: &Node, dtype: DType) -> bool {
 /// `model` computed in f32, where it was computed in f16 or bf16. Graphs inside nodes are carried as they are.
 ///
 /// # Errors
-/// Names a tensor that is read before it is computed: a bug.
+/// Names a node with a graph inside whose results are of an unknown type.
 pub fn widen(mut model: Model) -> Result<Model, PassError> {
     for from in [DType::F16, DType::Bf16] {
         let is_from = |id: ValueId| model.graph().value(id).ty.dtype() == Some(from);
@@ -227,7 +230,7 @@ pub fn widen(mut model: Model) -> Result<Model, PassError> {
 /// `lowered` computed in f16 but for its inputs and outputs, and operators that have no such form.
 ///
 /// # Errors
-/// [`LowerError`] for a tensor that is read before it is computed: a bug.
+/// [`LowerError`] for a node that has no form in 16 bits, where the type of its result is not known.
 pub fn narrow(lowered: Lowered) -> Result<Lowered, LowerError> {
     let graph = Retyping { from: DType::F32, to: DType::F16, graph: &lowered.graph }.run();
     let graph = graph.map_err(|problem| LowerError { place: "--rest f16".into(), problem })?;
@@ -285,6 +288,15 @@ impl Retyping<'_> {
                     if hidden { out.builder.fresh(&format!("{name}.{}", self.to.name())) } else { name.to_string() };
                 let id = out.builder.value(&name);
                 let kept = self.is_kept(node);
+                if kept && self.is_unclear(output) {
+                    let to = self.to.name();
+                    return Err(Problem(format!(
+                        "node `{}` ({}) has no form in {to}, and the type of its result `{}` is not known: export the model with types",
+                        node.name,
+                        node.op.display(),
+                        self.graph.value(output).name
+                    )));
+                }
                 let ty = if kept { graph.value(output).ty.clone() } else { self.retyped(&graph.value(output).ty) };
                 out.builder.set_type(id, ty);
                 let both = if kept && self.is_from(output) {
@@ -413,7 +425,26 @@ impl Retyping<'_> {
     }
 
     fn is_from(&self, value: ValueId) -> bool {
-        self.graph.value(value).ty.dtype() == Some(self.from)
+        self.dtype(value) == Some(self.from)
+    }
+
+    /// The element type of `value`, as far as it or its producer says.
+    fn dtype(&self, value: ValueId) -> Option<DType> {
+        let known = self.graph.value(value).ty.dtype();
+        known.or_else(|| {
+            let Def::Output { node, index } = self.graph.value(value).def else { return None };
+            let node = self.graph.node(node)?;
+            let body = node.bodies.first().filter(|_| node.op.is("If"));
+            match body {
+                Some(body) => body.graph.value(*body.graph.outputs().get(usize::from(index))?).ty.dtype(),
+                None => WINDOWS.iter().any(|name| node.op.is(name)).then_some(DType::F32),
+            }
+        })
+    }
+
+    /// Whether nothing is known of a result of `node`, which goes on computing in the old type.
+    fn is_unclear(&self, value: ValueId) -> bool {
+        matches!(&self.graph.value(value).ty, Type::Tensor(_)) && self.dtype(value).is_none()
     }
 
     /// Whether `node` goes on computing in the old type.
