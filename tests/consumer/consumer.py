@@ -68,7 +68,8 @@ def halves(tool, tmp):
     kinds = [{i.data_type for i in onnx.load(str(file)).graph.initializer} for file in files]
     print(f'16-bit floats: the rest {found[0]:.1f} dB, the whole {found[1]:.1f} dB, quantized from that {found[2]:.1f} dB')
     assert [onnx.TensorProto.FLOAT16 in kind for kind in kinds] == [True, True, False], kinds
-    assert onnx.TensorProto.FLOAT not in kinds[0] | kinds[1], kinds
+    # Scales of 32-bit biases are products, which 16 bits do not hold.
+    assert onnx.TensorProto.FLOAT not in kinds[1], kinds
     assert found[0] > 30 and found[1] > 55 and found[2] > 30, found
 
 

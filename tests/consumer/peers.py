@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Converts what other tools write: Brevitas' exports (QONNX and QCDQ) and the files of NVIDIA's model optimizer (int8, fp8, rest in f16).
+"""Converts what other tools write: Brevitas' exports (QONNX and QCDQ), the files of NVIDIA's model optimizer (int8, fp8, rest in f16) and of AMD
+Quark (XINT8, A8W8, A16W8; it compiles operators of its own with ninja and g++ when it starts, and is skipped with a line where that fails).
 
     peers.py --tool target/release/onnx-quant
 
 Checked: every file is absorbed whole (no quantizer of the input is left as a node beside ours), is written again for onnx-qdq, qonnx and
 tensorrt, or refused by a rule of the target; our run of it agrees with the tool's own result (PyTorch for Brevitas, ONNX Runtime
-for the optimizer), and ONNX Runtime's run of what is written for onnx-qdq does too.
+for the others), and ONNX Runtime's run of what is written for onnx-qdq does too.
 """
 import argparse, contextlib, io, os, subprocess, sys, tempfile, warnings
 from pathlib import Path
@@ -68,6 +69,33 @@ def of_modelopt(tmp):
     return files
 
 
+QUARK = """
+import sys, numpy as np
+from quark.onnx import ModelQuantizer
+from quark.onnx.quantization.config import Config, get_default_config
+model, samples, folder = sys.argv[1:]
+class Reader:
+    def __init__(self): self.rows = iter(np.load(samples)['x'])
+    def get_next(self):
+        row = next(self.rows, None)
+        return None if row is None else {'input': row[None]}
+for name in ('XINT8', 'A8W8', 'A16W8'):
+    ModelQuantizer(Config(global_quant_config=get_default_config(name))).quantize_model(model, f'{folder}/quark-{name}.onnx', Reader())
+"""
+
+
+def of_quark(tmp):
+    x = np.load(ROOT / 'fixtures/data/digits-eval.npz')['images'].astype(np.float32)[:32, None] / 255
+    np.savez(tmp / 'quark.npz', x=x)
+    # Its compiler is looked for on the path.
+    path = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
+    command = [sys.executable, '-c', QUARK, str(ROOT / 'fixtures/models/digits-resnet.onnx'), str(tmp / 'quark.npz'), str(tmp)]
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=path, cwd=tmp)
+    except subprocess.TimeoutExpired: return [], 'it did not come to an end in ten minutes'
+    if done.returncode: return [], (done.stderr.strip().splitlines() or ['it failed'])[-1][:200]
+    return [(file, x, run(file, x)) for file in sorted(tmp.glob('quark-*.onnx'))], None
+
+
 def run(path, x):
     options = ort.SessionOptions(); options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -103,7 +131,11 @@ def main():
     tool, good = str(Path(p.parse_args().tool).resolve()), True
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        with silent(): files = of_brevitas(tmp) + of_modelopt(tmp)
+        with silent():
+            files = of_brevitas(tmp) + of_modelopt(tmp)
+            quark, problem = of_quark(tmp)
+        if problem: print(f'quark: skipped: {problem}')
+        files += quark
         for path, x, want in files:
             ok, text = judge(tool, path, x, want, tmp)
             print(f'{path.stem}: {text}' + ('' if ok else '   FAILED'))
