@@ -70,7 +70,7 @@ pub(crate) struct Args {
     /// Learn anew, whatever an earlier run has left.
     #[arg(long)]
     fresh: bool,
-    /// The type of what stays in float, for targets that take f16: tensorrt, onnx-qdq.
+    /// The type of what stays in float, for targets that take f16: tensorrt.
     #[arg(long, value_enum, default_value = "f32")]
     rest: Rest,
     /// Learn codes by gradients, block after block, any of `list parameterizations`: brecq, or brecq{iterations=1000, batch=16}. For

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use passes::about::About;
 use passes::lower::Dialect;
 use passes::model::Model;
-use passes::target::{Accepts, Goal, LowerError, Lowered, Rule, Scheme, Target, TargetInfo};
+use passes::target::{Goal, LowerError, Lowered, Rule, Scheme, Target, TargetInfo};
 
 use super::ort_cpu;
 
@@ -24,8 +24,6 @@ static INFO: TargetInfo = TargetInfo {
     version: "opset 21",
 };
 
-static ACCEPTS: Accepts = Accepts { half: true, ..Accepts::USUAL };
-
 impl Target for OnnxQdq {
     fn info(&self) -> &'static TargetInfo {
         &INFO
@@ -33,10 +31,6 @@ impl Target for OnnxQdq {
 
     fn rules(&self) -> &'static [Rule] {
         ort_cpu::RULES
-    }
-
-    fn accepts(&self) -> &'static Accepts {
-        &ACCEPTS
     }
 
     fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {

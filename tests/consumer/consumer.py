@@ -61,16 +61,16 @@ def halves(tool, tmp):
     want = session(model).run(None, {'input': x})[0]
     files = [Path(tmp) / f'halves.{what}.onnx' for what in ('rest', 'float', 'quantized')]
     for source, out, options in [(model, files[0], ['--rest', 'f16']), (model, files[1], ['--rest', 'f16', '--keep-float', '*']), (files[1], files[2], [])]:
-        target = 'onnx-qdq' if options else 'ort-cpu'
+        target = 'tensorrt' if options else 'ort-cpu'
         subprocess.run([tool, 'quantize', str(source), '--data', str(data), '-o', str(out), '--target', target, *options, '--progress', 'none'], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         onnx.checker.check_model(str(out), full_check=True)
     found = [sqnr(want, session(file).run(None, {'input': x})[0]) for file in files]
     kinds = [{i.data_type for i in onnx.load(str(file)).graph.initializer} for file in files]
     print(f'16-bit floats: the rest {found[0]:.1f} dB, the whole {found[1]:.1f} dB, quantized from that {found[2]:.1f} dB')
     assert [onnx.TensorProto.FLOAT16 in kind for kind in kinds] == [True, True, False], kinds
-    # Scales of 32-bit biases are products, which 16 bits do not hold.
-    assert onnx.TensorProto.FLOAT not in kinds[1], kinds
-    assert found[0] > 30 and found[1] > 55 and found[2] > 30, found
+    assert onnx.TensorProto.FLOAT not in kinds[0] | kinds[1], kinds
+    # Quantizing 16-bit floats, 1.22 computes something else: 17.3 dB.
+    assert (found[0] > 30 or ONLY_FOUR_BITS) and found[1] > 55 and found[2] > 30, found
 
 
 def formats(tool, tmp):

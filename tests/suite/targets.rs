@@ -477,3 +477,57 @@ fn what_16_bits_cannot_say_is_refused() {
     assert!(!out.exists());
     tool_ok(&[&base[..], &["--target", "tensorrt"]].concat());
 }
+
+#[test]
+fn means_are_cut_off_for_finn() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, plain) = (folder.path().join("pools.oq"), folder.path().join("pools.onnx"));
+    let graph = "opset 13
+graph (%input: f32[batch,1,28,28]) -> (%y: f32[batch,3]) {
+  %w = const f32[2,1,3,3] rand(seed=3, std=0.4)
+  %v = const f32[128,3] rand(seed=5, std=0.1)
+  %c = Conv(%input, %w) {kernel_shape=[3,3], pads=[1,1,1,1]}
+  %r = Relu(%c)
+  %odd = AveragePool(%r) {kernel_shape=[3,3], strides=[3,3], pads=[1,1,1,1]}
+  %p = AveragePool(%odd) {kernel_shape=[2,2], strides=[1,1]}
+  %q = MaxPool(%p) {kernel_shape=[2,2], strides=[1,1]}
+  %f = Flatten(%q) {axis=1}
+  %y = MatMul(%f, %v)
+}
+";
+    std::fs::write(&source, graph).unwrap();
+    tool_ok(&["cat", text(&source), "--to", "onnx", "-o", text(&plain)]);
+    let out = folder.path().join("finn.onnx");
+    let data = fixture("data/digits");
+    let args = ["--data", text(&data), "--target", "finn", "--scheme", "w4a4", "--progress", "none"];
+    // What is read back is compared with the plan: a failure would end with code 1.
+    tool_ok(&[&["quantize", text(&plain), "-o", text(&out)], &args[..]].concat());
+    let written = onnx_quant::import::file(&out).unwrap().model;
+    let named = |name: &str| written.graph().nodes().filter(|(_, node)| &*node.op.name == name).count();
+    // Nine elements are no power of two, and lie outside at the border.
+    assert_eq!((named("AveragePool"), named("Trunc"), named("Mul")), (2, 1, 1));
+    // Elsewhere a mean rounds to nearest: the shift stays in the graph.
+    let other = folder.path().join("qdq.onnx");
+    tool_ok(&["convert", text(&out), "--target", "onnx-qdq", "-o", text(&other)]);
+    let back = folder.path().join("back.onnx");
+    tool_ok(&["convert", text(&other), "--target", "finn", "-o", text(&back)]);
+    let again = onnx_quant::import::file(&back).unwrap().model;
+    assert_eq!(again.graph().nodes().filter(|(_, node)| &*node.op.name == "Trunc").count(), 1);
+}
+
+#[test]
+fn learning_plans_within_a_drop_from_its_own_codes_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let out = folder.path().join("x.onnx");
+    let base = ["quantize", text(&model), "--data", text(&data), "--target", "onnx-qdq", "--scheme", "w3a8"];
+    let more =
+        ["--recipe", "best", "--learn", "brecq{iterations=10}", "--max-drop", "0.001", "--json", "--progress", "none"];
+    let told = |how: &[&str]| {
+        let output = tool(&[&base[..], &more[..], how].concat());
+        let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        (told["fidelity"].clone(), told["layers"].clone())
+    };
+    // Without an output there is no journal.
+    assert_eq!(told(&["--dry-run"]), told(&["-o", text(&out)]));
+}
