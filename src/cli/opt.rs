@@ -68,7 +68,7 @@ fn load(path: &Path) -> Result<(Model, Vec<Source>), Error> {
         let source = std::fs::read_to_string(path).map_err(|e| fail(&e))?;
         return text::parse(&source).map(|model| (model, Vec::new())).map_err(|e| fail(&e));
     }
-    let imported = import::in_f32(path).map_err(Error::input)?;
+    let imported = import::file(path).map_err(Error::input)?;
     for note in &imported.notes {
         eprint(&format!("{note}\n"));
     }
@@ -82,7 +82,7 @@ pub(crate) fn load_as_is(path: &Path) -> Result<(Model, u32), Error> {
         let opset = model.meta.opset();
         return Ok((model, opset));
     }
-    let imported = import::in_f32(path).map_err(Error::input)?;
+    let imported = import::file(path).map_err(Error::input)?;
     Ok((imported.model, imported.opset))
 }
 
