@@ -6,19 +6,18 @@ use std::time::{Duration, Instant};
 use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::exec::{Dataset, Executor, Progress};
 use passes::ir::Graph;
-use passes::journal::Journal as _;
 use passes::model::Model;
 use passes::pass::{Instrument, Pass, PassContext, PassError, PassManager, Pipeline, RunError, Trace};
 use passes::target::{Goal, Lowered, Scheme, Target};
 
 use crate::dataset::{ImageOptions, Slot};
 use crate::emit::{self, Emit, Layout, Staged};
-use crate::journal::{self, FileJournal};
 use crate::load::Source;
 use crate::max_drop::{self, Checkpoint, Search};
 use crate::memory::Needs;
 use crate::overrides::{Overrides, Set, overrides};
 use crate::recipe::{pipeline_text, pipelines};
+use crate::resume::{keep_budget, open_journal, paused, resumed};
 use crate::verify::{self, Fidelity, Verdict};
 use crate::{exec, import, lint, samples, stats};
 
@@ -357,50 +356,6 @@ fn emitted(
     let name = output_name(request);
     let options = Emit { external: (!external.is_empty()).then(|| format!("{name}.data")), ..Emit::default() };
     Ok((None, emit::model(&lowered.graph, &lowered.meta, &options, &name).bytes()))
-}
-
-/// The journal of this run, where it learns anything and writes it down.
-fn open_journal(request: &Request, pipeline: &str, external: &[Source]) -> Result<Option<FileJournal>, Error> {
-    let (Some(output), true) = (&request.output, pipeline.contains("learn=")) else {
-        let problem = "--resume: only runs that learn (--learn) and write a file (-o) keep a journal";
-        return if request.journal == Kept::Needed { Err(Error::Input(problem.into())) } else { Ok(None) };
-    };
-    let mut paths: Vec<&Path> = vec![&request.input];
-    paths.extend(external.iter().map(|source| source.path.as_path()));
-    paths.extend(request.data.iter().chain(&request.stats).map(PathBuf::as_path));
-    let asked = Request { output: None, threads: 0, journal: Kept::Used, ..request.clone() };
-    let words = format!("{} {pipeline} {asked:?}", env!("CARGO_PKG_VERSION"));
-    let identity = journal::identity(&paths, &words).map_err(Error::input)?;
-    let path = FileJournal::beside(output);
-    let (fresh, needed) = (request.journal == Kept::Fresh, request.journal == Kept::Needed);
-    let opened = FileJournal::open(&path, identity, fresh, needed).map_err(Error::input)?;
-    Ok(Some(opened))
-}
-
-/// What the user should know of what the journal holds.
-fn resumed(journal: &FileJournal) -> Option<Diagnostic> {
-    // One record says how much memory there is.
-    let blocks = journal.len().saturating_sub(1);
-    let message = format!("it went on behind {blocks} blocks that an earlier run has learned");
-    (blocks > 0).then(|| Diagnostic::new(diag::RESUMED, Severity::Note, Place::Model, message))
-}
-
-/// Samples that wait between stages take as much memory as in the run that began: how many fit decides what is learned from.
-fn keep_budget(journal: &FileJournal, budget: &mut u64) -> Result<(), Error> {
-    let key = "pair budget";
-    match journal.get(key).and_then(|bytes| Some(u64::from_le_bytes(bytes.try_into().ok()?))) {
-        Some(kept) => *budget = kept,
-        None => journal.put(key, &budget.to_le_bytes()).map_err(Error::Resources)?,
-    }
-    Ok(())
-}
-
-/// What an interruption leaves behind.
-fn paused(error: Error, journal: Option<&FileJournal>) -> Error {
-    match (error, journal) {
-        (Error::Interrupted, Some(journal)) => Error::Paused(journal.path().display().to_string()),
-        (error, _) => error,
-    }
 }
 
 /// `model` as its target spells it.

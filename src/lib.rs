@@ -19,6 +19,7 @@ mod memory;
 pub mod overrides;
 mod recipe;
 pub mod report;
+mod resume;
 mod samples;
 pub mod stats;
 pub mod targets;

@@ -1,0 +1,58 @@
+//! Going on from what an interrupted run has learned.
+
+use std::path::{Path, PathBuf};
+
+use passes::diag::{self, Diagnostic, Place, Severity};
+use passes::journal::Journal as _;
+
+use crate::driver::{Error, Kept, Request};
+use crate::journal::{self, FileJournal};
+use crate::load::Source;
+
+/// The journal of this run, where it learns anything and writes it down.
+pub(crate) fn open_journal(
+    request: &Request,
+    pipeline: &str,
+    external: &[Source],
+) -> Result<Option<FileJournal>, Error> {
+    let (Some(output), true) = (&request.output, pipeline.contains("learn=")) else {
+        let problem = "--resume: only runs that learn (--learn) and write a file (-o) keep a journal";
+        return if request.journal == Kept::Needed { Err(Error::Input(problem.into())) } else { Ok(None) };
+    };
+    let mut paths: Vec<&Path> = vec![&request.input];
+    paths.extend(external.iter().map(|source| source.path.as_path()));
+    paths.extend(request.data.iter().chain(&request.stats).map(PathBuf::as_path));
+    let asked = Request { output: None, threads: 0, journal: Kept::Used, ..request.clone() };
+    let words = format!("{} {pipeline} {asked:?}", env!("CARGO_PKG_VERSION"));
+    let identity = journal::identity(&paths, &words).map_err(Error::input)?;
+    let path = FileJournal::beside(output);
+    let (fresh, needed) = (request.journal == Kept::Fresh, request.journal == Kept::Needed);
+    let opened = FileJournal::open(&path, identity, fresh, needed).map_err(Error::input)?;
+    Ok(Some(opened))
+}
+
+/// What the user should know of what the journal holds.
+pub(crate) fn resumed(journal: &FileJournal) -> Option<Diagnostic> {
+    // One record says how much memory there is.
+    let blocks = journal.len().saturating_sub(1);
+    let message = format!("it went on behind {blocks} blocks that an earlier run has learned");
+    (blocks > 0).then(|| Diagnostic::new(diag::RESUMED, Severity::Note, Place::Model, message))
+}
+
+/// Samples that wait between stages take as much memory as in the run that began: how many fit decides what is learned from.
+pub(crate) fn keep_budget(journal: &FileJournal, budget: &mut u64) -> Result<(), Error> {
+    let key = "pair budget";
+    match journal.get(key).and_then(|bytes| Some(u64::from_le_bytes(bytes.try_into().ok()?))) {
+        Some(kept) => *budget = kept,
+        None => journal.put(key, &budget.to_le_bytes()).map_err(Error::Resources)?,
+    }
+    Ok(())
+}
+
+/// What an interruption leaves behind.
+pub(crate) fn paused(error: Error, journal: Option<&FileJournal>) -> Error {
+    match (error, journal) {
+        (Error::Interrupted, Some(journal)) => Error::Paused(journal.path().display().to_string()),
+        (error, _) => error,
+    }
+}
