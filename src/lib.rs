@@ -19,6 +19,7 @@ mod memory;
 pub mod overrides;
 mod recipe;
 pub mod report;
+mod request;
 mod resume;
 mod samples;
 pub mod stats;
