@@ -129,7 +129,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         let chosen = samples::herded(request, &model, files, &pool)?;
         files.keep(&chosen);
     }
-    let varied = samples::augmented(request, &model, dataset.as_ref())?;
+    let varied = samples::augmented(request, &model, dataset.as_ref(), executor.as_ref(), progress)?;
     let fitted_to = samples::all(varied.as_ref(), dataset.as_ref());
     let journal = open_journal(request, &text, &external)?;
     let mut cx = context(request, executor.as_ref(), fitted_to, &overrides, progress);
@@ -286,15 +286,15 @@ fn check_request(request: &Request) -> Result<(), Error> {
             "--rotate changes the recipe's pipeline: put `rotate` into the one of --pipeline instead".into(),
         ));
     }
-    if let Some(method) = &request.learn {
-        if !pipeline_text(request).contains("learn=") {
-            return Err(Error::Input(format!(
-                "--learn {method}: codes are learned from those that `round-in-order` chose, which this recipe does not run: add \
+    if let Some(method) = request.learn.as_ref().filter(|_| !pipeline_text(request).contains("learn=")) {
+        return Err(Error::Input(format!(
+            "--learn {method}: codes are learned from those that `round-in-order` chose, which this recipe does not run: add \
                  `--recipe best`"
-            )));
-        }
-        if request.data.is_none() {
-            return Err(Error::Input(format!("--learn {method} needs samples to learn from: pass them with --data")));
+        )));
+    }
+    for (option, method) in [("--learn", &request.learn), ("--distill", &request.distill)] {
+        if let Some(method) = method.as_ref().filter(|_| request.data.is_none()) {
+            return Err(Error::Input(format!("{option} {method} needs samples to learn from: pass them with --data")));
         }
     }
     if let Some(scheme) = request.embeddings {

@@ -32,6 +32,7 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
     let text = request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method));
     let text = request.learn.as_ref().map_or(text.clone(), |method| with_learning(&text, method));
+    let text = request.distill.as_ref().map_or(text.clone(), |method| with_distillation(&text, method));
     let text = if request.rest == Rest::F16 { format!("{}, round-to-half", text.trim_end()) } else { text };
     with_allocation(&text, request.budget, max_drop.filter(|_| raises(request) || request.budget.is_some()))
 }
@@ -100,12 +101,22 @@ fn with_option(text: &str, name: &str, option: &str) -> String {
 
 /// `text` in which weights are learned by `method`, which may carry options in braces, once they are rounded in order.
 fn with_learning(text: &str, method: &str) -> String {
+    with_option(text, "round-in-order", &learning(method))
+}
+
+/// The options that say to learn by `method`, which may carry more of them in braces.
+fn learning(method: &str) -> String {
     let (name, options) = match method.split_once('{') {
         Some((name, options)) => (name.trim(), options.trim().trim_end_matches('}').trim()),
         None => (method.trim(), ""),
     };
     let comma = if options.is_empty() { "" } else { ", " };
-    with_option(text, "round-in-order", &format!("learn={name}{comma}{options}"))
+    format!("learn={name}{comma}{options}")
+}
+
+/// `text` followed by learning by `method`, which may carry options in braces, from the whole model.
+fn with_distillation(text: &str, method: &str) -> String {
+    format!("{},\ndistill{{{}}}", text.trim_end(), learning(method))
 }
 
 /// `text` with another observer in `assign-encodings`.
@@ -167,6 +178,7 @@ mod tests {
         assert_eq!(with_learning("a, round-in-order, b", "lrq"), "a, round-in-order{learn=lrq}, b");
         let learned = with_learning("a, round-in-order{refit=3}", "brecq{iterations=9, batch=2}");
         assert_eq!(learned, "a, round-in-order{learn=brecq, iterations=9, batch=2, refit=3}");
+        assert_eq!(with_distillation("a, round", "latent{batch=2}"), "a, round,\ndistill{learn=latent, batch=2}");
         let budgeted = with_allocation(text, Some(4.5), None);
         assert!(budgeted.contains("min-max}, allocate-bits{budget=4.5}, round, correct-bias"), "{budgeted}");
         let both =

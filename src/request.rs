@@ -67,6 +67,8 @@ pub struct Request {
     pub rest: Rest,
     /// What is learned of weights by gradients, block after block, with its options: `brecq{iterations=1000}`.
     pub learn: Option<String>,
+    /// The same from what the whole model returns, after that.
+    pub distill: Option<String>,
     /// The exact passes, instead of the target's.
     pub pipeline: Option<String>,
     /// Overrides the observer of the target's pipeline.

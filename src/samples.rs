@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use passes::exec::Dataset;
+use passes::exec::{Dataset, Executor, Progress};
 use passes::model::Model;
 use passes::pass::{PassContext, RunError};
 
@@ -52,11 +52,17 @@ pub(crate) fn augmented<'a>(
     request: &Request,
     model: &Model,
     files: Option<&'a Files>,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
 ) -> Result<Option<Augmented<'a>>, Error> {
     match (request.augment, files) {
         (0, _) => Ok(None),
         (_, None) => Err(Error::Input("--augment makes variants of the samples of --data, and there are none".into())),
-        (times, Some(files)) => Augmented::new(files, model.graph(), times).map(Some).map_err(Error::input),
+        (times, Some(files)) => {
+            let augmented = Augmented::new(files, model.graph(), times).map_err(Error::input)?;
+            let spoken = augmented.spoken(model.graph(), executor, progress);
+            if progress.cancelled() { Err(Error::Interrupted) } else { Ok(Some(spoken)) }
+        }
     }
 }
 

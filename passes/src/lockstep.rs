@@ -275,14 +275,14 @@ impl<'a> Lockstep<'a> {
     /// Lets go of what nobody reads after `stage`, or when its span is run again, and of rounded versions.
     fn forget(&self, stage: usize, pair: &mut Pair) {
         let next = stage + 1;
-        let span = self.spans.iter().find(|(first, last)| (*first..=*last).contains(&next));
+        let spans = || self.spans.iter().filter(|(first, last)| (*first..=*last).contains(&next));
         let made_before = |value: ValueId, first: usize| {
             self.graph.producer(value).is_none_or(|(producer, _)| self.stage_of(producer) < first)
         };
         let needed = |(value, site): &Version| {
             let last = self.last_reader.get(value).copied().filter(|_| site.is_none());
             last.is_some_and(|last| {
-                last > stage || span.is_some_and(|&(first, _)| last >= first && made_before(*value, first))
+                last > stage || spans().any(|&(first, _)| last >= first && made_before(*value, first))
             })
         };
         pair.float.retain(|version, _| needed(version));

@@ -73,6 +73,7 @@ impl DataArgs {
             rest: Rest::F32,
             journal: Kept::Used,
             learn: None,
+            distill: None,
             budget: None,
             max_drop: None,
             executor: self.executor.clone(),

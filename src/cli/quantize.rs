@@ -77,6 +77,10 @@ pub(crate) struct Args {
     /// `--recipe best`, whose codes it starts from.
     #[arg(long, value_name = "METHOD")]
     learn: Option<String>,
+    /// Learn codes from what the whole model loses, once they are rounded (and learned block after block): latent, or
+    /// brecq{iterations=400, batch=8}. Memory holds one block's tape at a time.
+    #[arg(long, value_name = "METHOD")]
+    distill: Option<String>,
     /// How --target rtl-mem folds and writes weights: pe=4,simd=8,format=coe; formats are mem, dat, coe, mif and hex, several if repeated.
     #[arg(long, value_name = "LAYOUT", default_value = "format=mem")]
     memory: emit::Layout,
@@ -123,6 +127,7 @@ struct Recipe {
     #[serde(default)]
     rotate: bool,
     learn: Option<String>,
+    distill: Option<String>,
     budget: Option<Share>,
     max_drop: Option<Share>,
 }
@@ -191,6 +196,7 @@ fn request(args: &Args) -> Result<Request, Error> {
             (false, false) => Kept::Used,
         },
         learn: args.learn.clone().or(recipe.learn),
+        distill: args.distill.clone().or(recipe.distill),
         embeddings: embeddings.map(|text| scheme(text)).transpose().map_err(Error::Target)?,
         budget: args.budget.or(of_file(&recipe.budget, "budget")?),
         hold_out: args.hold_out,

@@ -6,13 +6,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use passes::exec::{DataError, Dataset};
+use passes::exec::{DataError, Dataset, Executor, Progress};
 use passes::id::ValueId;
 use passes::ir::Graph;
 use passes::seed;
-use passes::tensor::{DType, Tensor};
+use passes::tensor::Tensor;
 
 use super::Files;
+use super::drawn::{Speaker, like};
 
 /// The share of tokens that are replaced.
 const SHARE: f64 = 0.5;
@@ -38,6 +39,8 @@ pub struct Augmented<'a> {
     /// Per entry of `tokens`, ids that stay where they are: those that more than half of the sequences hold.
     marks: Vec<BTreeSet<i64>>,
     times: usize,
+    /// Variants that the model itself has drawn, by sample.
+    drawn: Option<Vec<Vec<Tensor>>>,
 }
 
 impl<'a> Augmented<'a> {
@@ -55,7 +58,23 @@ impl<'a> Augmented<'a> {
             return Err(DataError { sample: "every sample".into(), problem });
         }
         let marks = marks(files, &tokens)?;
-        Ok(Self { files, tokens, marks, times })
+        Ok(Self { files, tokens, marks, times, drawn: None })
+    }
+
+    /// The same, with words drawn by the model `graph` itself where it is a decoder.
+    #[must_use]
+    pub fn spoken(mut self, graph: &Graph, executor: &dyn Executor, progress: &dyn Progress) -> Self {
+        if let ([tokens], [marks]) = (&*self.tokens, &*self.marks)
+            && let Some(speaker) = Speaker::of(graph, executor, self.files, tokens.input, tokens.rows)
+        {
+            self.drawn = speaker.all(self.files, self.times, &|id| marks.contains(&id), progress);
+        }
+        self
+    }
+
+    /// Whether the model itself draws the words.
+    pub fn is_spoken(&self) -> bool {
+        self.drawn.is_some()
     }
 
     /// The ids of `tensor` with a share of them drawn anew: by what they are and by `variant`, so that the order of samples does not matter.
@@ -72,14 +91,7 @@ impl<'a> Augmented<'a> {
             if marks.contains(&new) { id } else { new }
         };
         let ids: Vec<i64> = given.iter().enumerate().map(draw).collect();
-        let shape = tensor.shape().to_vec();
-        match tensor.dtype() {
-            DType::I64 => Some(Tensor::of(shape, ids)),
-            DType::I32 => {
-                Some(Tensor::of(shape, ids.iter().map(|&id| i32::try_from(id).ok()).collect::<Option<Vec<_>>>()?))
-            }
-            _ => None,
-        }
+        like(tensor, ids)
     }
 }
 
@@ -100,6 +112,12 @@ impl Dataset for Augmented<'_> {
         let n = self.files.len().max(1);
         let mut sample = self.files.sample(index % n)?;
         if index < n {
+            return Ok(sample);
+        }
+        if let Some(drawn) = &self.drawn {
+            let variant = drawn.get(index % n).and_then(|variants| variants.get(index / n - 1));
+            let places = self.tokens.iter().map(|tokens| tokens.input).zip(variant.cloned());
+            places.for_each(|(input, variant)| sample[input] = variant);
             return Ok(sample);
         }
         for (which, tokens) in self.tokens.iter().enumerate() {

@@ -5,6 +5,7 @@
 //! when their samples are asked for, and only the last few are kept.
 
 mod augment;
+mod drawn;
 mod files;
 mod fit;
 mod images;

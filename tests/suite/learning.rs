@@ -46,6 +46,49 @@ fn every_parameterization_runs() {
     }
 }
 
+/// The tapes of small blocks one after the other and the tape of the whole model say the same; threads do not matter.
+#[test]
+fn the_whole_model_is_learned_block_by_block() {
+    let folder = tempfile::tempdir().unwrap();
+    let plain = quantize(&folder.path().join("plain.onnx"), &[]);
+    let run = |layers: usize, threads: &str| {
+        let out = folder.path().join(format!("{layers}-{threads}.onnx"));
+        let distill = format!("brecq{{iterations=60, batch=16, loss=mse, rate=0.5, layers={layers}}}");
+        let summary = quantize(&out, &["--distill", &distill, "--threads", threads]);
+        (decibels(&summary), std::fs::read(out).unwrap())
+    };
+    let (by_blocks, bytes) = run(2, "1");
+    assert!(bytes == run(2, "3").1, "other bytes with other threads");
+    let at_once = run(99, "2").0;
+    assert!((by_blocks - at_once).abs() < 0.3, "{by_blocks} dB block by block, {at_once} dB at once");
+    assert!(by_blocks > decibels(&plain), "{plain} and {by_blocks} dB");
+}
+
+#[test]
+fn windows_of_blocks_overlap() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("q.onnx");
+    let run = |learn: &str| {
+        let summary = quantize(&out, &["--learn", learn, "--samples", "64"]);
+        (decibels(&summary), std::fs::read(&out).unwrap())
+    };
+    let alone = run("lora-rounding{iterations=20, batch=4, layers=2}").1;
+    assert!(alone == run("lora-rounding{iterations=20, batch=4, layers=2, window=1}").1, "a window of one is a block");
+    let (db, windows) = run("lora-rounding{iterations=20, batch=4, layers=2, window=2, overlap=1}");
+    assert!(db > 10.0 && windows != alone, "{db}");
+}
+
+#[test]
+fn what_the_rest_of_the_model_makes_of_a_block_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("q.onnx");
+    for loss in ["pd", "kl", "fitting"] {
+        let learn = format!("brecq{{iterations=30, batch=8, loss={loss}}}");
+        let summary = quantize(&out, &["--learn", &learn, "--samples", "64"]);
+        assert!(summary.contains("blocks learned") || decibels(&summary) > 10.0, "{summary}");
+    }
+}
+
 #[test]
 fn what_cannot_be_learned_is_refused_with_the_fix() {
     let model = fixture("models/digits-resnet.onnx");
@@ -59,6 +102,9 @@ fn what_cannot_be_learned_is_refused_with_the_fix() {
     assert!(refused(&["brecq"]).contains("add `--recipe best`"));
     assert!(refused(&["brec", "--recipe", "best"]).contains("brecq, lora-rounding"));
     assert!(refused(&["brecq{iterations=-1}", "--recipe", "best"]).contains("between 0 and"));
+    assert!(refused(&["brecq{window=2, overlap=2}", "--recipe", "best"]).contains("fewer than 2"));
+    let distill = tool(&["quantize", text(&model), "--dry-run", "--distill", "latent"]);
+    assert!(String::from_utf8(distill.stderr).unwrap().contains("--distill latent needs samples"));
 }
 
 /// Two residual blocks, and what lies before and behind them.

@@ -14,6 +14,7 @@ use crate::ir::{Graph, Node};
 use crate::lockstep;
 use crate::model::Plan;
 use crate::ops;
+use crate::rounding;
 use crate::simulate::{self, Cutter, Version};
 use crate::tensor::Tensor;
 
@@ -40,6 +41,17 @@ pub(super) struct Program {
     pub(super) products: Vec<Option<Product>>,
 }
 
+/// What gets gradients besides weights and biases.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Also {
+    /// Scales of activations.
+    pub(super) steps: bool,
+    /// Scales and shifts of norms that compute in float.
+    pub(super) norms: bool,
+    /// What the block reads of other blocks.
+    pub(super) inputs: bool,
+}
+
 /// The scale of a bias: that of an activation times that of a weight.
 #[derive(Clone, Debug)]
 pub(super) struct Product {
@@ -58,22 +70,27 @@ struct Maker<'a> {
     touched: &'a BTreeSet<ValueId>,
     program: Program,
     slots: BTreeMap<Version, Slot>,
-    /// Sites of biases.
+    /// Sites of biases, and of what is learned like them.
     biases: BTreeSet<Site>,
     /// What nodes of the block compute, and the tape does not.
     inner: BTreeSet<ValueId>,
     produced: BTreeSet<ValueId>,
     /// Sites of activations whose scale is learned.
     free: BTreeSet<Site>,
+    /// Whether what is read of other blocks gets gradients.
+    through: bool,
 }
 
 impl Program {
     /// The program of `block`, or why gradients do not pass it. Weights that had codes in the `given` plan keep them.
-    pub(super) fn of(graph: &Graph, plan: &Plan, given: &Plan, block: &Block, steps: bool) -> Result<Self, String> {
+    pub(super) fn of(graph: &Graph, plan: &Plan, given: &Plan, block: &Block, also: Also) -> Result<Self, String> {
         let touched = lockstep::touched(graph, plan);
         let users = Users::of(graph);
         let layers = block.nodes.iter().filter(|id| blocks::is_layer(graph, plan, **id));
-        let biases = layers.filter_map(|id| ops::bias_site(graph, &users, *id)).collect();
+        let mut biases: BTreeSet<Site> = layers.filter_map(|id| ops::bias_site(graph, &users, *id)).collect();
+        if also.norms {
+            biases.extend(rounding::norm_sites(graph, plan, &block.nodes));
+        }
         let mut tape = Tape::default();
         let drop = tape.leaf(false);
         let program = Self {
@@ -89,12 +106,14 @@ impl Program {
             steps: Vec::new(),
             products: Vec::new(),
         };
-        let free = if steps { steps::free(graph, plan, &users, block) } else { BTreeSet::new() };
+        let free = if also.steps { steps::free(graph, plan, &users, block) } else { BTreeSet::new() };
         let outputs =
             block.nodes.iter().filter_map(|id| graph.node(*id)).flat_map(|node| node.outputs.iter().flatten());
         let produced = outputs.copied().collect();
         let (slots, inner) = (BTreeMap::new(), BTreeSet::new());
-        let mut maker = Maker { graph, plan, given, touched: &touched, program, slots, biases, inner, produced, free };
+        let through = also.inputs;
+        let mut maker =
+            Maker { graph, plan, given, touched: &touched, program, slots, biases, inner, produced, free, through };
         for &id in &block.nodes {
             if let Some(node) = graph.node(id) {
                 maker.node(id, node)?;
@@ -193,7 +212,8 @@ impl Maker<'_> {
         if let Some(&slot) = self.slots.get(&(value, None)) {
             return slot;
         }
-        let slot = self.program.tape.leaf(false);
+        let carried = self.touched.contains(&value) && !self.produced.contains(&value);
+        let slot = self.program.tape.leaf(self.through && carried);
         self.program.feeds.push((slot, value));
         if self.produced.contains(&value) {
             self.program.inner.push(value);

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::block::Program;
+use super::block::{Also, Program};
 use crate::encoding::Encoding;
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Graph;
@@ -20,6 +20,35 @@ pub struct Block {
     pub outputs: Vec<ValueId>,
     /// How many of the nodes are linear with an encoded weight.
     pub layers: usize,
+}
+
+impl Block {
+    /// The same, followed by everything that depends on it, to what the graph returns.
+    pub(super) fn with_rest(&self, graph: &Graph) -> Self {
+        let mut reached: BTreeSet<ValueId> = self.outputs.iter().copied().collect();
+        let mut nodes = self.nodes.clone();
+        let own: BTreeSet<NodeId> = nodes.iter().copied().collect();
+        for (id, node) in graph.nodes().filter(|(id, _)| !own.contains(id)) {
+            if walk::reads(node).any(|value| reached.contains(&value)) {
+                nodes.push(id);
+                reached.extend(node.outputs.iter().flatten());
+            }
+        }
+        let returned = graph.outputs().iter().copied().filter(|value| reached.contains(value));
+        let outputs: BTreeSet<ValueId> = self.outputs.iter().copied().chain(returned).collect();
+        Self { nodes, outputs: outputs.into_iter().collect(), layers: self.layers }
+    }
+
+    /// What `plan` says about what the block reads.
+    pub(super) fn own(&self, graph: &Graph, plan: &Plan) -> Plan {
+        let own: BTreeSet<NodeId> = self.nodes.iter().copied().collect();
+        let reads: BTreeSet<ValueId> =
+            self.nodes.iter().filter_map(|id| graph.node(*id)).flat_map(walk::reads).collect();
+        plan.only(|site| match site {
+            Site::Use { node, .. } => own.contains(node),
+            Site::Value(value) => reads.contains(value),
+        })
+    }
 }
 
 /// The blocks of `graph`, in order, of as many of the smallest ones as have at most `layers` encoded weights together.
@@ -83,7 +112,7 @@ pub fn all_weights(graph: &Graph) -> Plan {
 
 /// Why gradients do not pass `block`, where they do not.
 pub fn boundary(graph: &Graph, plan: &Plan, block: &Block) -> Option<String> {
-    Program::of(graph, plan, plan, block, false).err()
+    Program::of(graph, plan, plan, block, Also::default()).err()
 }
 
 /// Whether node `id` is linear with an encoded weight.

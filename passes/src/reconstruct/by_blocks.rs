@@ -1,63 +1,54 @@
 //! Learning block after block, each behind the blocks that have been learned.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::block::Program;
+use super::block::{Also, Program};
 use super::blocks::{self, Block};
 use super::fake_quant;
 use super::measure;
-use super::objective::{Objective, Outcome};
-use super::parameterization;
+use super::objective::Objective;
+use super::parameterization::Weight;
+use super::run::Outcome;
 use super::samples;
-use super::train::{self, Settings};
+use super::settings::{Part, Settings, Usual};
+use super::train;
 use crate::encoding::Encoding;
-use crate::id::{NodeId, Site};
+use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Graph;
 use crate::lockstep::{Lockstep, Span};
 use crate::model::{Edit, Model, Plan, bias, record};
 use crate::pass::{OptionError, Options, PassContext, PassError};
+
+/// What is usual where options say nothing.
+const USUAL: Usual = Usual { learn: "none", iterations: 200, batch: 8, norms: false, loss: "mse" };
 
 /// How blocks are learned. The pass that does it lists the options.
 #[derive(Debug)]
 pub(crate) struct Learner {
     settings: Settings,
     layers: usize,
+    /// So many neighboring blocks are learned together.
+    window: usize,
+    /// So many of them again in the next window.
+    overlap: usize,
 }
 
 impl Learner {
     /// What `options` say; `None` where nothing is to be learned.
     pub(crate) fn of(options: &Options) -> Result<Option<Self>, OptionError> {
-        let name = options.text("learn", "none");
-        if name == "none" {
-            return Ok(None);
+        let Some(settings) = Settings::of(options, &USUAL)? else { return Ok(None) };
+        let window = options.count("window", 1)?.max(1);
+        let overlap = options.count("overlap", 0)?;
+        if overlap >= window {
+            let problem = format!("a window of {window} blocks shares fewer than {window} with the next one");
+            return Err(OptionError { option: "overlap".into(), problem });
         }
-        let method = parameterization::find(name).ok_or_else(|| {
-            let names: Vec<&str> = super::PARAMETERIZATIONS.iter().map(|p| p.about().name).collect();
-            OptionError { option: "learn".into(), problem: format!("`{name}` is none of none, {}", names.join(", ")) }
-        })?;
-        let positive = |name: &str, default: f64, most: f64| -> Result<f64, OptionError> {
-            match options.number(name)?.unwrap_or(default) {
-                value if (0.0..=most).contains(&value) => Ok(value),
-                _ => Err(OptionError { option: name.into(), problem: format!("it must lie between 0 and {most}") }),
-            }
-        };
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked just above")]
-        let settings = Settings {
-            method,
-            iterations: positive("iterations", 200.0, 1e6)? as usize,
-            batch: options.count("batch", 8)?.max(1),
-            rate: positive("rate", 1.0, 1e3)? as f32,
-            drop: (positive("drop", 0.0, 1.0)? * 1000.0) as i64,
-            biases: options.count("biases", 1)? > 0,
-            scales: options.count("scales", 1)? > 0,
-            steps: options.count("steps", 0)? > 0,
-            loss: loss(options)?,
-        };
-        Ok(Some(Self { settings, layers: options.count("layers", 4)? }))
+        Ok(Some(Self { settings, layers: options.count("layers", 4)?, window, overlap }))
     }
 
-    /// The blocks to learn, with the stages of their weights.
+    /// The blocks to learn, windows of several already put together, with the stages of their weights.
     pub(crate) fn blocks(&self, graph: &Graph, plan: &Plan, stage_of: &BTreeMap<NodeId, usize>) -> Vec<(Block, Span)> {
         let mut all: Vec<(Block, Span)> = Vec::new();
         for block in blocks::blocks(graph, plan, self.layers) {
@@ -66,11 +57,42 @@ impl Learner {
                 stages.fold((usize::MAX, 0), |(first, last), stage| (first.min(stage), last.max(stage)));
             // A block that does not lie behind the one before it as a whole would be learned behind weights that still change.
             if first <= last && all.last().is_none_or(|(_, before)| before.last < first) {
-                let reads = samples::before(graph, &block.nodes);
+                let reads = samples::before(graph, &self.learned_with(graph, &block).nodes);
                 all.push((block, Span { first, last, reads }));
             }
         }
-        all
+        self.windows(graph, &all)
+    }
+
+    /// Every window of neighbors, one behind the other, the last one as long as all others.
+    fn windows(&self, graph: &Graph, blocks: &[(Block, Span)]) -> Vec<(Block, Span)> {
+        if self.window == 1 || blocks.is_empty() {
+            return blocks.to_vec();
+        }
+        let length = self.window.min(blocks.len());
+        let last = blocks.len() - length;
+        let starts = (0..last).step_by(self.window - self.overlap).chain([last]);
+        let together = |start: usize| {
+            let parts = &blocks[start..start + length];
+            let nodes: Vec<NodeId> = parts.iter().flat_map(|(block, _)| block.nodes.iter().copied()).collect();
+            // What the graph returns from the middle counts as well.
+            let returned = parts.iter().flat_map(|(block, _)| &block.outputs).filter(|v| graph.outputs().contains(v));
+            let ends = parts.last().into_iter().flat_map(|(block, _)| &block.outputs);
+            let outputs: BTreeSet<ValueId> = returned.chain(ends).copied().collect();
+            let layers = parts.iter().map(|(block, _)| block.layers).sum();
+            let block = Block { nodes, outputs: outputs.into_iter().collect(), layers };
+            let reads = samples::before(graph, &self.learned_with(graph, &block).nodes);
+            (block, Span { first: parts[0].1.first, last: parts[length - 1].1.last, reads })
+        };
+        starts.map(together).collect()
+    }
+
+    /// What runs when `block` is learned: itself, or all that follows as well.
+    fn learned_with<'b>(&self, graph: &Graph, block: &'b Block) -> Cow<'b, Block> {
+        match self.settings.loss {
+            measure::Wish::Prediction => Cow::Owned(block.with_rest(graph)),
+            _ => Cow::Borrowed(block),
+        }
     }
 
     /// The steps that learning so many blocks takes.
@@ -113,32 +135,37 @@ impl Learner {
         block: &Block,
         number: usize,
     ) -> Result<Result<Vec<Edit>, String>, PassError> {
-        // Scales in a format of their own, and powers of two, stay what they are.
         let free = cx.scheme.block_format().is_none() && !cx.scheme.power_of_two;
-        let steps = self.settings.steps && free;
-        let program = match Program::of(model.graph(), model.plan(), given, block, steps) {
+        let settings = self.settings.with_scales(free);
+        let with_rest = self.settings.loss == measure::Wish::Prediction;
+        let norms = settings.learns(Part::Norms) && !with_rest;
+        let also = Also { steps: settings.learns(Part::Steps), norms, inputs: false };
+        let whole = self.learned_with(model.graph(), block);
+        // What follows runs in float.
+        let plan =
+            if with_rest { Cow::Owned(block.own(model.graph(), model.plan())) } else { Cow::Borrowed(model.plan()) };
+        let program = match Program::of(model.graph(), &plan, given, &whole, also) {
             Ok(program) => program,
             Err(reason) => return Ok(Err(reason)),
         };
-        let before = samples::before(model.graph(), &block.nodes);
+        let before = samples::before(model.graph(), &whole.nodes);
         let Some(samples) = samples::gather(walk, model.graph(), cx, &program, &before)? else {
             return Ok(Err("a tensor that it reads is computed behind its weights".into()));
         };
-        let settings = Settings { scales: self.settings.scales && free, ..self.settings.clone() };
         let learn = || {
             Objective::agrees(&program, &samples.float)?;
             let objective = {
-                let returned = |value| model.graph().outputs().contains(&value);
-                Objective::new(&program, &samples.all, model.plan(), settings.loss, returned)?
+                let logits = |value| settings.loss.is_of_logits(model.graph(), value);
+                Objective::new(&program, &samples.all, model.plan(), settings.loss, logits)?
             };
-            let start = objective.start();
+            let start = program.start(&objective.weights);
             let first = objective.loss(&start)?;
             let tick = || {
                 cx.progress.step();
                 !cx.progress.cancelled()
             };
             let mut learned = train::learn(&objective, &settings, &start, number as u64, tick)?;
-            let made = edits(model, block, &program, &objective, &learned);
+            let made = edits(model, block, &program, &objective.weights, &learned);
             // Judged as it will be written: biases in codes of the new scales.
             if let Some(made) = &made {
                 learned.biases = written(&program, model.plan(), made, learned.biases);
@@ -167,7 +194,7 @@ impl Learner {
 }
 
 /// The `biases` that come out of `edits`.
-fn written(program: &Program, plan: &Plan, edits: &[Edit], biases: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
+pub(super) fn written(program: &Program, plan: &Plan, edits: &[Edit], biases: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
     let encoding = |site: Site| {
         let anew = edits.iter().rev().find_map(|edit| match edit {
             Edit::Encode { site: other, encoding } if *other == site => Some(encoding),
@@ -185,22 +212,12 @@ fn written(program: &Program, plan: &Plan, edits: &[Edit], biases: Vec<Vec<f32>>
     program.biases.iter().zip(biases).map(one).collect()
 }
 
-/// The loss that the option names.
-fn loss(options: &Options) -> Result<measure::Wish, OptionError> {
-    let name = options.text("loss", "mse");
-    let found = measure::LOSSES.iter().find(|(_, about)| about.name == name).map(|(wish, _)| *wish);
-    found.ok_or_else(|| {
-        let names: Vec<&str> = measure::LOSSES.iter().map(|(_, about)| about.name).collect();
-        OptionError { option: "loss".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
-    })
-}
-
 /// The edits that write `learned` into the plan; `None` where a bias would not fit its codes any more.
-fn edits(
+pub(super) fn edits(
     model: &Model,
     block: &Block,
     program: &Program,
-    objective: &Objective<'_>,
+    weights: &[Weight],
     learned: &Outcome,
 ) -> Option<Vec<Edit>> {
     let plan = model.plan();
@@ -209,7 +226,7 @@ fn edits(
         encodings.insert(*site, fake_quant::rescaled(plan.encoding(*site)?, *step));
     }
     let mut rounded = Vec::new();
-    let weights = program.weights.iter().zip(&objective.weights).zip(learned.units.iter().zip(&learned.scales));
+    let weights = program.weights.iter().zip(weights).zip(learned.units.iter().zip(&learned.scales));
     for (((_, site, tensor), weight), (units, scales)) in weights {
         let encoding = Encoding { scale: scales.as_slice().into(), ..weight.encoding.clone() };
         let codes = Arc::new(encoding.pack_points(units, tensor.shape()));

@@ -2,13 +2,20 @@
 
 use super::samples::Sample;
 use crate::about::About;
-use crate::grad::{Array, GradError};
+use crate::grad::{Array, GradError, Real as _};
+use crate::id::ValueId;
+use crate::ir::Graph;
+use crate::simd::vectorized;
 
 /// What the user can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wish {
+    /// What distributions lose, for outputs of the graph that a linear operator computes; squares elsewhere.
+    Fitting,
     /// Squares; of words one by one.
     Square,
+    /// Squares of the block's own outputs, and what the graph's outputs lose when the rest of the model follows in float.
+    Prediction,
     /// What distributions lose, for outputs of the graph that are logits; squares elsewhere.
     Divergence,
 }
@@ -16,11 +23,28 @@ pub(super) enum Wish {
 /// The losses that `loss` names.
 pub(super) static LOSSES: &[(Wish, About)] = &[
     (
+        Wish::Fitting,
+        About {
+            name: "fitting",
+            doc: "kl for outputs of the graph that a linear operator computes, which are logits most of the time; mse for all others.",
+            source: "ours",
+        },
+    ),
+    (
         Wish::Square,
         About {
             name: "mse",
             doc: "Squared error over signal; for words (outputs of three dimensions) over the signal of each word.",
             source: "Li et al. 2021 (BRECQ), arXiv:2102.05426, section 3; words by themselves ours, as norms read them",
+        },
+    ),
+    (
+        Wish::Prediction,
+        About {
+            name: "pd",
+            doc: "Prediction difference: mse of the block, and what the outputs of the graph lose (as by fitting) when the rest of the model \
+                  follows in float; as much of one as of the other. Every step runs the rest of the model too.",
+            source: "Liu et al. 2023 (PD-Quant), arXiv:2212.07048, section 3.2; equal parts ours",
         },
     ),
     (
@@ -47,17 +71,43 @@ pub(super) enum Measure {
 /// A row is worth no more than one of this share of the usual mean square.
 const FLOOR: f64 = 1e-4;
 
+impl Wish {
+    /// Whether `value` of `graph` is compared as logits, where its shape allows.
+    pub(super) fn is_of_logits(self, graph: &Graph, value: ValueId) -> bool {
+        let linear = || {
+            let (_, mut node) = graph.producer(value)?;
+            if node.op.is("Add") {
+                let computed = node.inputs.iter().flatten().find(|value| graph.constant(**value).is_none())?;
+                node = graph.producer(*computed)?.1;
+            }
+            Some(["MatMul", "Gemm", "Conv"].iter().any(|op| node.op.is(op)))
+        };
+        let returned = graph.outputs().contains(&value);
+        match self {
+            Self::Square => false,
+            Self::Divergence => returned,
+            Self::Fitting | Self::Prediction => returned && linear() == Some(true),
+        }
+    }
+}
+
 impl Measure {
-    /// The measure of an `output`, which is one of the graph's own or not.
-    pub(super) fn of(wish: Wish, samples: &[Sample], output: usize, of_graph: bool) -> Self {
+    /// The measure of an `output`, which may be compared as logits or not.
+    pub(super) fn of(wish: Wish, samples: &[Sample], output: usize, logits: bool) -> Self {
         let rank = samples.first().map_or(0, |sample| sample.targets[output].ndim());
         let power = power(samples, output);
         match wish {
             // Of more dimensions it is not known which one classes lie along.
-            Wish::Divergence if of_graph && matches!(rank, 2 | 3) => Self::Divergence,
+            Wish::Divergence | Wish::Fitting | Wish::Prediction if logits && matches!(rank, 2 | 3) => Self::Divergence,
             _ if rank == 3 => Self::Rows(power * FLOOR),
             _ => Self::Square(power),
         }
+    }
+
+    /// How many errors an output of `shape` has.
+    pub(super) fn count(self, shape: &[usize]) -> usize {
+        let all: usize = shape.iter().product();
+        if matches!(self, Self::Divergence) { all / shape.last().copied().unwrap_or(1).max(1) } else { all }
     }
 
     /// Error over signal, as a sum and a count, of `got` for `sample`.
@@ -75,7 +125,7 @@ impl Measure {
         Ok(sum)
     }
 
-    /// The gradient of the sum of errors by `got`, up to a factor that all outputs share.
+    /// Half the gradient of the sum of errors by `got`.
     pub(super) fn gradient(
         self,
         sample: &Sample,
@@ -98,8 +148,11 @@ impl Measure {
             Self::Square(power) => plain(power),
             Self::Rows(floor) => plain(mean_square(target).max(floor)),
             Self::Divergence => {
-                let (p, q) = (softmax(target), softmax(got));
-                grad.iter_mut().zip(q.iter().zip(&p)).for_each(|(g, (q, p))| *g = (q - p) as f32);
+                let (p, q) = (Softmax::of(target), Softmax::of(got));
+                let (of_p, of_q) = ((0.5 / p.sum) as f32, (0.5 / q.sum) as f32);
+                vectorized(|| {
+                    grad.iter_mut().zip(q.exp.iter().zip(&p.exp)).for_each(|(g, (q, p))| *g = q * of_q - p * of_p);
+                });
             }
         }
     }
@@ -110,8 +163,11 @@ impl Measure {
             Self::Square(power) => square() / power,
             Self::Rows(floor) => square() / mean_square(target).max(floor),
             Self::Divergence => {
-                let (p, q) = (softmax(target), softmax(got));
-                p.iter().zip(&q).filter(|(p, _)| **p > 0.0).map(|(p, q)| p * (p.ln() - q.max(1e-300).ln())).sum()
+                // Σ p (ln p − ln q), with both logarithms as the logits have them.
+                let (p, q) = (Softmax::of(target), Softmax::of(got));
+                let apart = |((t, z), e): ((&f32, &f32), &f32)| f64::from(*e) * f64::from((t - p.top) - (z - q.top));
+                let terms = target.iter().zip(got).zip(&p.exp).filter(|(_, e)| **e > 0.0).map(apart);
+                (terms.sum::<f64>() / p.sum - p.sum.ln() + q.sum.ln()).max(0.0)
             }
         }
     }
@@ -153,12 +209,22 @@ fn mean_square(row: &[f32]) -> f64 {
     row.iter().map(|z| f64::from(*z) * f64::from(*z)).sum::<f64>() / row.len().max(1) as f64
 }
 
-fn softmax(row: &[f32]) -> Vec<f64> {
-    let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut exp: Vec<f64> = row.iter().map(|z| f64::from(z - top).exp()).collect();
-    let sum: f64 = exp.iter().sum();
-    exp.iter_mut().for_each(|e| *e /= sum);
-    exp
+/// A row of logits: its largest one, and e to what each is less.
+struct Softmax {
+    top: f32,
+    exp: Vec<f32>,
+    sum: f64,
+}
+
+impl Softmax {
+    fn of(row: &[f32]) -> Self {
+        let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut exp: Vec<f32> = row.iter().map(|z| z - top).collect();
+        f32::exp_all(&mut exp);
+        // In parts, so that long rows lose nothing.
+        let sum = exp.chunks(256).map(|part| f64::from(part.iter().sum::<f32>())).sum();
+        Self { top, exp, sum }
+    }
 }
 
 /// Σ z² of an output over all samples, per element that counts.
@@ -178,13 +244,13 @@ fn power(samples: &[Sample], output: usize) -> f64 {
 mod tests {
     use super::*;
 
-    /// Central differences of the summed error, which for squares is twice what is called the gradient.
+    /// Central differences of the summed error.
     #[test]
     fn gradients_are_those_of_the_errors() {
         let target = Array::from_shape_vec(vec![1, 2, 3], vec![0.3, -1.2, 0.7, 2.0, 0.1, -0.4]).unwrap();
         let sample = Sample { feeds: Vec::new(), targets: vec![target], words: vec![None] };
         let got = vec![0.1_f32, -1.0, 0.9, 1.5, 0.4, -0.1];
-        for (measure, factor) in [(Measure::Square(1.7), 2.0), (Measure::Rows(1e-9), 2.0), (Measure::Divergence, 1.0)] {
+        for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Divergence] {
             let shaped = |values: Vec<f32>| Array::from_shape_vec(vec![1, 2, 3], values).unwrap();
             let gradient = measure.gradient(&sample, 0, Some(&shaped(got.clone()))).unwrap();
             for (i, g) in gradient.iter().enumerate() {
@@ -193,7 +259,7 @@ mod tests {
                     moved[i] += by;
                     measure.error(&sample, 0, Some(&shaped(moved))).unwrap().0
                 };
-                let want = (error(0.01) - error(-0.01)) / 0.02 / factor;
+                let want = (error(0.01) - error(-0.01)) / 0.04;
                 assert!((f64::from(*g) - want).abs() < 1e-3, "{measure:?} {i}: {g} {want}");
             }
         }

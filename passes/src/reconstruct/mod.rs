@@ -4,20 +4,27 @@
 //! weights; `samples` holds what it reads and should give, `objective` measures how far it is from that, `train` is the loop; a
 //! [`Parameterization`] says what is learned about a weight and how codes come out of it. `by_blocks` does this block after block,
 //! for passes that round in order.
+//! `chain` puts all blocks of a graph one behind the other, and `distill` learns from what the whole model returns.
 
 mod adam;
 mod block;
 mod blocks;
 mod by_blocks;
+mod chain;
+mod distill;
 mod fake_quant;
 mod measure;
 mod objective;
 mod parameterization;
+mod run;
 mod samples;
+mod settings;
 mod steps;
+mod teacher;
 mod train;
 
 pub use blocks::{Block, all_weights, blocks, boundary};
 pub use parameterization::{PARAMETERIZATIONS, Parameterization};
 
 pub(crate) use by_blocks::Learner;
+pub(crate) use distill::ENTRY as DISTILL;

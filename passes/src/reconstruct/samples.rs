@@ -11,7 +11,7 @@ use crate::lockstep::{Lockstep, Pair};
 use crate::pass::{PassContext, PassError};
 
 /// One sample of a block.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Sample {
     /// One per feed of the program.
     pub(super) feeds: Vec<Value<f32>>,

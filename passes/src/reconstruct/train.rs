@@ -3,30 +3,13 @@
 use rayon::prelude::*;
 
 use super::adam::Adam;
-use super::objective::{Objective, Outcome};
-use super::parameterization::{Learned, Parameterization};
+use super::objective::Objective;
+use super::parameterization::{Learned, Weight};
+use super::run::{Gradients, Outcome};
+use super::settings::{Part, Settings};
 use crate::grad::GradError;
+use crate::parallel;
 use crate::seed;
-
-/// What the user can set.
-#[derive(Clone, Debug)]
-pub(super) struct Settings {
-    pub(super) method: &'static dyn Parameterization,
-    pub(super) iterations: usize,
-    pub(super) batch: usize,
-    /// Times the usual rate.
-    pub(super) rate: f32,
-    /// The share of activations that stay in float while learning, in thousandths.
-    pub(super) drop: i64,
-    /// Whether biases are learned too.
-    pub(super) biases: bool,
-    /// Whether scales of weights are learned too.
-    pub(super) scales: bool,
-    /// Whether scales of activations are learned too.
-    pub(super) steps: bool,
-    /// How errors are measured.
-    pub(super) loss: super::measure::Wish,
-}
 
 /// The rate of biases, in units of their root mean square.
 const BIAS_RATE: f32 = 1e-3;
@@ -37,8 +20,6 @@ const STEP_RATE: f32 = 1e-3;
 
 /// Rates are meant for so many steps; they rise where there are fewer.
 const USUAL_STEPS: f32 = 1000.0;
-/// So often what has been learned is judged on the way.
-const CHECKS: usize = 10;
 
 /// Numbers that are learned beside the points.
 struct Beside {
@@ -63,6 +44,87 @@ fn root_mean_square(values: &[f32]) -> f32 {
     (values.iter().map(|v| v * v).sum::<f32>() / values.len().max(1) as f32).sqrt()
 }
 
+/// What is learned of a block, on its way.
+pub(super) struct Course<'a> {
+    settings: &'a Settings,
+    /// Times what rates usually are, so that fewer steps get as far.
+    rate: f32,
+    /// `None` where codes stay as they are.
+    learned: Vec<Option<Box<dyn Learned>>>,
+    /// Where it is now; the units are those of the last [`Self::soften`].
+    pub(super) at: Outcome,
+    biases: Beside,
+    scales: Beside,
+    steps: Adam,
+}
+
+impl<'a> Course<'a> {
+    /// Begins at `start`; what is drawn is drawn from `seed`.
+    pub(super) fn new(settings: &'a Settings, weights: &[Weight], start: Outcome, seed: u64) -> Self {
+        let numbers: Vec<usize> = (0..weights.len()).collect();
+        let learned =
+            |&i: &usize| settings.learns(Part::Codes).then(|| settings.method.start(&weights[i], seed ^ i as u64));
+        let learned = parallel::map(&numbers, learned);
+        Self {
+            settings,
+            rate: settings.rate * (USUAL_STEPS / settings.iterations.max(1) as f32).clamp(1.0, 10.0),
+            learned,
+            biases: Beside::new(&start.biases, |bias| BIAS_RATE * root_mean_square(bias).max(1e-6)),
+            scales: Beside::new(&start.scales, |_| SCALE_RATE),
+            steps: Adam::new(start.steps.len()),
+            at: start,
+        }
+    }
+
+    /// The weights as they are at `progress` of the way.
+    pub(super) fn soften(&mut self, weights: &[Weight], progress: f32) {
+        self.at.units.resize_with(weights.len(), Vec::new);
+        let each = self.at.units.par_iter_mut().zip(&mut self.learned).zip(weights);
+        each.for_each(|((units, learned), weight)| {
+            *units = learned.as_mut().map_or_else(|| weight.points.clone(), |learned| learned.soft(progress, weight));
+        });
+    }
+
+    /// Moves everything against `grads`, which are by what [`Self::soften`] gave at `progress`.
+    pub(super) fn step(&mut self, weights: &[Weight], grads: &Gradients, progress: f32) {
+        let (settings, rate) = (self.settings, self.rate);
+        let decay = rate * 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
+        let parts =
+            (&grads.weights, weights, &self.at.units, &mut self.at.scales, &mut self.learned, &mut self.scales.adam);
+        parts.into_par_iter().filter(|(grad, ..)| !grad.is_empty()).for_each(
+            |(grad, weight, units, scale, learned, adam)| {
+                let by_unit: Vec<f32> =
+                    grad.iter().zip(&weight.groups).map(|(g, group)| g * scale[*group as usize]).collect();
+                if settings.learns(Part::Scales) {
+                    step_scales(scale, &by_unit, units, &weight.groups, |moved, by| {
+                        adam.step(moved, by, SCALE_RATE * decay);
+                    });
+                }
+                if let Some(learned) = learned {
+                    learned.step(&by_unit, progress, rate, weight);
+                }
+            },
+        );
+        self.steps.step(&mut self.at.steps, &grads.steps, STEP_RATE * decay);
+        for (i, grad) in
+            grads.biases.iter().enumerate().filter(|(_, grad)| settings.learns(Part::Biases) && !grad.is_empty())
+        {
+            self.biases.step(i, &mut self.at.biases[i], grad, decay);
+        }
+    }
+
+    /// What it has come to, on the grid.
+    pub(super) fn hardened(&self, weights: &[Weight]) -> Outcome {
+        let numbers: Vec<usize> = (0..weights.len()).collect();
+        let hard = |&i: &usize| {
+            let learned = self.learned[i].as_ref();
+            learned.map_or_else(|| weights[i].points.clone(), |learned| learned.hard(&weights[i]))
+        };
+        let units = parallel::map(&numbers, hard);
+        Outcome { units, scales: self.at.scales.clone(), biases: self.at.biases.clone(), steps: self.at.steps.clone() }
+    }
+}
+
 /// Learns for as long as `settings` say, or until `tick` says no; returns what was best on the samples that were held out.
 pub(super) fn learn(
     objective: &Objective<'_>,
@@ -71,55 +133,26 @@ pub(super) fn learn(
     seed: u64,
     mut tick: impl FnMut() -> bool,
 ) -> Result<Outcome, GradError> {
-    let mut learned: Vec<Box<dyn Learned>> =
-        objective.weights.iter().enumerate().map(|(i, w)| settings.method.start(w, seed ^ i as u64)).collect();
-    let mut at = start.clone();
-    let mut biases = Beside::new(&at.biases, |bias| BIAS_RATE * root_mean_square(bias).max(1e-6));
-    let mut scales = Beside::new(&at.scales, |_| SCALE_RATE);
-    let mut steps = Adam::new(at.steps.len());
-    // So that as few steps get as far.
-    let rate = settings.rate * (USUAL_STEPS / settings.iterations.max(1) as f32).clamp(1.0, 10.0);
+    let mut course = Course::new(settings, &objective.weights, start.clone(), seed);
     let mut order = Order::new(&objective.fitted, seed);
-    let hardened = |at: &Outcome, learned: &[Box<dyn Learned>]| Outcome {
-        units: learned.iter().zip(&objective.weights).map(|(learned, weight)| learned.hard(weight)).collect(),
-        ..at.clone()
-    };
     let mut best = (objective.held_out_loss(start)?, start.clone());
     for iteration in 0..settings.iterations {
         if !tick() {
             break;
         }
-        if iteration % (settings.iterations / CHECKS).max(1) == 0 && iteration > 0 {
-            best = better(objective, best, hardened(&at, &learned))?;
+        if settings.is_check(iteration) {
+            best = better(objective, best, course.hardened(&objective.weights))?;
         }
         let progress = iteration as f32 / settings.iterations as f32;
-        let each = at.units.par_iter_mut().zip(&mut learned).zip(&objective.weights);
-        each.for_each(|((units, learned), weight)| *units = learned.soft(progress, weight));
+        course.soften(&objective.weights, progress);
         let batch = order.next(settings.batch);
-        let grads = objective.gradients(&at, &batch, settings.drop, seed ^ iteration as u64)?;
-        if grads.weights.iter().chain(&grads.biases).chain([&grads.steps]).flatten().any(|g| !g.is_finite()) {
+        let grads = objective.gradients(&course.at, &batch, settings.drop, seed ^ iteration as u64)?;
+        if !grads.are_finite() {
             break; // what has been learned so far is judged as it is
         }
-        let decay = rate * 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
-        let parts = (&grads.weights, &objective.weights, &at.units, &mut at.scales, &mut learned, &mut scales.adam);
-        parts.into_par_iter().filter(|(grad, ..)| !grad.is_empty()).for_each(
-            |(grad, weight, units, scale, learned, adam)| {
-                let by_unit: Vec<f32> =
-                    grad.iter().zip(&weight.groups).map(|(g, group)| g * scale[*group as usize]).collect();
-                if settings.scales {
-                    step_scales(scale, &by_unit, units, &weight.groups, |moved, by| {
-                        adam.step(moved, by, SCALE_RATE * decay);
-                    });
-                }
-                learned.step(&by_unit, progress, rate, weight);
-            },
-        );
-        steps.step(&mut at.steps, &grads.steps, STEP_RATE * decay);
-        for (i, grad) in grads.biases.iter().enumerate().filter(|(_, grad)| settings.biases && !grad.is_empty()) {
-            biases.step(i, &mut at.biases[i], grad, decay);
-        }
+        course.step(&objective.weights, &grads, progress);
     }
-    Ok(better(objective, best, hardened(&at, &learned))?.1)
+    Ok(better(objective, best, course.hardened(&objective.weights))?.1)
 }
 
 /// Moves `scales`, by the gradient of what they are multiplied with, as `step` does with their logarithms.
@@ -147,18 +180,18 @@ fn better(objective: &Objective<'_>, best: (f64, Outcome), new: Outcome) -> Resu
 }
 
 /// Samples in an order drawn anew for every round.
-struct Order {
+pub(super) struct Order {
     all: Vec<usize>,
     left: Vec<usize>,
     seed: u64,
 }
 
 impl Order {
-    fn new(all: &[usize], seed: u64) -> Self {
+    pub(super) fn new(all: &[usize], seed: u64) -> Self {
         Self { all: all.to_vec(), left: Vec::new(), seed }
     }
 
-    fn next(&mut self, count: usize) -> Vec<usize> {
+    pub(super) fn next(&mut self, count: usize) -> Vec<usize> {
         let mut batch = Vec::new();
         while batch.len() < count.min(self.all.len()) {
             if self.left.is_empty() {

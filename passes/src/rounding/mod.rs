@@ -20,14 +20,22 @@ mod work;
 
 use std::fmt::Debug;
 
+pub(crate) use norms::sites as norm_sites;
+
 use crate::about::About;
 use crate::grid::Grid;
 use crate::pass::PassEntry;
 use tile::{Quadratic, Tile};
 
 /// Order is the order of the manual, not of the pipeline.
-pub static PASSES: &[PassEntry] =
-    &[round::ENTRY, round_in_order::ENTRY, descend::ENTRY, refit_scales::ENTRY, crate::half::ENTRY];
+pub static PASSES: &[PassEntry] = &[
+    round::ENTRY,
+    round_in_order::ENTRY,
+    descend::ENTRY,
+    refit_scales::ENTRY,
+    crate::reconstruct::DISTILL,
+    crate::half::ENTRY,
+];
 
 /// Every method of `round`, in the order of the manual.
 pub static ROUNDINGS: &[&dyn Method] =

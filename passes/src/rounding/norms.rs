@@ -50,6 +50,14 @@ pub(super) fn find(graph: &Graph, plan: &Plan) -> Vec<Norm> {
     graph.nodes().filter_map(|(id, node)| norm(graph, &cutter, id, node)).collect()
 }
 
+/// Where `nodes` of `graph` read scales and shifts of norms that compute in float under `plan`.
+pub(crate) fn sites(graph: &Graph, plan: &Plan, nodes: &[NodeId]) -> Vec<Site> {
+    let cutter = Cutter { graph, plan };
+    let norms = nodes.iter().filter_map(|&id| norm(graph, &cutter, id, graph.node(id)?));
+    let of = |norm: Norm| [Some(norm.scale), norm.shift].into_iter().flatten().map(move |input| (norm.node, input));
+    norms.flat_map(of).map(|(node, input)| Site::Use { node, input }).collect()
+}
+
 fn norm(graph: &Graph, cutter: &Cutter<'_>, id: NodeId, node: &Node) -> Option<Norm> {
     let rank = graph.value(node.output(0)?).ty.rank().filter(|&rank| rank >= 2)?;
     let row = |input: usize| {

@@ -1,13 +1,16 @@
 //! What is learned about a weight.
 
 mod brecq;
+mod discquant;
 mod divisors;
 mod flexround;
+mod latent;
 mod lora;
 mod low_rank;
 mod lrq;
 mod signround;
 mod soft;
+mod talr;
 
 use std::fmt::Debug;
 
@@ -16,8 +19,16 @@ use crate::encoding::Encoding;
 use crate::tensor::Tensor;
 
 /// Every parameterization, in the order of the manual.
-pub static PARAMETERIZATIONS: &[&dyn Parameterization] =
-    &[&brecq::Brecq, &lora::LoraRounding, &flexround::FlexRound, &lrq::Lrq, &signround::SignRound];
+pub static PARAMETERIZATIONS: &[&dyn Parameterization] = &[
+    &brecq::Brecq,
+    &lora::LoraRounding,
+    &flexround::FlexRound,
+    &lrq::Lrq,
+    &signround::SignRound,
+    &latent::Latent,
+    &talr::Talr,
+    &discquant::DiscQuant,
+];
 
 /// A way to learn the points of a weight.
 #[allow(private_interfaces, reason = "parameterizations are listed outside, and implemented here only")]
@@ -26,6 +37,10 @@ pub trait Parameterization: Debug + Send + Sync {
     fn about(&self) -> &'static About;
     /// The parameters of one weight, at their start; what is drawn is drawn from `seed`.
     fn start(&self, weight: &Weight, seed: u64) -> Box<dyn Learned>;
+    /// Whether it asks for scales that stay as they are.
+    fn keeps_scales(&self) -> bool {
+        false
+    }
 }
 
 /// The parameterization called `name`.

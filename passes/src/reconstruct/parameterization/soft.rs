@@ -41,14 +41,35 @@ fn sigmoids(v: &[f32]) -> Vec<f32> {
 }
 
 impl Between {
+    /// From the points that were chosen to their neighbors.
+    pub(super) fn ends_of(weight: &Weight) -> Self {
+        let from = weight.points.clone();
+        let gap = (0..from.len()).map(|i| weight.neighbor(i) - from[i]).collect();
+        Self { from, gap }
+    }
+
+    /// The share of the way, 0 to 1, at which the float weights lie.
+    pub(super) fn shares(&self, weight: &Weight) -> Vec<f32> {
+        let share = |((float, from), gap): ((&f32, &f32), &f32)| ((float - from) / gap).clamp(0.0, 1.0);
+        weight.float.iter().zip(&self.from).zip(&self.gap).map(share).collect()
+    }
+
+    /// from + share · gap.
+    pub(super) fn at(&self, shares: &[f32]) -> Vec<f32> {
+        shares.iter().zip(&self.from).zip(&self.gap).map(|((share, from), gap)| from + share * gap).collect()
+    }
+
+    /// Gradients by the shares, of those by units.
+    pub(super) fn by_shares(&self, by_units: &[f32]) -> Vec<f32> {
+        by_units.iter().zip(&self.gap).map(|(g, gap)| g * gap).collect()
+    }
+
     /// From the points that were chosen to their neighbors, with the v at which [`START`] of the way from the point to the float
     /// weight is made.
     pub(super) fn of(weight: &Weight) -> (Self, Vec<f32>) {
-        let from = weight.points.clone();
-        let gap: Vec<f32> = (0..from.len()).map(|i| weight.neighbor(i) - from[i]).collect();
-        let at = |((float, from), gap): ((&f32, &f32), &f32)| inverse(START * ((float - from) / gap).clamp(0.0, 1.0));
-        let v = weight.float.iter().zip(&from).zip(&gap).map(at).collect();
-        (Self { from, gap }, v)
+        let between = Self::ends_of(weight);
+        let v = between.shares(weight).into_iter().map(|share| inverse(START * share)).collect();
+        (between, v)
     }
 
     /// from + h(v) · gap.
@@ -62,7 +83,7 @@ impl Between {
 
     /// The gradient by v of the loss and of the regularizer Σ 1 − |2h − 1|^β.
     pub(super) fn gradient(&self, v: &[f32], by_units: &[f32], progress: f32) -> Vec<f32> {
-        let mut grad: Vec<f32> = by_units.iter().zip(&self.gap).map(|(g, gap)| g * gap).collect();
+        let mut grad = self.by_shares(by_units);
         let mean = grad.iter().map(|g| g.abs()).sum::<f32>() / grad.len().max(1) as f32;
         let push = LAMBDA.0 * (LAMBDA.1 / LAMBDA.0).powf(progress) * mean;
         let beta = BETA.1 + (BETA.0 - BETA.1) * (1.0 - progress);

@@ -1,0 +1,371 @@
+//! All blocks of a graph, one behind the other: the whole model forward and backward.
+//!
+//! Only what lies between two blocks is kept while a batch goes forward; on the way back every block is run once more, so that memory holds
+//! the tape of one block at a time, whatever the depth of the model. What the float model returns is computed anew from what its last
+//! block reads where it is too large to be kept for all samples.
+//!
+//! Source: Chen et al. 2016, arXiv:1604.06174, section 4, with segments that are the blocks.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rayon::prelude::*;
+
+use super::block::{Also, Program};
+use super::blocks::{self, Block};
+use super::measure::{Measure, Wish};
+use super::run::{Gradients, Leaves, add};
+use super::samples::Sample;
+use super::teacher::Teacher;
+use crate::exec::Dataset;
+use crate::grad::{self, Array, GradError, Slot, Value, Values};
+use crate::id::ValueId;
+use crate::ir::Graph;
+use crate::lockstep;
+use crate::model::Plan;
+use crate::padding::Mask;
+use crate::parallel;
+use crate::pass::{PassContext, PassError};
+use crate::seed;
+use crate::simulate::Simulation;
+use crate::tensor::Tensor;
+
+/// Of so many samples one is held out, to judge by.
+const HELD_OUT: usize = 8;
+/// Samples of a batch are added up in so many sums, whatever the number of threads.
+const LANES: usize = 4;
+/// The error over signal from which on the tapes do not compute what the model does.
+const DISAGREEMENT: f64 = 1e-2;
+
+/// One block of the chain.
+pub(super) struct Link {
+    pub(super) block: Block,
+    pub(super) program: Program,
+    /// What it reads of blocks before it.
+    carried: Vec<(Slot, ValueId)>,
+}
+
+/// What one sample brings besides what blocks hand on.
+struct Given {
+    values: BTreeMap<ValueId, Value<f32>>,
+    /// What the teacher reads.
+    reads: Vec<Tensor>,
+    /// What it says, where that is kept.
+    targets: Option<Sample>,
+    mask: Option<Mask>,
+}
+
+/// What blocks hand on for one sample, and the gradients that come back.
+#[derive(Default)]
+struct Carried {
+    values: BTreeMap<ValueId, Array<f32>>,
+    grads: BTreeMap<ValueId, Array<f32>>,
+}
+
+/// A model as a chain of blocks, with its samples.
+pub(super) struct Chain {
+    pub(super) links: Vec<Link>,
+    teacher: Teacher,
+    given: Vec<Given>,
+    /// How errors of what the graph returns are measured.
+    measures: BTreeMap<ValueId, Measure>,
+    /// The samples to learn from.
+    pub(super) fitted: Vec<usize>,
+    held_out: Vec<usize>,
+}
+
+impl Chain {
+    /// The chain of `graph` under `plan`, or why gradients do not pass it.
+    pub(super) fn of(
+        graph: &Graph,
+        plan: &Plan,
+        cx: &PassContext<'_>,
+        layers: usize,
+        also: Also,
+        wish: Wish,
+    ) -> Result<Result<Self, String>, PassError> {
+        let nothing = Plan::default();
+        let also = Also { inputs: true, ..also };
+        let program = |block: Block| Ok((Program::of(graph, plan, &nothing, &block, also)?, block));
+        let made: Result<Vec<(Program, Block)>, String> =
+            blocks::blocks(graph, plan, layers).into_iter().map(program).collect();
+        let made = match made {
+            Ok(made) => made,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        let touched = lockstep::touched(graph, plan);
+        let link = |(program, block): (Program, Block)| {
+            let reads = program.feeds.iter().copied();
+            let carried = reads.filter(|(_, v)| touched.contains(v) && !program.inner.contains(v)).collect();
+            Link { block, program, carried }
+        };
+        let links: Vec<Link> = made.into_iter().map(link).collect();
+        let returned: Vec<ValueId> = links
+            .iter()
+            .flat_map(|link| &link.program.outputs)
+            .map(|(_, v)| *v)
+            .filter(|v| graph.outputs().contains(v))
+            .collect();
+        if returned.is_empty() {
+            return Ok(Err("nothing that rounding changes is returned as numbers".into()));
+        }
+        let last = links.last().map(|link| &*link.block.nodes).unwrap_or_default();
+        let teacher = Teacher::of(graph, cx, last, returned)?;
+        let mut chain = Self {
+            links,
+            teacher,
+            given: Vec::new(),
+            measures: BTreeMap::new(),
+            fitted: Vec::new(),
+            held_out: Vec::new(),
+        };
+        chain.take_samples(graph, cx, wish)?;
+        let agrees = chain.agrees().map_err(|error| error.to_string());
+        Ok(agrees.map(|()| chain))
+    }
+
+    /// Reads all samples, or as many of them, spread over all, as memory holds.
+    fn take_samples(&mut self, graph: &Graph, cx: &PassContext<'_>, wish: Wish) -> Result<(), PassError> {
+        let dataset = cx.dataset.filter(|data| !data.is_empty()).ok_or(PassError::NoData)?;
+        let carried: BTreeSet<ValueId> = self.links.iter().flat_map(|link| &link.carried).map(|(_, v)| *v).collect();
+        let feeds = self.links.iter().flat_map(|link| &link.program.feeds).map(|(_, v)| *v);
+        let fixed: BTreeSet<ValueId> = feeds.filter(|v| !carried.contains(v)).collect();
+        let wanted: Vec<ValueId> = fixed.iter().chain(&self.teacher.reads).copied().collect();
+        let float = Simulation::prepare(graph, &Plan::default(), cx.executor, &wanted)?;
+        let first = sample(graph, &float, &fixed, dataset, 0)?;
+        let targets = self.teacher.says(&first.reads, first.mask.as_ref())?;
+        let own = first.bytes();
+        let of_targets: u64 = targets.targets.iter().map(|target| 4 * target.len() as u64).sum();
+        let keeps = dataset.len() as u64 * (own + of_targets) <= cx.pair_budget;
+        let room = usize::try_from(cx.pair_budget / own.max(1)).unwrap_or(usize::MAX).clamp(1, dataset.len());
+        let indices: Vec<usize> = (0..room).map(|i| i * dataset.len() / room).collect();
+        let given = parallel::workers(cx.threads, indices.len(), Vec::new, |kept, at| {
+            if cx.progress.cancelled() {
+                return Err(PassError::Interrupted);
+            }
+            let mut given = sample(graph, &float, &fixed, dataset, indices[at])?;
+            if keeps {
+                given.targets = Some(self.teacher.says(&given.reads, given.mask.as_ref())?);
+                given.reads.clear();
+            }
+            kept.push((at, given));
+            Ok(())
+        })?;
+        tracing::debug!(samples = room, kept_targets = keeps, own, of_targets, "chain");
+        let mut given: Vec<(usize, Given)> = given.into_iter().flatten().collect();
+        given.sort_by_key(|(at, _)| *at);
+        self.given = given.into_iter().map(|(_, given)| given).collect();
+        (self.held_out, self.fitted) = (0..self.given.len()).partition(|i| i % HELD_OUT == HELD_OUT / 2);
+        if self.held_out.is_empty() {
+            self.held_out.clone_from(&self.fitted);
+        }
+        let seen = std::slice::from_ref(&targets);
+        let of = self.teacher.returned.iter().enumerate();
+        self.measures =
+            of.map(|(at, value)| (*value, Measure::of(wish, seen, at, wish.is_of_logits(graph, *value)))).collect();
+        Ok(())
+    }
+
+    /// What the float model returns for sample `i`.
+    fn targets(&self, i: usize) -> Result<std::borrow::Cow<'_, Sample>, GradError> {
+        let given = &self.given[i];
+        if let Some(targets) = &given.targets {
+            return Ok(std::borrow::Cow::Borrowed(targets));
+        }
+        let said = self.teacher.says(&given.reads, given.mask.as_ref());
+        said.map(std::borrow::Cow::Owned).map_err(|error| GradError(error.to_string()))
+    }
+
+    /// Runs link `link` on sample `i`.
+    fn run(
+        &self,
+        link: &Link,
+        leaves: &Leaves,
+        i: usize,
+        carried: &Carried,
+        drop: (i64, u64),
+    ) -> Result<Values<f32>, GradError> {
+        let missing = || GradError("a bug in onnx-quant: a block reads what is not there".into());
+        let feed = |(_, value): &(Slot, ValueId)| match carried.values.get(value) {
+            Some(array) => Ok(Value::Real(array.clone())),
+            None => self.given[i].values.get(value).cloned().ok_or_else(missing),
+        };
+        let feeds = link.program.feeds.iter().map(feed).collect::<Result<Vec<_>, _>>()?;
+        link.program.run(leaves, &feeds, drop)
+    }
+
+    /// What the graph returns out of `link`, with its place among all that it returns.
+    fn returned<'a>(&'a self, link: &'a Link) -> impl Iterator<Item = (Slot, ValueId, usize)> + 'a {
+        link.program.outputs.iter().filter_map(|(slot, value)| {
+            Some((*slot, *value, self.teacher.returned.iter().position(|other| other == value)?))
+        })
+    }
+
+    /// The mean error of what the graph returns for `samples`, with the leaves of every link.
+    fn error_on(
+        &self,
+        samples: &[usize],
+        drop: i64,
+        measures: &BTreeMap<ValueId, Measure>,
+        leaves: &mut dyn FnMut(usize) -> Result<Leaves, GradError>,
+    ) -> Result<f64, GradError> {
+        let mut states: Vec<Carried> = samples.iter().map(|_| Carried::default()).collect();
+        let mut sum = (0.0, 0);
+        for (at, link) in self.links.iter().enumerate() {
+            let leaves = leaves(at)?;
+            let run = |(state, i): (&mut Carried, &usize)| {
+                let values = self.run(link, &leaves, *i, state, (drop, 0))?;
+                hand_on(link, &values, state);
+                let mut sum = (0.0, 0);
+                for (slot, value, place) in self.returned(link) {
+                    let (error, count) = measures[&value].error(&*self.targets(*i)?, place, values.real(slot))?;
+                    sum = (sum.0 + error, sum.1 + count);
+                }
+                Ok::<_, GradError>(sum)
+            };
+            let errors: Vec<Result<(f64, usize), GradError>> = states.par_iter_mut().zip(samples).map(run).collect();
+            for error in errors {
+                let (error, count) = error?;
+                sum = (sum.0 + error, sum.1 + count);
+            }
+        }
+        Ok(sum.0 / sum.1.max(1) as f64)
+    }
+
+    /// The mean error of what the graph returns for the samples that were held out.
+    pub(super) fn held_out_loss(
+        &self,
+        leaves: &mut dyn FnMut(usize) -> Result<Leaves, GradError>,
+    ) -> Result<f64, GradError> {
+        self.error_on(&self.held_out, 0, &self.measures, leaves)
+    }
+
+    /// Whether the tapes of all blocks give what the float model gives, with float weights and nothing rounded.
+    fn agrees(&self) -> Result<(), GradError> {
+        let targets = self.targets(0)?;
+        let seen = std::slice::from_ref(&*targets);
+        let of = self.teacher.returned.iter().enumerate();
+        let squares = of.map(|(at, value)| (*value, Measure::of(Wish::Square, seen, at, false))).collect();
+        let error = self.error_on(&[0], 1000, &squares, &mut |at| Ok(self.links[at].program.float_leaves()))?;
+        if error < DISAGREEMENT {
+            Ok(())
+        } else {
+            Err(GradError(format!("the tapes are {error:.1e} off the float model")))
+        }
+    }
+
+    /// Takes `batch` forward and back; `see` gets the gradients of one link after the other, from the last to the first.
+    pub(super) fn sweep(
+        &self,
+        batch: &[usize],
+        drop: (i64, u64),
+        leaves: &mut dyn FnMut(usize) -> Result<Leaves, GradError>,
+        see: &mut dyn FnMut(usize, Gradients) -> Result<(), GradError>,
+    ) -> Result<(), GradError> {
+        let mut states: Vec<Carried> = batch.iter().map(|_| Carried::default()).collect();
+        let seeded = |at: usize, i: usize| (drop.0, seed::mixed(drop.1 ^ at as u64) ^ i as u64);
+        let (_, before) =
+            self.links.split_last().ok_or_else(|| GradError("a bug in onnx-quant: a chain without links".into()))?;
+        for (at, link) in before.iter().enumerate() {
+            let leaves = leaves(at)?;
+            let run = |(state, i): (&mut Carried, &usize)| {
+                hand_on(link, &self.run(link, &leaves, *i, state, seeded(at, *i))?, state);
+                Ok(())
+            };
+            states.par_iter_mut().zip(batch).map(run).collect::<Result<(), GradError>>()?;
+        }
+        for (at, link) in self.links.iter().enumerate().rev() {
+            let leaves = leaves(at)?;
+            let lane = batch.len().div_ceil(LANES).max(1);
+            let back = |(states, samples): (&mut [Carried], &[usize])| {
+                let mut sums: Vec<Vec<f32>> = vec![Vec::new(); link.program.learned().len()];
+                for (state, i) in states.iter_mut().zip(samples) {
+                    self.back(link, &leaves, *i, state, seeded(at, *i), &mut sums)?;
+                }
+                Ok::<_, GradError>(sums)
+            };
+            let lanes: Vec<Result<Vec<Vec<f32>>, GradError>> =
+                states.par_chunks_mut(lane).zip(batch.par_chunks(lane)).map(back).collect();
+            let mut total: Vec<Vec<f32>> = vec![Vec::new(); link.program.learned().len()];
+            for lane in lanes {
+                let sums = total.iter_mut().zip(lane?).filter(|(_, sum)| !sum.is_empty());
+                sums.for_each(|(total, sum)| add(total, sum.into_iter()));
+            }
+            see(at, link.program.gradients(total))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the gradients of sample `i` back through `link`; adds those of what is learned to `sums`.
+    fn back(
+        &self,
+        link: &Link,
+        leaves: &Leaves,
+        i: usize,
+        state: &mut Carried,
+        drop: (i64, u64),
+        sums: &mut [Vec<f32>],
+    ) -> Result<(), GradError> {
+        let values = self.run(link, leaves, i, state, drop)?;
+        let mut seeds: Vec<(Slot, Array<f32>)> = Vec::new();
+        for (slot, value) in &link.program.outputs {
+            seeds.extend(state.grads.remove(value).map(|grad| (*slot, grad)));
+        }
+        for (slot, value, place) in self.returned(link) {
+            let grad = self.measures[&value].gradient(&*self.targets(i)?, place, values.real(slot))?;
+            seeds.push((slot, grad));
+        }
+        let mut wanted = link.program.learned();
+        let learned = wanted.len();
+        wanted.extend(link.carried.iter().map(|(slot, _)| *slot));
+        let mut grads = link.program.tape.backward(&values, seeds, &wanted)?;
+        let through = grads.split_off(learned);
+        for ((_, value), grad) in link.carried.iter().zip(through) {
+            let Some(grad) = grad else { continue };
+            match state.grads.get_mut(value) {
+                Some(sum) => *sum += &grad,
+                None => {
+                    state.grads.insert(*value, grad);
+                }
+            }
+        }
+        for (sum, grad) in sums.iter_mut().zip(grads) {
+            if let Some(grad) = grad {
+                add(sum, grad.iter().copied());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Keeps what `link` hands on.
+fn hand_on(link: &Link, values: &Values<f32>, state: &mut Carried) {
+    let outputs = link.program.outputs.iter();
+    state.values.extend(outputs.filter_map(|(slot, value)| Some((*value, values.real(*slot)?.clone()))));
+}
+
+/// Sample `index`, without what the teacher says of it.
+fn sample(
+    graph: &Graph,
+    float: &Simulation,
+    fixed: &BTreeSet<ValueId>,
+    dataset: &dyn Dataset,
+    index: usize,
+) -> Result<Given, PassError> {
+    let feeds = dataset.sample(index)?;
+    let mut results = float.run(&feeds)?;
+    let reads = results.split_off(fixed.len());
+    let missing = || PassError::Model("a bug in onnx-quant: a block reads what is not there".into());
+    let value = |(value, tensor): (&ValueId, &Tensor)| Some((*value, grad::value_of(tensor)?));
+    let values: Option<BTreeMap<_, _>> = fixed.iter().zip(&results).map(value).collect();
+    let mask = Mask::of(graph, &feeds);
+    Ok(Given { values: values.ok_or_else(missing)?, reads, targets: None, mask })
+}
+
+impl Given {
+    /// An upper bound: whole numbers take eight bytes.
+    fn bytes(&self) -> u64 {
+        let values: usize = self.values.values().map(|value| value.shape().iter().product::<usize>()).sum();
+        let reads: usize = self.reads.iter().map(Tensor::len).sum();
+        8 * values as u64 + 4 * reads as u64
+    }
+}

@@ -1,0 +1,198 @@
+//! Codes learned from the whole model at once.
+
+use super::block::Also;
+use super::by_blocks::{edits, written};
+use super::chain::Chain;
+use super::run::{Leaves, Outcome};
+use super::settings::{Part, Settings, Usual};
+use super::train::{Course, Order};
+use crate::exec::Dataset;
+use crate::grad::GradError;
+use crate::model::{Edit, Model, Patch, record};
+use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
+
+crate::declare_pass! {
+    /// Learns codes, scales, biases and norms of the whole model at once, by what its outputs lose.
+    ///
+    /// The model as planned goes forward and back on batches of samples; every weight starts at the codes that it has. Memory holds the
+    /// tape of one block at a time. What is learned is kept only where it does better on the samples that are held out from it, one of
+    /// eight.
+    INFO {
+        name: "distill",
+        source: "divergence of the whole model: Chee et al. 2025 (DiscQuant), arXiv:2501.06417, section 4; scales end to end: Chen et \
+                 al. 2024 (EfficientQAT), arXiv:2407.11062, section 3.3; blocks as segments ours",
+        requires: Facts::ROUNDED,
+        establishes: Facts::ROUNDED,
+        preserves: Facts::ALL,
+        fidelity: PlanOnly,
+        options: &[
+            OptionInfo { name: "learn", doc: "what is learned of weights: latent (default), or any of `list parameterizations`" },
+            OptionInfo { name: "iterations", doc: "steps, 200 by default" },
+            OptionInfo { name: "batch", doc: "samples per step, 4 by default" },
+            OptionInfo { name: "layers", doc: "the most weights of neighboring blocks whose tape is held at once, 4 by default" },
+            OptionInfo { name: "rate", doc: "times the usual rate of the method, 1 by default" },
+            OptionInfo { name: "drop", doc: "the share of activations left in float, 0 by default" },
+            OptionInfo { name: "codes", doc: "0 leaves codes as they are, and learns what they are multiplied with; 1 by default" },
+            OptionInfo { name: "biases", doc: "0 leaves biases and norms as they are; 1 by default" },
+            OptionInfo { name: "norms", doc: "0 leaves scales and shifts of norms as they are; 1 by default" },
+            OptionInfo { name: "scales", doc: "0 leaves scales of weights as they are; 1 by default" },
+            OptionInfo { name: "steps", doc: "1 learns scales of activations too; 0 by default" },
+            OptionInfo { name: "loss", doc: "fitting (default): kl for outputs that a linear operator computes; kl; mse" },
+        ],
+    }
+}
+
+/// The pass.
+pub(crate) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |options| Ok(Box::new(Distill::new(options)?)) };
+
+const USUAL: Usual = Usual { learn: "latent", iterations: 200, batch: 4, norms: true, loss: "fitting" };
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct Distill {
+    settings: Settings,
+    layers: usize,
+}
+
+/// Samples are drawn in an order of this seed.
+const SEED: u64 = 0x0d15_7111;
+
+impl Distill {
+    fn new(options: &Options) -> Result<Self, OptionError> {
+        let nothing = || OptionError { option: "learn".into(), problem: "the pass does nothing else".into() };
+        let settings = Settings::of(options, &USUAL)?.ok_or_else(nothing)?;
+        Ok(Self { settings, layers: options.count("layers", 4)?.max(1) })
+    }
+}
+
+/// The edits that all links together come to; none where learning does no better.
+fn learn(model: &Model, cx: &PassContext<'_>, chain: &Chain, settings: &Settings) -> Result<Vec<Edit>, GradError> {
+    let plan = model.plan();
+    let weights = |at: usize| chain.links[at].program.weights_of(plan);
+    let mut courses = Vec::new();
+    for (at, link) in chain.links.iter().enumerate() {
+        let weights = weights(at)?;
+        let mut course = Course::new(settings, &weights, link.program.start(&weights), SEED ^ (at as u64) << 32);
+        course.at.units.clear();
+        courses.push(course);
+    }
+    let start = chain.held_out_loss(&mut |at| {
+        let (program, weights) = (&chain.links[at].program, weights(at)?);
+        program.leaves(&weights, &program.start(&weights))
+    })?;
+    let mut best: (f64, Vec<Edit>) = (start, Vec::new());
+    let mut order = Order::new(&chain.fitted, SEED);
+    for iteration in 0..settings.iterations {
+        cx.progress.step();
+        if cx.progress.cancelled() {
+            return Ok(Vec::new());
+        }
+        if settings.is_check(iteration) {
+            best = better(model, chain, &courses, best, iteration)?;
+        }
+        let progress = iteration as f32 / settings.iterations as f32;
+        let batch = order.next(settings.batch);
+        let courses = std::cell::RefCell::new(&mut courses);
+        let mut finite = true;
+        let mut leaves = |at: usize| {
+            let (weights, course) = (weights(at)?, &mut courses.borrow_mut()[at]);
+            course.soften(&weights, progress);
+            chain.links[at].program.leaves(&weights, &course.at)
+        };
+        chain.sweep(&batch, (settings.drop, iteration as u64), &mut leaves, &mut |at, grads| {
+            finite &= grads.are_finite();
+
+            let course = &mut courses.borrow_mut()[at];
+            if finite {
+                course.step(&weights(at)?, &grads, progress);
+            }
+            course.at.units.clear();
+            Ok(())
+        })?;
+        if !finite {
+            break; // what has been learned so far is judged as it is
+        }
+    }
+    Ok(better(model, chain, &courses, best, settings.iterations)?.1)
+}
+
+/// The better one on the samples that are held out: what was `best` so far, or what the `courses` have come to.
+fn better(
+    model: &Model,
+    chain: &Chain,
+    courses: &[Course<'_>],
+    best: (f64, Vec<Edit>),
+    iteration: usize,
+) -> Result<(f64, Vec<Edit>), GradError> {
+    let mut made: Option<Vec<Edit>> = Some(Vec::new());
+    let mut leaves = |at: usize| -> Result<Leaves, GradError> {
+        let link = &chain.links[at];
+        let weights = link.program.weights_of(model.plan())?;
+        let mut hard: Outcome = courses[at].hardened(&weights);
+        match (edits(model, &link.block, &link.program, &weights, &hard), &mut made) {
+            (Some(edits), Some(made)) => {
+                // Judged as it will be written: biases in codes of the new scales.
+                hard.biases = written(&link.program, model.plan(), &edits, hard.biases);
+                made.extend(edits);
+            }
+            _ => made = None,
+        }
+        link.program.leaves(&weights, &hard)
+    };
+    let loss = chain.held_out_loss(&mut leaves)?;
+    tracing::debug!(iteration, loss, best = best.0, "distilled");
+    // A bias that does not fit its codes any more leaves what there was.
+    Ok(made.filter(|_| loss < best.0).map_or(best, |made| (loss, made)))
+}
+
+impl Pass for Distill {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn keeps_samples(&self) -> bool {
+        true
+    }
+
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
+        let mut patch = Patch::on(model);
+        cx.dataset.filter(|data: &&dyn Dataset| !data.is_empty()).ok_or(PassError::NoData)?;
+        let key = format!("distilled from {:016x}", record::digest(model.plan()));
+        let kept = cx.journal.get(&key).and_then(|bytes| record::read(&bytes));
+        let made = if let Some(made) = kept {
+            made
+        } else {
+            let made = self.learn_on(model, cx)?;
+            if let Some(bytes) = record::write(&made) {
+                let kept = cx.journal.put(&key, &bytes);
+                kept.map_err(|problem| PassError::Model(format!("what was learned cannot be kept: {problem}")))?;
+            }
+            made
+        };
+        patch.count("tensors learned from the whole model", made.len() as u64);
+        made.into_iter().for_each(|edit| patch.edit(edit));
+        Ok(patch)
+    }
+}
+
+impl Distill {
+    fn learn_on(&self, model: &Model, cx: &PassContext<'_>) -> Result<Vec<Edit>, PassError> {
+        let free = cx.scheme.block_format().is_none() && !cx.scheme.power_of_two;
+        let settings = self.settings.with_scales(free);
+        let also = Also { steps: settings.learns(Part::Steps), norms: settings.learns(Part::Norms), inputs: true };
+        let chain = Chain::of(model.graph(), model.plan(), cx, self.layers, also, settings.loss)?;
+        let refused = |reason: String| {
+            PassError::Model(format!(
+                "gradients do not pass the model: {reason}; leave `distill` out of the pipeline, or learn by blocks with --learn"
+            ))
+        };
+        let chain = chain.map_err(refused)?;
+        cx.progress.begin(INFO.about.name, settings.iterations as u64);
+        let learned = learn(model, cx, &chain, &settings);
+        cx.progress.end();
+        if cx.progress.cancelled() {
+            return Err(PassError::Interrupted);
+        }
+        learned.map_err(|error| refused(error.to_string()))
+    }
+}

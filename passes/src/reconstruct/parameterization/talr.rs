@@ -1,0 +1,141 @@
+//! The weight itself, at a rate that follows how many codes change.
+
+use super::{Learned, Parameterization, Weight};
+use crate::about::About;
+use crate::reconstruct::adam::Adam;
+
+static ABOUT: About = About {
+    name: "talr",
+    doc: "As latent, with a rate that is raised and lowered until the share of codes that change in a step is that of a schedule, which \
+          falls to 0; weights that keep near to their point are let go of on the way. Scales stay.",
+    source: "Lee et al. 2025 (transition rates), arXiv:2404.19248, section 3; freezing Zhong et al. 2022, arXiv:2211.08544, section 3.3",
+};
+
+/// Of the running mean of the share of codes that change.
+const MEMORY: f32 = 0.9;
+/// The share at the start, per square root of the bits of a weight.
+const TRANSITIONS: f32 = 5e-3;
+/// The rate at the start, in grid steps; it never rises beyond [`MOST`] times that.
+const RATE: f32 = 1e-3;
+const MOST: f32 = 10.0;
+/// Of the running mean of distances to the point.
+const DISTANCE_MEMORY: f32 = 0.9;
+/// Nothing is let go of before this share of the way.
+const WARM_UP: f32 = 0.5;
+
+/// See [`ABOUT`].
+#[derive(Debug)]
+pub(super) struct Talr;
+
+#[derive(Debug)]
+struct Scheduled {
+    w: Vec<f32>,
+    points: Vec<f32>,
+    adam: Adam,
+    /// The running mean of the share of codes that change.
+    transitions: f32,
+    /// In units of the usual rate.
+    rate: f32,
+    /// At the start.
+    target: f32,
+    /// Running means of distances to the point, in grid steps; negative for what has been let go of.
+    distance: Vec<f32>,
+}
+
+#[allow(private_interfaces, reason = "see the trait")]
+impl Parameterization for Talr {
+    fn about(&self) -> &'static About {
+        &ABOUT
+    }
+
+    fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
+        let w = weight.within_reach();
+        #[expect(clippy::cast_precision_loss, reason = "few bits")]
+        let target = TRANSITIONS * (weight.encoding.grid.info().bits as f32).sqrt();
+        Box::new(Scheduled {
+            points: weight.points.clone(),
+            adam: Adam::new(w.len()),
+            transitions: target,
+            rate: 1.0,
+            target,
+            distance: vec![1.0; w.len()],
+            w,
+        })
+    }
+
+    fn keeps_scales(&self) -> bool {
+        true
+    }
+}
+
+impl Learned for Scheduled {
+    fn soft(&mut self, _: f32, _: &Weight) -> Vec<f32> {
+        self.points.clone()
+    }
+
+    fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, weight: &Weight) {
+        let before = self.w.clone();
+        self.adam.step(&mut self.w, gradient, RATE * rate * self.rate);
+        for ((w, before), distance) in self.w.iter_mut().zip(before).zip(&self.distance) {
+            if *distance < 0.0 {
+                *w = before;
+            }
+        }
+        let points = weight.rounded(&self.w);
+        let changed = points.iter().zip(&self.points).filter(|(new, old)| (*new - *old).abs() > 0.0).count();
+        let share = changed as f32 / points.len().max(1) as f32;
+        self.transitions = MEMORY * self.transitions + (1.0 - MEMORY) * share;
+        let target = self.target * 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
+        // One more of the rate for as much too few changes as there are at the start.
+        self.rate = (self.rate + (target - self.transitions) / self.target).clamp(0.0, MOST);
+        let settled = ((progress - WARM_UP) / (1.0 - WARM_UP)).max(0.0);
+        for (((distance, w), new), old) in self.distance.iter_mut().zip(&self.w).zip(&points).zip(&self.points) {
+            if *distance < 0.0 {
+                continue;
+            }
+            let away = (w - new).abs();
+            *distance = if (new - old).abs() > 0.0 {
+                1.0
+            } else {
+                DISTANCE_MEMORY * *distance + (1.0 - DISTANCE_MEMORY) * away
+            };
+            if settled > 0.0 && *distance <= settled * 0.5 {
+                *distance = -1.0;
+            }
+        }
+        self.points = points;
+    }
+
+    fn hard(&self, _: &Weight) -> Vec<f32> {
+        self.points.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::encoding::Encoding;
+    use crate::tensor::Tensor;
+
+    /// The schedule ends at no changes, and what has been let go of never moves again.
+    #[test]
+    fn codes_settle_at_the_end() {
+        let n = 2000_u16;
+        let float: Vec<f32> = (0..n).map(|i| (f32::from(i) * 0.7).sin()).collect();
+        let encoding = Encoding::per_tensor(crate::grid::find("int3").unwrap(), 0.3, 0);
+        let codes = encoding.encode(&float, &[float.len()]).unwrap();
+        let weight = Weight::new(&Tensor::of([float.len()], float), &encoding, &codes).unwrap();
+        let mut learned = Talr.start(&weight, 0);
+        let (steps, mut changes) = (300_u16, Vec::new());
+        for step in 0..steps {
+            let before = learned.hard(&weight);
+            let sign =
+                |i: u16| if crate::seed::uniform(u64::from(step) << 16 | u64::from(i)) < 0.5 { 1.0 } else { -1.0 };
+            let gradient: Vec<f32> = (0..n).map(sign).collect();
+            learned.step(&gradient, f32::from(step) / f32::from(steps), 10.0, &weight);
+            changes.push(before.iter().zip(learned.hard(&weight)).filter(|(a, b)| (*a - b).abs() > 0.0).count());
+        }
+        let sum = |part: &[usize]| part.iter().sum::<usize>();
+        assert!(sum(&changes[20..30]) > 100 && sum(&changes[290..]) <= 2, "{changes:?}");
+    }
+}
