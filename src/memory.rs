@@ -59,6 +59,8 @@ pub(crate) struct Budget {
     pub(crate) taps: u64,
     /// Bytes of tensors that may wait between the stages of a walk: what is left, as samples that do not fit run again.
     pub(crate) pairs: u64,
+    /// Bytes that are left for what is learned of all weights at once.
+    pub(crate) state: u64,
     /// What the run will take in all.
     pub(crate) estimate: u64,
 }
@@ -97,7 +99,13 @@ impl Needs {
     pub(crate) fn budget(&self, limit: Option<u64>, threads: usize) -> Result<Budget, Error> {
         let Some(most) = limit.or_else(available) else {
             let taps = DEFAULT_TAP_BYTES;
-            return Ok(Budget { threads, taps, pairs: DEFAULT_PAIR_BYTES, estimate: self.total(threads, taps) });
+            return Ok(Budget {
+                threads,
+                taps,
+                pairs: DEFAULT_PAIR_BYTES,
+                state: u64::MAX,
+                estimate: self.total(threads, taps),
+            });
         };
         for threads in (1..=threads.max(1)).rev() {
             let left = most.saturating_sub(self.total(threads, 0));
@@ -105,7 +113,8 @@ impl Needs {
             if taps >= LEAST_TAP_BYTES.min((threads as u64).saturating_mul(self.all)) {
                 let estimate = self.total(threads, taps);
                 let pairs = most.saturating_sub(estimate).min(DEFAULT_PAIR_BYTES);
-                return Ok(Budget { threads, taps, pairs, estimate });
+                let state = most.saturating_sub(estimate);
+                return Ok(Budget { threads, taps, pairs, state, estimate });
             }
         }
         let needed = self.total(1, LEAST_TAP_BYTES);

@@ -137,9 +137,12 @@ impl Encoding {
         Ok(Self { scale: peaks.into_iter().map(|peak| format.measured(peak, *factor)).collect(), ..blocks })
     }
 
-    /// Whether both read codes as the same values: a file does not tell grids of one storage type apart.
+    /// Whether both read codes as the same values: a file does not tell grids of one storage type apart, and may hold the same integers
+    /// in a wider type.
     pub fn reads_like(&self, other: &Self) -> bool {
-        self.grid.info().storage == other.grid.info().storage && Self { grid: other.grid, ..self.clone() } == *other
+        let (mine, theirs) = (self.grid.info(), other.grid.info());
+        let same_integers = mine.integer && theirs.integer && self.grid.range() == other.grid.range();
+        (mine.storage == theirs.storage || same_integers) && Self { grid: other.grid, ..self.clone() } == *other
     }
 
     /// Whether every zero point is 0.

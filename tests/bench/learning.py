@@ -9,7 +9,7 @@ from pathlib import Path
 FILES = {'digits-resnet': 'digits-resnet.onnx', 'digits-mobilenet': 'digits-mobilenet.onnx', 'efficientnet-lite0': 'efficientnet-lite0.onnx',
          'minilm': 'minilm-l6.onnx', 'ppocr-rec': 'ppocr-rec.onnx'}
 # Model, schemes, options of learning: small models take more steps in the same time.
-RUNS = [('digits-resnet', ('w4a8', 'w4a4', 'w3a4', 'w2a8', 'w2a4', 'w2a2', 'wfp4a8', 'we2m3a8'), 'iterations=400, batch=16'),
+RUNS = [('digits-resnet', ('w4a8', 'w4a4', 'w3a4', 'w2a4', 'w2a2', 'w2a16', 'wfp4a8', 'we2m3a8'), 'iterations=400, batch=16'),
         ('digits-mobilenet', ('w4a8', 'w4a4', 'w3a8', 'w2a8'), 'iterations=400, batch=16'),
         ('minilm', ('w3a16g64', 'w2a16g32'), 'iterations=200, layers=6'),
         ('efficientnet-lite0', ('w4a8', 'w3a8'), 'iterations=200'),
@@ -17,7 +17,9 @@ RUNS = [('digits-resnet', ('w4a8', 'w4a4', 'w3a4', 'w2a8', 'w2a4', 'w2a2', 'wfp4
 # What a method is called, and its options: rounding to nearest, GPTQ, the chain of the recipe best, and what goes on from there.
 METHODS = {'nearest': ['--recipe', 'balanced', '--rounding', 'nearest'], 'gptq': ['--recipe', 'balanced', '--rounding', 'gptq'], 'best': ['--recipe', 'best'],
            'brecq': 'brecq{%s}', 'qdrop': 'brecq{%s, drop=0.5}', 'brecq, scales of activations': 'brecq{%s, steps=1}', 'lora-rounding': 'lora-rounding{%s}',
-           'flexround': 'flexround{%s}', 'lrq': 'lrq{%s}', 'signround': 'signround{%s}'}
+           'flexround': 'flexround{%s}', 'lrq': 'lrq{%s}', 'signround': 'signround{%s}', 'latent': 'latent{%s}', 'talr': 'talr{%s}',
+           'cbq': 'lora-rounding{%s, layers=2, window=2, overlap=1}', 'pd-quant': 'brecq{%s, drop=0.5, loss=pd}',
+           'discquant': ('--distill', 'discquant{%s}'), 'distill': ('--distill', 'brecq{%s}')}
 
 
 def run(command):
@@ -42,7 +44,8 @@ def main():
                 if o.schemes and scheme not in o.schemes.split(','): continue
                 for method in methods:
                     how = METHODS[method]
-                    learn = ['--recipe', 'best', '--learn', how % options] if isinstance(how, str) else how
+                    how = ('--learn', how) if isinstance(how, str) else how
+                    learn = ['--recipe', 'best', how[0], how[1] % options] if isinstance(how, tuple) else how
                     wall, memory = run([o.tool, 'quantize', zoo / 'models' / FILES[name], '--target', 'onnx-qdq', '--scheme', scheme, '--data', feeds, '-o', out, '--progress', 'none', *learn])
                     score = json.loads(subprocess.run([sys.executable, zoo / 'zoo.py', 'score', name, out, '--json', '--float', zoo / 'models' / FILES[name]], check=True, capture_output=True, text=True).stdout); score.pop('seconds')
                     print(f'| {name} | {scheme} | {method} | ' + ', '.join(f'{k} {v:.4g}' for k, v in score.items()) + f' | {wall:.1f} | {memory:.0f} |', flush=True)

@@ -25,6 +25,8 @@ fn arguments(output: &Path, learn: &'static str) -> Vec<String> {
         "best",
         "--learn",
         learn,
+        "--distill",
+        "latent{iterations=10, batch=8}",
         "--progress",
         "none",
     ];

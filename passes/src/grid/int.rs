@@ -73,6 +73,8 @@ pub(super) static INT2_IN_8: IntGrid = byte("int2-in-8", 2, DType::I8, -2.0, 1.0
 pub(super) static UINT2_IN_8: IntGrid = byte("uint2-in-8", 2, DType::U8, 0.0, 3.0);
 pub(super) static INT3_IN_8: IntGrid = byte("int3-in-8", 3, DType::I8, -4.0, 3.0);
 pub(super) static UINT3_IN_8: IntGrid = byte("uint3-in-8", 3, DType::U8, 0.0, 7.0);
+pub(super) static INT4_IN_8: IntGrid = byte("int4-in-8", 4, DType::I8, -8.0, 7.0);
+pub(super) static UINT4_IN_8: IntGrid = byte("uint4-in-8", 4, DType::U8, 0.0, 15.0);
 pub(super) static INT32: IntGrid =
     int("int32", "Signed 32-bit integers, for biases.", 32, DType::I32, -2_147_483_648.0, 2_147_483_647.0);
 

@@ -108,6 +108,8 @@ pub static GRIDS: &[&dyn Grid] = &[
     &int::UINT2_IN_8,
     &int::INT3_IN_8,
     &int::UINT3_IN_8,
+    &int::INT4_IN_8,
+    &int::UINT4_IN_8,
     &int::INT32,
     &int::INT7_NARROW,
     &int::INT6_NARROW,

@@ -44,6 +44,7 @@ impl Lowering<'_> {
             let problem = format!("no quantize node of ONNX writes `{grid}`: only --target qonnx says it");
             return Err(LowerError { place: format!("tensor `{name}`"), problem });
         }
+        let (asked, encoding) = (encoding.clone(), &self.loadable(value, encoding));
         let storage = encoding.grid.info().storage;
         let codes_name = self.fresh(&format!("{name}.codes"));
         let codes = self.builder.value(&codes_name);
@@ -57,8 +58,19 @@ impl Lowering<'_> {
         self.builder.set_type(result, Type::Tensor(shape_type));
         let inputs = vec![Some(codes), Some(scale), zero_point];
         self.add("DequantizeLinear", &format!("{name}.dequantize"), inputs, result, encoding, &[])?;
-        self.pairs.entry(value).or_default().push((encoding.clone(), result));
+        self.pairs.entry(value).or_default().push((asked, result));
         Ok(result)
+    }
+
+    /// `encoding` with its codes in bytes where `value` comes out of a `Clip` and they have 4 bits: ONNX Runtime does not load a
+    /// quantize node to a 4-bit type behind one (its `ClipQuantFusion` knows no such zero point; 1.31 tried).
+    fn loadable(&self, value: ValueId, encoding: &Encoding) -> Encoding {
+        let info = encoding.grid.info();
+        let clipped = self.graph.producer(value).is_some_and(|(_, node)| node.op.is("Clip"));
+        let in_bytes = (clipped && info.integer && info.storage.bits() == 4)
+            .then(|| crate::grid::find(&format!("{}-in-8", info.about.name)))
+            .flatten();
+        Encoding { grid: in_bytes.unwrap_or(encoding.grid), ..encoding.clone() }
     }
 
     /// A clamp of `codes`, the result of a quantize node, to the codes of a grid that has fewer than their type.

@@ -114,6 +114,8 @@ pub struct PassContext<'a> {
     pub tap_budget: u64,
     /// The most bytes that tensors of samples may take while they wait for the next stage of a walk.
     pub pair_budget: u64,
+    /// The most bytes that what a pass learns of all weights at once may take.
+    pub state_budget: u64,
     /// The bytes of tensors for one sample, where they are known; empty to have them worked out from the shapes.
     pub sizes: BTreeMap<ValueId, u64>,
     /// Told about long work.
@@ -140,6 +142,7 @@ impl<'a> PassContext<'a> {
             threads: 1,
             tap_budget: 256 << 20,
             pair_budget: 1 << 30,
+            state_budget: u64::MAX,
             sizes: BTreeMap::new(),
             progress: &Silent,
             journal: &NoJournal,

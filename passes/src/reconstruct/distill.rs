@@ -187,6 +187,7 @@ impl Distill {
             ))
         };
         let chain = chain.map_err(refused)?;
+        fits(&settings, &chain, cx)?;
         cx.progress.begin(INFO.about.name, settings.iterations as u64);
         let learned = learn(model, cx, &chain, &settings);
         cx.progress.end();
@@ -195,4 +196,24 @@ impl Distill {
         }
         learned.map_err(|error| refused(error.to_string()))
     }
+}
+
+/// Whether memory holds what is learned of all weights at once.
+fn fits(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(), PassError> {
+    if !settings.learns(Part::Codes) {
+        return Ok(());
+    }
+    let weights = chain.links.iter().flat_map(|link| &link.program.weights).map(|(.., tensor)| tensor.len() as u64);
+    let weights: u64 = weights.sum();
+    let needed = weights.saturating_mul(settings.method.bytes_per_weight());
+    if needed <= cx.state_budget {
+        return Ok(());
+    }
+    let name = settings.method.about().name;
+    Err(PassError::Model(format!(
+        "distill: what {name} learns of {weights} weights takes {} MB, and {} MB are left: leave codes as they are (codes=0), take a \
+         method that keeps less (signround, lrq), or give more memory",
+        needed / 1_000_000,
+        cx.state_budget / 1_000_000
+    )))
 }

@@ -31,6 +31,11 @@ impl Parameterization for Brecq {
         &ABOUT
     }
 
+    /// Two ends, v and two moments.
+    fn bytes_per_weight(&self) -> u64 {
+        20
+    }
+
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         let (between, v) = Between::of(weight);
         Box::new(Up { between, adam: Adam::new(v.len()), v })

@@ -39,6 +39,11 @@ impl Parameterization for DiscQuant {
         &ABOUT
     }
 
+    /// Two ends, the force, x and two moments.
+    fn bytes_per_weight(&self) -> u64 {
+        24
+    }
+
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         let between = Between::ends_of(weight);
         let y = between.shares(weight);

@@ -22,6 +22,11 @@ impl Parameterization for FlexRound {
         &ABOUT
     }
 
+    /// A logarithm and two moments.
+    fn bytes_per_weight(&self) -> u64 {
+        12
+    }
+
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         let n = weight.points.len();
         Box::new(Divisors::new(weight, Core::Each(vec![0.0; n], Adam::new(n))))

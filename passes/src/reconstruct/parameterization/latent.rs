@@ -30,6 +30,11 @@ impl Parameterization for Latent {
         &ABOUT
     }
 
+    /// The weight and two moments.
+    fn bytes_per_weight(&self) -> u64 {
+        12
+    }
+
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         let w = weight.within_reach();
         Box::new(Moved { adam: Adam::new(w.len()), w })

@@ -35,6 +35,11 @@ impl Parameterization for LoraRounding {
         &ABOUT
     }
 
+    /// Two ends; matrices of low rank are small.
+    fn bytes_per_weight(&self) -> u64 {
+        8
+    }
+
     fn start(&self, weight: &Weight, seed: u64) -> Box<dyn Learned> {
         let (between, start) = Between::of(weight);
         let columns = start.len() / weight.rows;

@@ -24,6 +24,11 @@ impl Parameterization for Lrq {
         &ABOUT
     }
 
+    /// Matrices of low rank and their moments.
+    fn bytes_per_weight(&self) -> u64 {
+        4
+    }
+
     fn start(&self, weight: &Weight, seed: u64) -> Box<dyn Learned> {
         let columns = weight.points.len() / weight.rows;
         let rank = (weight.rows.min(columns) / SHARE).max(1);

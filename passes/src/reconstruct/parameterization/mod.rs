@@ -37,6 +37,8 @@ pub trait Parameterization: Debug + Send + Sync {
     fn about(&self) -> &'static About;
     /// The parameters of one weight, at their start; what is drawn is drawn from `seed`.
     fn start(&self, weight: &Weight, seed: u64) -> Box<dyn Learned>;
+    /// The bytes that the parameters of one weight take, with what the optimizer keeps of them.
+    fn bytes_per_weight(&self) -> u64;
     /// Whether it asks for scales that stay as they are.
     fn keeps_scales(&self) -> bool {
         false

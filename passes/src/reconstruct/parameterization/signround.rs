@@ -33,6 +33,11 @@ impl Parameterization for SignRound {
         &ABOUT
     }
 
+    /// Where it starts, and v.
+    fn bytes_per_weight(&self) -> u64 {
+        8
+    }
+
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         Box::new(Offset { start: weight.within_reach(), v: vec![0.0; weight.points.len()] })
     }

@@ -48,6 +48,11 @@ impl Parameterization for Talr {
         &ABOUT
     }
 
+    /// The weight, its point, its distance and two moments.
+    fn bytes_per_weight(&self) -> u64 {
+        20
+    }
+
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         let w = weight.within_reach();
         #[expect(clippy::cast_precision_loss, reason = "few bits")]
