@@ -71,6 +71,24 @@ pub(super) static LINTS: &[Lint] = &[
             }
         },
     ),
+    error(
+        "OQ8105",
+        "codes of fewer than 8 bits right behind a Clip",
+        "write them as bytes, with a Clip of the codes, as `onnx-quant quantize` does",
+        "initialization errors of 1.31.1 (clip_quantizelinear.cc)",
+        |s, found| {
+            for (_, clamp) in s.called(&["Clip"]) {
+                for q in s.quantized_by(clamp) {
+                    if let Some(storage) = q.storage.filter(|storage| storage.bits() < 8) {
+                        found.node(
+                            clamp,
+                            format!("what it gives is quantized to {}: the optimizer fails on that", storage.name()),
+                        );
+                    }
+                }
+            }
+        },
+    ),
     warning(
         "OQ8110",
         "a clamp before a quantizer whose zero point is not the lowest code",

@@ -207,7 +207,10 @@ impl Pair {
         let same =
             encoding_of(graph, q, storage, &shape)? == encoding && encoding.scale.iter().all(|scale| *scale > 0.0);
         let encoding = match clip {
-            Some((_, clip)) => Encoding { grid: grid_between(graph, clip, encoding.grid)?, ..encoding },
+            Some((_, clip)) => {
+                let is_constant = q.input(0).is_some_and(|value| graph.constant(value).is_some());
+                Encoding { grid: grid_between(graph, clip, encoding.grid, is_constant)?, ..encoding }
+            }
             None => encoding,
         };
         let (source, result, between) = (q.input(0)?, node.output(0)?, clip.map(|(id, _)| id));
@@ -319,7 +322,7 @@ pub(super) fn whole(point: f64) -> i32 {
 }
 
 /// The grid of whose codes `clip`, a clamp of codes that `stored` reads, lets exactly those pass.
-fn grid_between(graph: &Graph, clip: &Node, stored: &'static dyn Grid) -> Option<&'static dyn Grid> {
+fn grid_between(graph: &Graph, clip: &Node, stored: &'static dyn Grid, is_constant: bool) -> Option<&'static dyn Grid> {
     let storage = stored.info().storage;
     let bound = |input: usize| {
         let bound = graph.constant_input(clip, input).filter(|c| c.dtype() == storage && c.len() == 1)?;
@@ -330,8 +333,11 @@ fn grid_between(graph: &Graph, clip: &Node, stored: &'static dyn Grid) -> Option
         let (from, to) = grid.range();
         (from - low).abs() < 0.5 && (to - high).abs() < 0.5 && grid.info().integer
     };
-    // Of grids with the same codes rather the one that is stored as they are.
-    let stored_so = |grid: &&dyn Grid| grid.info().storage == storage;
+    // Of grids with the same codes rather the one that is stored as they are; constants are packed.
+    let stored_so = |grid: &&dyn Grid| match is_constant {
+        true => grid.info().storage.bits() == 4,
+        false => grid.info().storage == storage,
+    };
     let found = || grid::GRIDS.iter().filter(|grid| between(grid));
     found().find(|grid| stored_so(grid)).or_else(|| found().next()).copied()
 }
