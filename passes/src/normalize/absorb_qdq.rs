@@ -334,10 +334,8 @@ fn grid_between(graph: &Graph, clip: &Node, stored: &'static dyn Grid, is_consta
         (from - low).abs() < 0.5 && (to - high).abs() < 0.5 && grid.info().integer
     };
     // Of grids with the same codes rather the one that is stored as they are; constants are packed.
-    let stored_so = |grid: &&dyn Grid| match is_constant {
-        true => grid.info().storage.bits() == 4,
-        false => grid.info().storage == storage,
-    };
+    let packed = |grid: &&dyn Grid| grid.info().storage.bits() == 4;
+    let stored_so = |grid: &&dyn Grid| if is_constant { packed(grid) } else { grid.info().storage == storage };
     let found = || grid::GRIDS.iter().filter(|grid| between(grid));
     found().find(|grid| stored_so(grid)).or_else(|| found().next()).copied()
 }

@@ -17,6 +17,8 @@ static ABOUT: About = About {
 const RATE: f32 = 5e-3;
 /// A gradient counts for no more than the force itself.
 const KAPPA: f32 = 1.0;
+/// What a gradient of mean magnitude weighs before it is cut to that: most are cut, as at the authors' ρ.
+const RHO: f32 = 10.0;
 /// The share of the way to the float weight that is made at the start.
 const START: f32 = 0.5;
 
@@ -61,7 +63,7 @@ impl Learned for Relaxed {
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, _: &Weight) {
         let mut by_x = self.between.by_shares(gradient);
         let mean = by_x.iter().map(|g| g.abs()).sum::<f32>() / by_x.len().max(1) as f32;
-        let unit = if mean > 0.0 { 1.0 / mean } else { 0.0 };
+        let unit = if mean > 0.0 { RHO / mean } else { 0.0 };
         by_x.iter_mut().zip(&self.force).for_each(|(g, force)| *g = force + (*g * unit).clamp(-KAPPA, KAPPA));
         let decay = 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
         self.adam.step(&mut self.x, &by_x, RATE * rate * decay);
