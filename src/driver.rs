@@ -286,7 +286,7 @@ fn check_request(request: &Request) -> Result<(), Error> {
             "--rotate changes the recipe's pipeline: put `rotate` into the one of --pipeline instead".into(),
         ));
     }
-    if let Some(method) = request.learn.as_ref().filter(|_| !pipeline_text(request).contains("learn=")) {
+    if let Some(method) = request.learn.as_ref().filter(|_| !pipeline_text(request).contains("round-in-order")) {
         return Err(Error::Input(format!(
             "--learn {method}: codes are learned from those that `round-in-order` chose, which this recipe does not run: add \
                  `--recipe best`"

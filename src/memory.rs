@@ -113,7 +113,7 @@ impl Needs {
             if taps >= LEAST_TAP_BYTES.min((threads as u64).saturating_mul(self.all)) {
                 let estimate = self.total(threads, taps);
                 let pairs = most.saturating_sub(estimate).min(DEFAULT_PAIR_BYTES);
-                let state = most.saturating_sub(estimate);
+                let state = most.saturating_sub(estimate).saturating_sub(pairs);
                 return Ok(Budget { threads, taps, pairs, state, estimate });
             }
         }

@@ -116,7 +116,7 @@ fn learning(method: &str) -> String {
 
 /// `text` followed by learning by `method`, which may carry options in braces, from the whole model.
 fn with_distillation(text: &str, method: &str) -> String {
-    format!("{},\ndistill{{{}}}", text.trim_end(), learning(method))
+    format!("{}\n, distill{{{}}}", text.trim_end(), learning(method))
 }
 
 /// `text` with another observer in `assign-encodings`.
@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(with_learning("a, round-in-order, b", "lrq"), "a, round-in-order{learn=lrq}, b");
         let learned = with_learning("a, round-in-order{refit=3}", "brecq{iterations=9, batch=2}");
         assert_eq!(learned, "a, round-in-order{learn=brecq, iterations=9, batch=2, refit=3}");
-        assert_eq!(with_distillation("a, round", "latent{batch=2}"), "a, round,\ndistill{learn=latent, batch=2}");
+        assert_eq!(with_distillation("a, round", "latent{batch=2}"), "a, round\n, distill{learn=latent, batch=2}");
         let budgeted = with_allocation(text, Some(4.5), None);
         assert!(budgeted.contains("min-max}, allocate-bits{budget=4.5}, round, correct-bias"), "{budgeted}");
         let both =

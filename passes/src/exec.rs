@@ -54,6 +54,10 @@ pub trait Dataset: Sync {
     /// # Errors
     /// [`DataError`] when it cannot be read or does not fit the graph.
     fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError>;
+    /// The sample that sample `index` is a variant of: itself where it is none.
+    fn origin(&self, index: usize) -> usize {
+        index
+    }
 }
 
 /// A sample that cannot be used.

@@ -108,6 +108,10 @@ impl Dataset for Augmented<'_> {
         }
     }
 
+    fn origin(&self, index: usize) -> usize {
+        index % self.files.len().max(1)
+    }
+
     fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
         let n = self.files.len().max(1);
         let mut sample = self.files.sample(index % n)?;

@@ -14,7 +14,7 @@ use passes::tensor::{DType, Tensor};
 
 /// The share of words that are drawn anew.
 const SHARE: f64 = 0.5;
-/// The most that earlier logits may change when the last word does, over the largest.
+/// The most that the logits of the first half may change when the words of the second do, over the largest.
 const AHEAD: f32 = 1e-3;
 
 /// A language model: what it says of position t tells the word at t + 1.
@@ -41,16 +41,21 @@ impl Speaker {
         let said = speaker.says(&feeds, ids.len())?;
         (said.len() == ids.len() * rows).then_some(())?;
         // Of a model that looks ahead, words say what they are themselves.
-        let mut other = ids.clone();
-        let last = other.last_mut()?;
-        *last = if *last == 0 { 1 } else { *last - 1 };
+        let half = ids.len() / 2;
+        let other: Vec<i64> = ids
+            .iter()
+            .enumerate()
+            .map(|(at, &id)| if at < half { id } else { (id + 1) % i64::try_from(rows).unwrap_or(i64::MAX).max(2) })
+            .collect();
         let mut changed = feeds.clone();
         changed[input] = like(&feeds[input], other)?;
         let without = speaker.says(&changed, ids.len())?;
-        let before = (ids.len() - 1) * rows;
         let largest = said.iter().fold(0.0_f32, |most, z| most.max(z.abs()));
-        let apart = said[..before].iter().zip(&without[..before]).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
-        (apart <= AHEAD * largest).then_some(speaker)
+        let apart = |range: std::ops::Range<usize>| {
+            said[range.clone()].iter().zip(&without[range]).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()))
+        };
+        let (before, behind) = (apart(0..half * rows), apart(half * rows..said.len()));
+        (before <= AHEAD * largest && behind > AHEAD * largest).then_some(speaker)
     }
 
     /// The logits of one sequence of so many words.
@@ -74,7 +79,8 @@ impl Speaker {
                 let x = start.wrapping_add(2 * at as u64);
                 if !fixed(ids[at]) && seed::uniform(x) < SHARE {
                     let row = &said[(at - 1) * rows..at * rows];
-                    ids[at] = i64::try_from(draw(row, seed::uniform(x.wrapping_add(1)))).ok()?;
+                    let drawn = i64::try_from(draw(row, seed::uniform(x.wrapping_add(1)))).ok()?;
+                    ids[at] = if fixed(drawn) { ids[at] } else { drawn };
                 }
             }
             feeds[self.input] = like(&feeds[self.input], ids)?;

@@ -27,6 +27,8 @@ pub(super) struct Program {
     /// Those of the feeds that only the block itself computes: whole numbers that depend on shapes alone.
     pub(super) inner: Vec<ValueId>,
     pub(super) constants: Vec<(Slot, Value<f32>)>,
+    /// Those of the constants that the plan rounds or replaces, as the float model has them.
+    pub(super) float_constants: Vec<(Slot, Value<f32>)>,
     /// Encoded weights of linear nodes.
     pub(super) weights: Vec<(Slot, Site, Arc<Tensor>)>,
     /// Their biases as they are read, and as the float model has them.
@@ -50,6 +52,8 @@ pub(super) struct Also {
     pub(super) norms: bool,
     /// What the block reads of other blocks.
     pub(super) inputs: bool,
+    /// So many of the last nodes are what follows the block, and not its own.
+    pub(super) rest: usize,
 }
 
 /// The scale of a bias: that of an activation times that of a weight.
@@ -98,6 +102,7 @@ impl Program {
             feeds: Vec::new(),
             inner: Vec::new(),
             constants: Vec::new(),
+            float_constants: Vec::new(),
             weights: Vec::new(),
             biases: Vec::new(),
             drop,
@@ -106,7 +111,8 @@ impl Program {
             steps: Vec::new(),
             products: Vec::new(),
         };
-        let free = if also.steps { steps::free(graph, plan, &users, block) } else { BTreeSet::new() };
+        let own = &block.nodes[..block.nodes.len().saturating_sub(also.rest)];
+        let free = if also.steps { steps::free(graph, plan, &users, own) } else { BTreeSet::new() };
         let outputs =
             block.nodes.iter().filter_map(|id| graph.node(*id)).flat_map(|node| node.outputs.iter().flatten());
         let produced = outputs.copied().collect();
@@ -245,6 +251,9 @@ impl Maker<'_> {
             slot
         } else {
             let slot = self.program.tape.leaf(false);
+            if version.1.is_some() {
+                self.program.float_constants.extend(grad::value_of(tensor).map(|float| (slot, float)));
+            }
             self.program.constants.push((slot, value));
             slot
         };

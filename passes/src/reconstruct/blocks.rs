@@ -87,7 +87,7 @@ pub fn blocks(graph: &Graph, plan: &Plan, layers: usize) -> Vec<Block> {
     if !nodes.is_empty() {
         smallest.push(closed(graph, plan, nodes, &alive));
     }
-    merged(smallest, layers)
+    merged(graph, smallest, layers)
 }
 
 fn closed(graph: &Graph, plan: &Plan, nodes: Vec<NodeId>, alive: &BTreeSet<ValueId>) -> Block {
@@ -121,14 +121,16 @@ pub(super) fn is_layer(graph: &Graph, plan: &Plan, id: NodeId) -> bool {
 }
 
 /// Neighbors put together as long as they have at most `layers` weights; what has none joins the block before it.
-fn merged(smallest: Vec<Block>, layers: usize) -> Vec<Block> {
+fn merged(graph: &Graph, smallest: Vec<Block>, layers: usize) -> Vec<Block> {
     let mut blocks: Vec<Block> = Vec::new();
     for block in smallest {
         let fits = |last: &&mut Block| last.layers == 0 || block.layers == 0 || last.layers + block.layers <= layers;
         match blocks.last_mut().filter(fits) {
             Some(last) => {
                 last.nodes.extend(block.nodes);
-                last.outputs = block.outputs;
+                // What the graph returns from the middle stays a result.
+                last.outputs.retain(|value| graph.outputs().contains(value));
+                last.outputs.extend(block.outputs);
                 last.layers += block.layers;
             }
             None => blocks.push(block),

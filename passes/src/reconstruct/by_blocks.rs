@@ -139,8 +139,9 @@ impl Learner {
         let settings = self.settings.with_scales(free);
         let with_rest = self.settings.loss == measure::Wish::Prediction;
         let norms = settings.learns(Part::Norms) && !with_rest;
-        let also = Also { steps: settings.learns(Part::Steps), norms, inputs: false };
         let whole = self.learned_with(model.graph(), block);
+        let rest = whole.nodes.len() - block.nodes.len();
+        let also = Also { steps: settings.learns(Part::Steps), norms, inputs: false, rest };
         // What follows runs in float.
         let plan =
             if with_rest { Cow::Owned(block.own(model.graph(), model.plan())) } else { Cow::Borrowed(model.plan()) };

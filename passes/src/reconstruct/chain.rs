@@ -18,8 +18,9 @@ use super::samples::Sample;
 use super::teacher::Teacher;
 use crate::exec::Dataset;
 use crate::grad::{self, Array, GradError, Slot, Value, Values};
-use crate::id::ValueId;
+use crate::id::{Site, ValueId};
 use crate::ir::Graph;
+use crate::ir::walk::Users;
 use crate::lockstep;
 use crate::model::Plan;
 use crate::padding::Mask;
@@ -61,13 +62,20 @@ struct Carried {
     grads: BTreeMap<ValueId, Array<f32>>,
 }
 
+/// Errors of outputs, by their places: sums, and how many there are.
+type Errors = Vec<(usize, (f64, usize))>;
+
 /// A model as a chain of blocks, with its samples.
 pub(super) struct Chain {
     pub(super) links: Vec<Link>,
     teacher: Teacher,
     given: Vec<Given>,
-    /// How errors of what the graph returns are measured.
-    measures: BTreeMap<ValueId, Measure>,
+    /// What blocks read of blocks before them, with the last link that does.
+    carried: BTreeMap<ValueId, usize>,
+    /// How errors of what the graph returns are measured, output by output.
+    measures: Vec<Measure>,
+    /// Of every output, one over how many errors a sample has: each counts as much as any other.
+    shares: Vec<f32>,
     /// The samples to learn from.
     pub(super) fitted: Vec<usize>,
     held_out: Vec<usize>,
@@ -83,9 +91,16 @@ impl Chain {
         also: Also,
         wish: Wish,
     ) -> Result<Result<Self, String>, PassError> {
-        let nothing = Plan::default();
+        // What several nodes read is one tensor, and stays so.
+        let users = Users::of(graph);
+        let constant = |node, input: u16| graph.node(node)?.input(input.into());
+        let is_shared = |site: &Site| match site {
+            Site::Use { node, input } => constant(*node, *input).is_none_or(|value| users.only_input(value).is_none()),
+            Site::Value(_) => true,
+        };
+        let kept = plan.only(is_shared);
         let also = Also { inputs: true, ..also };
-        let program = |block: Block| Ok((Program::of(graph, plan, &nothing, &block, also)?, block));
+        let program = |block: Block| Ok((Program::of(graph, plan, &kept, &block, also)?, block));
         let made: Result<Vec<(Program, Block)>, String> =
             blocks::blocks(graph, plan, layers).into_iter().map(program).collect();
         let made = match made {
@@ -108,13 +123,17 @@ impl Chain {
         if returned.is_empty() {
             return Ok(Err("nothing that rounding changes is returned as numbers".into()));
         }
+        let reads = links.iter().enumerate().flat_map(|(at, link)| link.carried.iter().map(move |(_, v)| (*v, at)));
+        let carried = reads.collect(); // the last one of each counts
         let last = links.last().map(|link| &*link.block.nodes).unwrap_or_default();
         let teacher = Teacher::of(graph, cx, last, returned)?;
         let mut chain = Self {
             links,
             teacher,
             given: Vec::new(),
-            measures: BTreeMap::new(),
+            carried,
+            measures: Vec::new(),
+            shares: Vec::new(),
             fitted: Vec::new(),
             held_out: Vec::new(),
         };
@@ -126,9 +145,8 @@ impl Chain {
     /// Reads all samples, or as many of them, spread over all, as memory holds.
     fn take_samples(&mut self, graph: &Graph, cx: &PassContext<'_>, wish: Wish) -> Result<(), PassError> {
         let dataset = cx.dataset.filter(|data| !data.is_empty()).ok_or(PassError::NoData)?;
-        let carried: BTreeSet<ValueId> = self.links.iter().flat_map(|link| &link.carried).map(|(_, v)| *v).collect();
         let feeds = self.links.iter().flat_map(|link| &link.program.feeds).map(|(_, v)| *v);
-        let fixed: BTreeSet<ValueId> = feeds.filter(|v| !carried.contains(v)).collect();
+        let fixed: BTreeSet<ValueId> = feeds.filter(|v| !self.carried.contains_key(v)).collect();
         let wanted: Vec<ValueId> = fixed.iter().chain(&self.teacher.reads).copied().collect();
         let float = Simulation::prepare(graph, &Plan::default(), cx.executor, &wanted)?;
         let first = sample(graph, &float, &fixed, dataset, 0)?;
@@ -154,14 +172,19 @@ impl Chain {
         let mut given: Vec<(usize, Given)> = given.into_iter().flatten().collect();
         given.sort_by_key(|(at, _)| *at);
         self.given = given.into_iter().map(|(_, given)| given).collect();
-        (self.held_out, self.fitted) = (0..self.given.len()).partition(|i| i % HELD_OUT == HELD_OUT / 2);
+        // Variants of a sample go where it goes.
+        let origins: Vec<usize> = indices.iter().map(|&index| dataset.origin(index)).collect();
+        let distinct: Vec<usize> = origins.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
+        let place = |i: &usize| distinct.binary_search(&origins[*i]).unwrap_or(0);
+        (self.held_out, self.fitted) = (0..self.given.len()).partition(|i| place(i) % HELD_OUT == HELD_OUT / 2);
         if self.held_out.is_empty() {
             self.held_out.clone_from(&self.fitted);
         }
         let seen = std::slice::from_ref(&targets);
         let of = self.teacher.returned.iter().enumerate();
-        self.measures =
-            of.map(|(at, value)| (*value, Measure::of(wish, seen, at, wish.is_of_logits(graph, *value)))).collect();
+        self.measures = of.map(|(at, value)| Measure::of(wish, seen, at, wish.is_of_logits(graph, *value))).collect();
+        let count = |(measure, target): (&Measure, &Array<f32>)| 1.0 / measure.count(target.shape()).max(1) as f32;
+        self.shares = self.measures.iter().zip(&targets.targets).map(count).collect();
         Ok(())
     }
 
@@ -193,11 +216,18 @@ impl Chain {
         link.program.run(leaves, &feeds, drop)
     }
 
+    /// Keeps what `link` hands on.
+    fn hand_on(&self, link: &Link, values: &Values<f32>, state: &mut Carried) {
+        let outputs = link.program.outputs.iter().filter(|(_, value)| self.carried.contains_key(value));
+        state.values.extend(outputs.filter_map(|(slot, value)| Some((*value, values.real(*slot)?.clone()))));
+    }
+
     /// What the graph returns out of `link`, with its place among all that it returns.
-    fn returned<'a>(&'a self, link: &'a Link) -> impl Iterator<Item = (Slot, ValueId, usize)> + 'a {
-        link.program.outputs.iter().filter_map(|(slot, value)| {
-            Some((*slot, *value, self.teacher.returned.iter().position(|other| other == value)?))
-        })
+    fn returned<'a>(&'a self, link: &'a Link) -> impl Iterator<Item = (Slot, usize)> + 'a {
+        link.program
+            .outputs
+            .iter()
+            .filter_map(|(slot, value)| Some((*slot, self.teacher.returned.iter().position(|other| other == value)?)))
     }
 
     /// The mean error of what the graph returns for `samples`, with the leaves of every link.
@@ -205,30 +235,30 @@ impl Chain {
         &self,
         samples: &[usize],
         drop: i64,
-        measures: &BTreeMap<ValueId, Measure>,
+        measures: &[Measure],
         leaves: &mut dyn FnMut(usize) -> Result<Leaves, GradError>,
     ) -> Result<f64, GradError> {
         let mut states: Vec<Carried> = samples.iter().map(|_| Carried::default()).collect();
-        let mut sum = (0.0, 0);
+        let mut sums = vec![(0.0, 0); measures.len()];
         for (at, link) in self.links.iter().enumerate() {
             let leaves = leaves(at)?;
             let run = |(state, i): (&mut Carried, &usize)| {
                 let values = self.run(link, &leaves, *i, state, (drop, 0))?;
-                hand_on(link, &values, state);
-                let mut sum = (0.0, 0);
-                for (slot, value, place) in self.returned(link) {
-                    let (error, count) = measures[&value].error(&*self.targets(*i)?, place, values.real(slot))?;
-                    sum = (sum.0 + error, sum.1 + count);
-                }
-                Ok::<_, GradError>(sum)
+                self.hand_on(link, &values, state);
+                state.values.retain(|value, _| self.carried.get(value).is_some_and(|&last| last > at));
+                let error = |(slot, place): (Slot, usize)| {
+                    Ok((place, measures[place].error(&*self.targets(*i)?, place, values.real(slot))?))
+                };
+                self.returned(link).map(error).collect()
             };
-            let errors: Vec<Result<(f64, usize), GradError>> = states.par_iter_mut().zip(samples).map(run).collect();
-            for error in errors {
-                let (error, count) = error?;
-                sum = (sum.0 + error, sum.1 + count);
+            let errors: Vec<Result<Errors, GradError>> = states.par_iter_mut().zip(samples).map(run).collect();
+            for errors in errors {
+                for (place, (error, count)) in errors? {
+                    sums[place] = (sums[place].0 + error, sums[place].1 + count);
+                }
             }
         }
-        Ok(sum.0 / sum.1.max(1) as f64)
+        Ok(sums.into_iter().map(|(sum, count)| sum / count.max(1) as f64).sum())
     }
 
     /// The mean error of what the graph returns for the samples that were held out.
@@ -243,8 +273,8 @@ impl Chain {
     fn agrees(&self) -> Result<(), GradError> {
         let targets = self.targets(0)?;
         let seen = std::slice::from_ref(&*targets);
-        let of = self.teacher.returned.iter().enumerate();
-        let squares = of.map(|(at, value)| (*value, Measure::of(Wish::Square, seen, at, false))).collect();
+        let all = 0..self.teacher.returned.len();
+        let squares: Vec<Measure> = all.map(|at| Measure::of(Wish::Square, seen, at, false)).collect();
         let error = self.error_on(&[0], 1000, &squares, &mut |at| Ok(self.links[at].program.float_leaves()))?;
         if error < DISAGREEMENT {
             Ok(())
@@ -253,12 +283,13 @@ impl Chain {
         }
     }
 
-    /// Takes `batch` forward and back; `see` gets the gradients of one link after the other, from the last to the first.
+    /// Takes `batch` forward and back; `leaves` is told whether a link is on its way back, and
+    /// `see` gets the gradients of one link after the other, from the last to the first.
     pub(super) fn sweep(
         &self,
         batch: &[usize],
         drop: (i64, u64),
-        leaves: &mut dyn FnMut(usize) -> Result<Leaves, GradError>,
+        leaves: &mut dyn FnMut(usize, bool) -> Result<Leaves, GradError>,
         see: &mut dyn FnMut(usize, Gradients) -> Result<(), GradError>,
     ) -> Result<(), GradError> {
         let mut states: Vec<Carried> = batch.iter().map(|_| Carried::default()).collect();
@@ -266,15 +297,15 @@ impl Chain {
         let (_, before) =
             self.links.split_last().ok_or_else(|| GradError("a bug in onnx-quant: a chain without links".into()))?;
         for (at, link) in before.iter().enumerate() {
-            let leaves = leaves(at)?;
+            let leaves = leaves(at, false)?;
             let run = |(state, i): (&mut Carried, &usize)| {
-                hand_on(link, &self.run(link, &leaves, *i, state, seeded(at, *i))?, state);
+                self.hand_on(link, &self.run(link, &leaves, *i, state, seeded(at, *i))?, state);
                 Ok(())
             };
             states.par_iter_mut().zip(batch).map(run).collect::<Result<(), GradError>>()?;
         }
         for (at, link) in self.links.iter().enumerate().rev() {
-            let leaves = leaves(at)?;
+            let leaves = leaves(at, true)?;
             let lane = batch.len().div_ceil(LANES).max(1);
             let back = |(states, samples): (&mut [Carried], &[usize])| {
                 let mut sums: Vec<Vec<f32>> = vec![Vec::new(); link.program.learned().len()];
@@ -310,8 +341,11 @@ impl Chain {
         for (slot, value) in &link.program.outputs {
             seeds.extend(state.grads.remove(value).map(|grad| (*slot, grad)));
         }
-        for (slot, value, place) in self.returned(link) {
-            let grad = self.measures[&value].gradient(&*self.targets(i)?, place, values.real(slot))?;
+        for (slot, place) in self.returned(link) {
+            let mut grad = self.measures[place].gradient(&*self.targets(i)?, place, values.real(slot))?;
+            if self.shares.len() > 1 {
+                grad *= self.shares[place];
+            }
             seeds.push((slot, grad));
         }
         let mut wanted = link.program.learned();
@@ -335,12 +369,6 @@ impl Chain {
         }
         Ok(())
     }
-}
-
-/// Keeps what `link` hands on.
-fn hand_on(link: &Link, values: &Values<f32>, state: &mut Carried) {
-    let outputs = link.program.outputs.iter();
-    state.values.extend(outputs.filter_map(|(slot, value)| Some((*value, values.real(*slot)?.clone()))));
 }
 
 /// Sample `index`, without what the teacher says of it.

@@ -3,6 +3,7 @@
 use super::block::Also;
 use super::by_blocks::{edits, written};
 use super::chain::Chain;
+use super::measure::Wish;
 use super::run::{Leaves, Outcome};
 use super::settings::{Part, Settings, Usual};
 use super::train::{Course, Order};
@@ -16,7 +17,7 @@ crate::declare_pass! {
     ///
     /// The model as planned goes forward and back on batches of samples; every weight starts at the codes that it has. Memory holds the
     /// tape of one block at a time. What is learned is kept only where it does better on the samples that are held out from it, one of
-    /// eight.
+    /// eight where there are eight. Codes that came with the model are learned anew like all others; a constant that several nodes read stays.
     INFO {
         name: "distill",
         source: "divergence of the whole model: Chee et al. 2025 (DiscQuant), arXiv:2501.06417, section 4; scales end to end: Chen et \
@@ -61,6 +62,10 @@ impl Distill {
     fn new(options: &Options) -> Result<Self, OptionError> {
         let nothing = || OptionError { option: "learn".into(), problem: "the pass does nothing else".into() };
         let settings = Settings::of(options, &USUAL)?.ok_or_else(nothing)?;
+        if settings.loss == Wish::Prediction {
+            let problem = "`pd` is about blocks, and here the whole model is learned: fitting, kl or mse".to_owned();
+            return Err(OptionError { option: "loss".into(), problem });
+        }
         Ok(Self { settings, layers: options.count("layers", 4)?.max(1) })
     }
 }
@@ -94,10 +99,15 @@ fn learn(model: &Model, cx: &PassContext<'_>, chain: &Chain, settings: &Settings
         let batch = order.next(settings.batch);
         let courses = std::cell::RefCell::new(&mut courses);
         let mut finite = true;
-        let mut leaves = |at: usize| {
+        let mut leaves = |at: usize, back: bool| {
             let (weights, course) = (weights(at)?, &mut courses.borrow_mut()[at]);
             course.soften(&weights, progress);
-            chain.links[at].program.leaves(&weights, &course.at)
+            let leaves = chain.links[at].program.leaves(&weights, &course.at);
+            // On the way back the step needs them once more.
+            if !back {
+                course.at.units.clear();
+            }
+            leaves
         };
         chain.sweep(&batch, (settings.drop, iteration as u64), &mut leaves, &mut |at, grads| {
             finite &= grads.are_finite();
@@ -157,7 +167,7 @@ impl Pass for Distill {
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         let mut patch = Patch::on(model);
         cx.dataset.filter(|data: &&dyn Dataset| !data.is_empty()).ok_or(PassError::NoData)?;
-        let key = format!("distilled from {:016x}", record::digest(model.plan()));
+        let key = format!("distilled by {:?} from {:016x}", self.settings, record::digest(model.plan()));
         let kept = cx.journal.get(&key).and_then(|bytes| record::read(&bytes));
         let made = if let Some(made) = kept {
             made
@@ -169,7 +179,8 @@ impl Pass for Distill {
             }
             made
         };
-        patch.count("tensors learned from the whole model", made.len() as u64);
+        let weights = made.iter().filter(|edit| matches!(edit, Edit::Round { .. })).count();
+        patch.count("weights learned from the whole model", weights as u64);
         made.into_iter().for_each(|edit| patch.edit(edit));
         Ok(patch)
     }
@@ -179,7 +190,8 @@ impl Distill {
     fn learn_on(&self, model: &Model, cx: &PassContext<'_>) -> Result<Vec<Edit>, PassError> {
         let free = cx.scheme.block_format().is_none() && !cx.scheme.power_of_two;
         let settings = self.settings.with_scales(free);
-        let also = Also { steps: settings.learns(Part::Steps), norms: settings.learns(Part::Norms), inputs: true };
+        let also =
+            Also { steps: settings.learns(Part::Steps), norms: settings.learns(Part::Norms), inputs: true, rest: 0 };
         let chain = Chain::of(model.graph(), model.plan(), cx, self.layers, also, settings.loss)?;
         let refused = |reason: String| {
             PassError::Model(format!(

@@ -121,7 +121,9 @@ impl Program {
 
     /// The leaves of the float model.
     pub(super) fn float_leaves(&self) -> Leaves {
+        // Of two values for one slot the later one counts.
         let mut leaves = self.constants.clone();
+        leaves.extend(self.float_constants.iter().cloned());
         let learned = self.weights.iter().chain(&self.float_biases);
         leaves.extend(self.steps.iter().map(|(slot, _)| (*slot, one(0.0))));
         leaves.extend(learned.filter_map(|(slot, _, tensor)| Some((*slot, crate::grad::value_of(tensor)?))));

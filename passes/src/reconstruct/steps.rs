@@ -2,17 +2,16 @@
 
 use std::collections::BTreeSet;
 
-use super::blocks::Block;
 use crate::encoding::{Encoding, Granularity};
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Graph;
 use crate::ir::walk::{User, Users};
 use crate::model::Plan;
 
-/// The sites of activations that nobody outside of `block` reads, whose integers have one scale, and that no operator ties to another
+/// The sites of activations that nobody outside of `nodes` reads, whose integers have one scale, and that no operator ties to another
 /// tensor: where a neighbor has the very same encoding, a target may ask for that.
-pub(super) fn free(graph: &Graph, plan: &Plan, users: &Users, block: &Block) -> BTreeSet<Site> {
-    let inside: BTreeSet<NodeId> = block.nodes.iter().copied().collect();
+pub(super) fn free(graph: &Graph, plan: &Plan, users: &Users, nodes: &[NodeId]) -> BTreeSet<Site> {
+    let inside: BTreeSet<NodeId> = nodes.iter().copied().collect();
     let mut seen: BTreeSet<ValueId> = BTreeSet::new();
     let mut twice: BTreeSet<ValueId> = BTreeSet::new();
     let mut sites = Vec::new();

@@ -51,7 +51,7 @@ crate::declare_pass! {
             OptionInfo { name: "damping", doc: "λ of the regression in mean diagonals of the moments, 1 by default" },
             OptionInfo { name: "sweeps", doc: "sweeps of coordinate descent after it, 0 by default" },
             OptionInfo { name: "refit", doc: "rounds of fitting scales, with two sweeps each, 0 by default" },
-            OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers; 0 by default" },
+            OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers, and learned where blocks are; 0 by default" },
             OptionInfo {
                 name: "learn",
                 doc: "what is learned of the weights of a block once they are rounded: none (default), or any of `list parameterizations`",
@@ -67,7 +67,7 @@ crate::declare_pass! {
             OptionInfo { name: "biases", doc: "learning: 0 leaves biases as they are; 1 by default" },
             OptionInfo { name: "scales", doc: "learning: 0 leaves scales of weights as they are; 1 by default" },
             OptionInfo { name: "steps", doc: "learning: 1 learns scales of activations too; 0 by default" },
-            OptionInfo { name: "loss", doc: "learning: mse (default), or kl for the outputs of the graph, where they are logits" },
+            OptionInfo { name: "loss", doc: "learning: mse (default); kl for the outputs of the graph, where they are logits; fitting, which tells those by how they are computed; pd, which adds what the rest of the model makes of a block" },
         ],
     }
 }
