@@ -9,6 +9,7 @@ use super::Edit;
 use crate::encoding::{Encoding, Granularity};
 use crate::grid;
 use crate::id::{NodeId, Site, ValueId};
+use crate::journal::Journal;
 use crate::tensor::{DType, Tensor};
 
 /// `edits` as bytes; `None` where one is of a kind that no plan is made of.
@@ -36,6 +37,20 @@ pub(crate) fn write(edits: &[Edit]) -> Option<Vec<u8>> {
         }
     }
     Some(out.0)
+}
+
+/// The edits that `journal` keeps under `key`, where it does.
+pub(crate) fn kept(journal: &dyn Journal, key: &str) -> Option<Vec<Edit>> {
+    read(&journal.get(key)?)
+}
+
+/// Keeps `edits` in `journal` under `key`; those of kinds that no plan is made of are left out as a whole.
+///
+/// # Errors
+/// What is wrong, in words, where they cannot be kept.
+pub(crate) fn keep(journal: &dyn Journal, key: &str, edits: &[Edit]) -> Result<(), String> {
+    let Some(bytes) = write(edits) else { return Ok(()) };
+    journal.put(key, &bytes).map_err(|problem| format!("what was learned cannot be kept: {problem}"))
 }
 
 /// The edits that `bytes` stand for; `None` where they stand for none.

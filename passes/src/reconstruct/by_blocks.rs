@@ -112,14 +112,13 @@ impl Learner {
     ) -> Result<Result<Vec<Edit>, String>, PassError> {
         // Another plan (more bits, other blocks before it) is another question.
         let key = format!("block {number} behind {:016x}", record::digest(model.plan()));
-        if let Some(edits) = cx.journal.get(&key).and_then(|bytes| record::read(&bytes)) {
+        if let Some(edits) = record::kept(cx.journal, &key) {
             (0..self.settings.iterations).for_each(|_| cx.progress.step());
             return Ok(Ok(edits));
         }
         let learned = self.learn(walk, model, given, cx, block, number)?;
-        if let Some(bytes) = learned.as_ref().ok().and_then(|edits| record::write(edits)) {
-            let kept = cx.journal.put(&key, &bytes);
-            kept.map_err(|problem| PassError::Model(format!("what was learned cannot be kept: {problem}")))?;
+        if let Ok(edits) = &learned {
+            record::keep(cx.journal, &key, edits).map_err(PassError::Model)?;
         }
         Ok(learned)
     }

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use super::block::{Also, Program};
 use super::blocks::{self, Block};
 use super::measure::{Measure, Wish};
+use super::objective::{DISAGREEMENT, HELD_OUT, LANES, shares};
 use super::run::{Gradients, Leaves, add};
 use super::samples::Sample;
 use super::teacher::Teacher;
@@ -29,13 +30,6 @@ use crate::pass::{PassContext, PassError};
 use crate::seed;
 use crate::simulate::Simulation;
 use crate::tensor::Tensor;
-
-/// Of so many samples one is held out, to judge by.
-const HELD_OUT: usize = 8;
-/// Samples of a batch are added up in so many sums, whatever the number of threads.
-const LANES: usize = 4;
-/// The error over signal from which on the tapes do not compute what the model does.
-const DISAGREEMENT: f64 = 1e-2;
 
 /// One block of the chain.
 pub(super) struct Link {
@@ -183,8 +177,7 @@ impl Chain {
         let seen = std::slice::from_ref(&targets);
         let of = self.teacher.returned.iter().enumerate();
         self.measures = of.map(|(at, value)| Measure::of(wish, seen, at, wish.is_of_logits(graph, *value))).collect();
-        let count = |(measure, target): (&Measure, &Array<f32>)| 1.0 / measure.count(target.shape()).max(1) as f32;
-        self.shares = self.measures.iter().zip(&targets.targets).map(count).collect();
+        self.shares = shares(&self.measures, seen);
         Ok(())
     }
 

@@ -168,15 +168,11 @@ impl Pass for Distill {
         let mut patch = Patch::on(model);
         cx.dataset.filter(|data: &&dyn Dataset| !data.is_empty()).ok_or(PassError::NoData)?;
         let key = format!("distilled by {:?} from {:016x}", self.settings, record::digest(model.plan()));
-        let kept = cx.journal.get(&key).and_then(|bytes| record::read(&bytes));
-        let made = if let Some(made) = kept {
+        let made = if let Some(made) = record::kept(cx.journal, &key) {
             made
         } else {
             let made = self.learn_on(model, cx)?;
-            if let Some(bytes) = record::write(&made) {
-                let kept = cx.journal.put(&key, &bytes);
-                kept.map_err(|problem| PassError::Model(format!("what was learned cannot be kept: {problem}")))?;
-            }
+            record::keep(cx.journal, &key, &made).map_err(PassError::Model)?;
             made
         };
         let weights = made.iter().filter(|edit| matches!(edit, Edit::Round { .. })).count();

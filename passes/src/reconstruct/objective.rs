@@ -11,12 +11,12 @@ use crate::parallel;
 use crate::seed;
 
 /// Of so many samples one is held out, to judge by.
-const HELD_OUT: usize = 8;
+pub(super) const HELD_OUT: usize = 8;
 /// The error over signal from which on a tape does not compute what the model does; constants other than weights and biases are
 /// rounded in it.
-const DISAGREEMENT: f64 = 1e-2;
+pub(super) const DISAGREEMENT: f64 = 1e-2;
 /// Samples of a batch are added up in so many sums, whatever the number of threads.
-const LANES: usize = 4;
+pub(super) const LANES: usize = 4;
 
 /// How a block does, as error over signal: on the samples that were held out, and on those learned from.
 #[derive(Clone, Copy)]
@@ -159,7 +159,7 @@ impl<'a> Objective<'a> {
 }
 
 /// Of every output one over how many errors the first sample has there.
-fn shares(measures: &[Measure], samples: &[Sample]) -> Vec<f32> {
+pub(super) fn shares(measures: &[Measure], samples: &[Sample]) -> Vec<f32> {
     let count = |(measure, target): (&Measure, &Array<f32>)| 1.0 / measure.count(target.shape()).max(1) as f32;
     samples.first().map(|sample| measures.iter().zip(&sample.targets).map(count).collect()).unwrap_or_default()
 }
