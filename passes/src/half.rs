@@ -128,7 +128,7 @@ fn place(graph: &Graph, site: Site) -> String {
 fn has_own_scales(encoding: &Encoding) -> bool {
     match encoding.granularity {
         Granularity::Block { size, .. } => block::of(encoding.grid, size).is_some(),
-        Granularity::Dynamic | Granularity::DynamicBlocks { .. } => true,
+        Granularity::Dynamic | Granularity::DynamicBlocks { .. } | Granularity::DynamicRows { .. } => true,
         Granularity::Tensor | Granularity::Axis(_) => false,
     }
 }

@@ -243,8 +243,20 @@ pub struct LowerError {
     pub problem: String,
 }
 
+/// Whose range every run chooses by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangesOf {
+    /// That of a whole tensor.
+    Tensor,
+    /// That of every token: of all channels at one place.
+    Token,
+}
+
+/// How schemes say it.
+const RANGES_OF: &[(&str, RangesOf)] = &[("dyn", RangesOf::Tensor), ("tok", RangesOf::Token)];
+
 /// Weights and activations, in how many bits or in which format: `w8a8`, `w4a16g32`, `wfp8afp8`, `w8a8pow2`, `w8a8dyn`,
-/// `wnvfp4anvfp4`.
+/// `w4a4tok`, `wnvfp4anvfp4`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scheme {
     /// Bits of weight codes.
@@ -261,8 +273,8 @@ pub struct Scheme {
     pub asymmetric: bool,
     /// Whether every scale is a power of two: what multiplies by it is a shift.
     pub power_of_two: bool,
-    /// Whether every run chooses the ranges of its activations anew.
-    pub dynamic: bool,
+    /// Whose ranges every run chooses anew, where it does.
+    pub dynamic: Option<RangesOf>,
 }
 
 impl Scheme {
@@ -280,13 +292,13 @@ impl Scheme {
             block: None,
             asymmetric: false,
             power_of_two: false,
-            dynamic: false,
+            dynamic: None,
         }
     }
 
     /// Whether activations have ranges that are fixed beforehand, by calibration.
     pub fn fixes_ranges(&self) -> bool {
-        self.activation_bits.is_some() && !self.dynamic && self.activation_block().is_none()
+        self.activation_bits.is_some() && self.dynamic.is_none() && self.activation_block().is_none()
     }
 
     /// Whether a number of every activation is measured beforehand: its range, or the factor of the scales that runs give its blocks.
@@ -312,7 +324,8 @@ impl Scheme {
 
     /// The scheme of weights `weight` and what comes after them.
     fn of(weight: &str, rest: &str) -> Option<Self> {
-        let (rest, dynamic) = rest.strip_suffix("dyn").map_or((rest, false), |rest| (rest, true));
+        let of_run = |(suffix, of): &(&str, RangesOf)| Some((rest.strip_suffix(suffix)?, Some(*of)));
+        let (rest, dynamic) = RANGES_OF.iter().find_map(of_run).unwrap_or((rest, None));
         let (rest, power_of_two) = rest.strip_suffix("pow2").map_or((rest, false), |rest| (rest, true));
         let (rest, asymmetric) = rest.strip_suffix("asym").map_or((rest, false), |rest| (rest, true));
         let (activation, block) = rest.split_once('g').map_or((rest, None), |(a, g)| (a, Some(g)));
@@ -334,8 +347,8 @@ impl Scheme {
             dynamic,
         };
         let plain = weight_format.is_none() || !asymmetric && (scheme.block_format().is_none() || !power_of_two);
-        let ranged = !dynamic || activation_bits.is_some();
-        let of_blocks = !of_blocks || activation_format == weight_format && !dynamic && block.is_none();
+        let ranged = dynamic.is_none() || activation_bits.is_some();
+        let of_blocks = !of_blocks || activation_format == weight_format && dynamic.is_none() && block.is_none();
         (of_blocks && plain && ranged).then_some(scheme)
     }
 }
@@ -381,7 +394,7 @@ impl std::fmt::Display for Scheme {
         }
         f.write_str(if self.asymmetric { "asym" } else { "" })?;
         f.write_str(if self.power_of_two { "pow2" } else { "" })?;
-        f.write_str(if self.dynamic { "dyn" } else { "" })
+        f.write_str(RANGES_OF.iter().find(|(_, of)| self.dynamic == Some(*of)).map_or("", |(suffix, _)| suffix))
     }
 }
 

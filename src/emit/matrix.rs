@@ -105,7 +105,7 @@ impl<'a> Matrix<'a> {
             Granularity::Axis(axis) => axis == out_axis,
             Granularity::Block { axis, size } => axis != out_axis && codes.shape()[axis].is_multiple_of(size),
             Granularity::Tensor => true,
-            Granularity::Dynamic | Granularity::DynamicBlocks { .. } => false,
+            Granularity::Dynamic | Granularity::DynamicBlocks { .. } | Granularity::DynamicRows { .. } => false,
         };
         if !by_rows || info.bits > 8 || !(info.integer || matches!(info.about.name, "float8e4m3fn" | "float4e2m1")) {
             return Err(format!("compressed-tensors has no layout for {} with these scales", info.about.name));
@@ -141,7 +141,10 @@ impl<'a> Matrix<'a> {
     /// Where the scale of a row's group lies.
     fn group(&self, row: usize, group: usize) -> usize {
         match self.encoding.granularity {
-            Granularity::Tensor | Granularity::Dynamic | Granularity::DynamicBlocks { .. } => 0,
+            Granularity::Tensor
+            | Granularity::Dynamic
+            | Granularity::DynamicBlocks { .. }
+            | Granularity::DynamicRows { .. } => 0,
             Granularity::Axis(_) => row,
             Granularity::Block { .. } if self.transposed => group * self.rows + row,
             Granularity::Block { .. } => row * self.groups() + group,

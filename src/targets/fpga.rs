@@ -38,7 +38,8 @@ pub(super) fn refuses(scheme: &Scheme, most: u32) -> Option<String> {
     let widths = scheme.weight_format.is_some() || (2..=8).contains(&scheme.weight_bits);
     let activations =
         scheme.activation_format.is_some_and(|name| name != "bipolar") || scheme.activation_bits.is_some_and(bits);
-    let plain = scheme.block.is_none() && !scheme.asymmetric && !scheme.dynamic && scheme.block_format().is_none();
+    let plain =
+        scheme.block.is_none() && !scheme.asymmetric && scheme.dynamic.is_none() && scheme.block_format().is_none();
     (!(widths && activations && plain && (integers || most > 8))).then(|| {
         let floats = if most > 8 { ", or the small floats of `list formats` for both" } else { "" };
         format!(

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use passes::about::About;
 use passes::lower::Dialect;
 use passes::model::Model;
-use passes::target::{Goal, LowerError, Lowered, Rule, Scheme, Target, TargetInfo};
+use passes::target::{Goal, LowerError, Lowered, RangesOf, Rule, Scheme, Target, TargetInfo};
 
 use super::ort_cpu;
 
@@ -18,7 +18,7 @@ static INFO: TargetInfo = TargetInfo {
         name: "onnx-qdq",
         doc: "Plain ONNX with QuantizeLinear and DequantizeLinear from ai.onnx opset 21. Placement as for ort-cpu, whose \
               rules are the widest that standard consumers share. Activations of other than 4, 8 and 16 bits are clamped between both \
-              nodes.",
+              nodes. `tok` (w4a4tok): nodes compute the range of every token from what it is in each run.",
         source: "ONNX operator specification, opset 21",
     },
     version: "opset 21",
@@ -38,7 +38,15 @@ impl Target for OnnxQdq {
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
-        ort_cpu::refuses(scheme, &[2, 3, 4, 5, 6, 7, 8, 16])
+        let bits = [2, 3, 4, 5, 6, 7, 8, 16];
+        if scheme.dynamic != Some(RangesOf::Token) {
+            return ort_cpu::refuses(scheme, &bits);
+        }
+        // Weights as they are beside float activations, and those as beside plain weights.
+        let weights = Scheme { activation_bits: None, activation_format: None, dynamic: None, ..*scheme };
+        let (activation_bits, activation_format) = (scheme.activation_bits, scheme.activation_format);
+        let activations = Scheme { activation_format, ..Scheme::integers(8, activation_bits) };
+        [weights, activations].iter().find_map(|half| ort_cpu::refuses(half, &bits))
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {

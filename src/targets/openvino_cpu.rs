@@ -63,7 +63,7 @@ impl Target for OpenVinoCpu {
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
-        if scheme.dynamic {
+        if scheme.dynamic.is_some() {
             return Some(
                 "it computes DynamicQuantizeLinear and MatMulInteger in 32 bits, slower than float: take w8a16g128, whose activations it \
                  rounds by itself"

@@ -7,7 +7,7 @@ use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::ir::Node;
 use passes::lower::Dialect;
 use passes::model::Model;
-use passes::target::{Goal, LowerError, Lowered, Outcome, Rule, Scheme, Target, TargetInfo};
+use passes::target::{Goal, LowerError, Lowered, Outcome, RangesOf, Rule, Scheme, Target, TargetInfo};
 
 use super::NORMALIZE;
 
@@ -112,7 +112,7 @@ impl Target for OrtCpu {
 /// The passes for `scheme`, which other targets share.
 pub(super) fn pipeline(goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
     if !scheme.fixes_ranges() {
-        return products(goal, scheme.dynamic);
+        return products(goal, scheme);
     }
     let rest = match (scheme.activation_bits, goal) {
         (_, Goal::Fast) => "assign-encodings{observer=min-max, weights=min-max}, round, correct-bias",
@@ -126,10 +126,13 @@ pub(super) fn pipeline(goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
         (bits, Goal::Best) => {
             // What fewer bits would leave in float would be nearly everything.
             let least = if bits == Some(8) { ", least-db=31" } else { "" };
+            // Of few codes none can be spared for outliers.
+            let (turned, products) =
+                if few_codes(scheme) { ("rotate-inputs, drop-dead,\ncalibrate, ", "mse") } else { ("", "min-max") };
             let (weights, refit) = if scheme.weight_bits == 8 { ("min-max", "") } else { ("mse", ", refit=3") };
             return format!(
-                "{NORMALIZE},\ncalibrate, smooth, equalize-layers, drop-dead,\ncalibrate, \
-                 assign-encodings{{observer=mse, products=min-max, weights={weights}{least}}}, \
+                "{NORMALIZE},\ncalibrate, {turned}smooth, equalize-layers, drop-dead,\ncalibrate, \
+                 assign-encodings{{observer=mse, products={products}, weights={weights}{least}}}, \
                  round-in-order{{method=enumerate{refit}}}, correct-bias"
             )
             .into();
@@ -139,17 +142,25 @@ pub(super) fn pipeline(goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
 }
 
 /// The passes for schemes that fix no ranges of activations: only matrix products are about weights, so all of them become `MatMul`.
-fn products(goal: Goal, dynamic: bool) -> Cow<'static, str> {
-    let rest = match (goal, dynamic) {
-        (Goal::Fast, _) | (Goal::Balanced, true) => "assign-encodings{weights=min-max}, round",
-        (Goal::Balanced, false) => "assign-encodings{weights=mse}, round{method=gptq}",
-        (Goal::Best, false) => "assign-encodings{weights=mse}, round-in-order{refit=3}",
-        (Goal::Best, true) => {
+fn products(goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
+    let rest = match (goal, scheme.dynamic) {
+        (Goal::Fast, _) | (Goal::Balanced, Some(RangesOf::Tensor)) => "assign-encodings{weights=min-max}, round",
+        (Goal::Balanced, _) => "assign-encodings{weights=mse}, round{method=gptq}",
+        (Goal::Best, Some(RangesOf::Token)) if scheme.activation_format.is_none() => {
+            "rotate-inputs, drop-dead,\ncalibrate, assign-encodings{weights=mse}, round-in-order{refit=3}"
+        }
+        (Goal::Best, Some(RangesOf::Token) | None) => "assign-encodings{weights=mse}, round-in-order{refit=3}",
+        (Goal::Best, Some(RangesOf::Tensor)) => {
             "smooth, drop-dead,\ncalibrate, assign-encodings{observer=min-max, weights=min-max, least-db=31}, \
              round-in-order{method=enumerate}"
         }
     };
     format!("{NORMALIZE}, split-gemm, drop-dead,\ncalibrate, {rest}").into()
+}
+
+/// Whether activations are integers of so few bits that what matrix products read is better turned first.
+fn few_codes(scheme: &Scheme) -> bool {
+    scheme.activation_format.is_none() && scheme.activation_bits.is_some_and(|bits| bits <= 4)
 }
 
 fn is_native(name: &str) -> bool {
@@ -168,9 +179,10 @@ pub(super) fn refuses(scheme: &Scheme, bits: &[u32]) -> Option<String> {
         Some(size) => scheme.activation_bits.is_none() && (16..=256).contains(&size) && size.is_power_of_two(),
         None => true,
     };
-    let dynamic = !scheme.dynamic
+    let dynamic = scheme.dynamic.is_none()
         || scheme.weight_format.is_none()
             && scheme.activation_format.is_none()
+            && scheme.dynamic == Some(RangesOf::Tensor)
             && (5..=8).contains(&scheme.weight_bits)
             && scheme.activation_bits == Some(8)
             && !scheme.power_of_two;
@@ -178,7 +190,7 @@ pub(super) fn refuses(scheme: &Scheme, bits: &[u32]) -> Option<String> {
     (!(weights && activations && in_blocks && blocks && zero_points && dynamic)).then(|| {
         "it takes weights of 2 to 8 bits or any of `list formats`, activations of 4 or 8 bits or in float (a16), onnx-qdq also of other \
          numbers of bits and in 8-bit floats (afp8, afp8e5m2); activations with the range of each run \
-         (w8a8dyn) are of 8 bits, beside weights of 5 to 8; with float activations also blocks of 16, 32, 64, 128 or 256 inputs (g32), zero points \
+         (w8a8dyn) are of 8 bits, beside weights of 5 to 8; with that of each token (w4a4tok) only onnx-qdq; with float activations also blocks of 16, 32, 64, 128 or 256 inputs (g32), zero points \
          (asym) and block formats (wmxfp4a16)"
             .to_owned()
     })

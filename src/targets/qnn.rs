@@ -84,7 +84,7 @@ impl Target for Qnn {
             Some(name) => name == "uint16",
             None => scheme.activation_bits == Some(8),
         };
-        let plain = scheme.block.is_none() && !scheme.asymmetric && !scheme.dynamic;
+        let plain = scheme.block.is_none() && !scheme.asymmetric && scheme.dynamic.is_none();
         (!(weights && activations && plain)).then(|| {
             "it takes weights of 4 to 8 bits and activations of 8 or 16 bits, all with ranges fixed beforehand: w8a8, w8auint16, w4auint16"
                 .into()

@@ -42,7 +42,7 @@ impl Target for QOperator {
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
         let bytes = scheme.activation_bits == Some(8) && (5..=8).contains(&scheme.weight_bits);
         let integers = scheme.weight_format.is_none() && scheme.activation_format.is_none();
-        (!bytes || !integers || scheme.dynamic || ort_cpu::refuses(scheme, &[8]).is_some())
+        (!bytes || !integers || scheme.dynamic.is_some() || ort_cpu::refuses(scheme, &[8]).is_some())
             .then(|| "its operators take 8-bit activations with fixed ranges and weights of 5 to 8 bits: w8a8".into())
     }
 

@@ -62,7 +62,7 @@ impl Target for SafetensorsCt {
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
         let e4m3 = Some("float8e4m3fn");
         let weights_alone = scheme.activation_bits.is_none();
-        let both = scheme.block.is_none() && !scheme.dynamic && !scheme.asymmetric;
+        let both = scheme.block.is_none() && scheme.dynamic.is_none() && !scheme.asymmetric;
         let int8 = scheme.weight_format.is_none() && scheme.weight_bits == 8 && scheme.activation_bits == Some(8);
         let int8 = int8 && scheme.activation_format.is_none();
         let fp8 = scheme.weight_format == e4m3 && scheme.activation_format == e4m3;

@@ -68,7 +68,7 @@ impl Target for TensorRt {
         let e4m3 = Some("float8e4m3fn");
         let both = |name: &str| scheme.weight_format == Some(name) && scheme.activation_format == Some(name);
         let blackwell = both("nvfp4") || both("mxfp8");
-        let plain = !scheme.asymmetric && !scheme.dynamic && !scheme.power_of_two;
+        let plain = !scheme.asymmetric && scheme.dynamic.is_none() && !scheme.power_of_two;
         let integers = scheme.weight_format.is_none() && scheme.activation_format.is_none() && scheme.block.is_none();
         let int8 = integers && scheme.weight_bits == 8 && scheme.activation_bits == Some(8);
         let fp8 = scheme.weight_format == e4m3 && scheme.activation_format == e4m3 && scheme.block.is_none();

@@ -57,7 +57,7 @@ impl Target for Tract {
             scheme.block.is_none() && scheme.activation_bits == Some(8) && (5..=8).contains(&scheme.weight_bits);
         let blocks =
             scheme.block == Some(32) && scheme.activation_bits.is_none() && matches!(scheme.weight_bits, 3 | 4);
-        let plain = !scheme.asymmetric && !scheme.dynamic;
+        let plain = !scheme.asymmetric && scheme.dynamic.is_none();
         (!(integers && plain && (bytes || blocks))).then(|| {
             "it reads 8-bit types with one scale per tensor (w8a8) and MatMulNBits of 4 bits in blocks of 32 without zero points (w4a16g32); \
              it has no types of fewer bits, no small floats and no 16-bit codes"

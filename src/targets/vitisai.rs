@@ -78,7 +78,7 @@ impl Target for VitisAi {
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
         let odd_bits = scheme.weight_bits != 8 || scheme.activation_bits != Some(8);
         let odd_format = scheme.weight_format.is_some() || scheme.activation_format.is_some();
-        (odd_bits || odd_format || scheme.block.is_some() || scheme.asymmetric || scheme.dynamic)
+        (odd_bits || odd_format || scheme.block.is_some() || scheme.asymmetric || scheme.dynamic.is_some())
             .then(|| "it takes 8-bit weights and activations with fixed ranges: w8a8".into())
     }
 

@@ -54,12 +54,12 @@ fn check_same(before: &Model, after: &Model, executor: &dyn Executor, feeds: &[T
 }
 
 /// The model before and after `pass`, which must keep its function, and what the pass counted.
-fn divided(source: &str, data: &Rows, pass: &str, scheme: &str) -> (Model, Model, String) {
+fn divided(source: &str, data: &dyn Dataset, pass: &str, scheme: &str) -> (Model, Model, String) {
     let catalogue = passes::catalogue::passes();
     let plain = passes::text::parse(source).unwrap();
     let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
     let mut cx = PassContext {
-        dataset: Some(data as &dyn Dataset),
+        dataset: Some(data),
         scheme: passes::target::Scheme::parse(scheme).unwrap(),
         ..PassContext::new(targets::TARGETS[0], executor.as_ref())
     };
@@ -283,6 +283,47 @@ fn a_stream_with_another_reader_is_left_alone_and_named() {
         assert_eq!(after.graph().nodes().count(), plain.graph().nodes().count(), "{says}");
         assert!(trace.notes.iter().any(|note| note.message.contains(says)), "{says}: {:?}", trace.notes);
     }
+}
+
+/// Rows with a loud number here and there.
+struct Spikes;
+
+impl Dataset for Spikes {
+    fn len(&self) -> usize {
+        4
+    }
+
+    fn name(&self, index: usize) -> String {
+        format!("spikes {index}")
+    }
+
+    fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
+        let value = |i: usize| {
+            let noise = ((i * 7919 + index * 104_729) % 2003) as f32 / 1001.5 - 1.0;
+            if i.is_multiple_of(61) { 20.0 * noise } else { noise }
+        };
+        Ok(vec![Tensor::of([512, 12], (0..512 * 12).map(value).collect())])
+    }
+}
+
+/// Loud numbers are spread over all of a token; what is never negative, and what was turned already, stays.
+#[test]
+fn inputs_are_turned_where_that_pays_and_only_once() {
+    let source = format!(
+        "opset 21\ngraph (%x: f32[512,12]) -> (%y) {{\n{}{}{}  %a = MatMul(%x, %wa)\n  %b = Gemm(%x, %wb) {{transB=1}}\n  %c = Relu(%a)\n  %d = MatMul(%c, %wd)\n  %y = Add(%d, %b)\n}}\n",
+        matrix("wa", 12, 16),
+        matrix("wb", 4, 12),
+        matrix("wd", 16, 4)
+    );
+    let (_, after, counts) = divided(&source, &Spikes, "rotate-inputs", "w4a4");
+    assert!(counts.contains("\"tensors\": 1") && counts.contains("\"weights\": 2"), "{counts}");
+    let graph = after.graph();
+    let products: Vec<_> = graph.nodes().filter(|(_, node)| node.op.is("MatMul") || node.op.is("Gemm")).collect();
+    // 12 = 3 · 4 with no matrix of order 3: one of order 12 on the left.
+    assert_eq!(products.len(), 4, "{counts}");
+    let turned = products[1].1.input(0).unwrap();
+    assert_eq!(graph.producer(turned).unwrap().1.op.name.as_ref(), "Reshape");
+    assert!(products[2].1.input(0) == Some(turned), "one tensor, turned once");
 }
 
 /// A pass for fixed-point hardware over `source`, with what it counted.

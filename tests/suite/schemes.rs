@@ -9,7 +9,8 @@ fn run(scheme: &str, recipe: &str) -> serde_json::Value {
     let out = folder.path().join("q.onnx");
     let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
     let args = ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--progress", "none", "--json"];
-    let json = tool_ok(&[&args[..], &["--scheme", scheme, "--recipe", recipe]].concat());
+    let target = if scheme.ends_with("tok") { "onnx-qdq" } else { "ort-cpu" };
+    let json = tool_ok(&[&args[..], &["--scheme", scheme, "--recipe", recipe, "--target", target]].concat());
     serde_json::from_str(&json).unwrap()
 }
 
@@ -30,9 +31,10 @@ fn every_scheme_verifies() {
         "w5a8dyn",
     ];
     let shifts = ["w8a8pow2", "w4a8pow2", "w4a16g32pow2", "w3a16g16asympow2", "we2m3a8pow2"];
+    let tokens = ["w8a8tok", "w4a4tok", "w4a6tok", "w2a2tok", "w4a8g32asymtok", "wfp4afp8tok", "we2m3afp8e5m2tok"];
     let floats = ["wfp8a16", "wfp8e5m2a16", "wfp4a8", "we2m3a8", "we3m0a16g32", "wnf4a16g32"];
     let blocks = ["wmxfp8a16", "wmxfp4a16", "wmxint8a16", "wnvfp4a16"];
-    for scheme in integers.into_iter().chain(shifts).chain(floats).chain(blocks) {
+    for scheme in integers.into_iter().chain(shifts).chain(tokens).chain(floats).chain(blocks) {
         let json = run(scheme, "best");
         assert_eq!(json["verify"]["passed"], true, "{scheme}: {json:#}");
         assert_eq!(json["scheme"], scheme);

@@ -102,6 +102,9 @@ fn what_a_target_cannot_take_is_refused_before_any_work() {
         ("vitisai", "w4a4", "w8a8"),
         ("onnx-qdq", "w8a1", "w8a8dyn"),
         ("ort-cpu", "w8auint16", "--target qnn"),
+        ("ort-cpu", "w4a4tok", "only onnx-qdq"),
+        ("tensorrt", "w8a8tok", "w4a16g128"),
+        ("onnx-qdq", "w4afp4tok", "8-bit floats"),
     ] {
         let output = tool(&["quantize", text(&model), "--target", target, "--scheme", scheme, "-o", "never.onnx"]);
         let error = String::from_utf8_lossy(&output.stderr);

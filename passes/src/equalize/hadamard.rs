@@ -28,6 +28,33 @@ impl Hadamard {
         Self { n, dense, power, signs }
     }
 
+    /// The same with signs that are a product too, so that all of it is: see [`Self::factors`].
+    pub(super) fn separable(n: usize, draw: u64) -> Self {
+        let mut made = Self::new(n, draw);
+        let (rows, inner) = (made.dense.len(), made.power);
+        let drawn = made.signs.clone();
+        let sign = |i: usize| drawn[i % inner] * drawn[(inner + i / inner % rows) % n];
+        made.signs = (0..n).map(sign).collect();
+        made
+    }
+
+    /// L \[K, K\] and R \[2^m, 2^m\], row by row, such that x Q is L X R for a vector that is laid out as rows X \[K, 2^m\]; for one
+    /// that is [`Self::separable`]. Where K · 2^m is less than n, every so many entries are a matrix of their own.
+    pub(super) fn factors(&self) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) {
+        let (rows, inner) = (self.dense.len(), self.power);
+        // The signs of one matrix are those of its first row times those of its first column.
+        let (first, scale) = (self.signs[0], (rows as f64).sqrt().recip());
+        let left = |i: usize, j: usize| self.dense[j][i] * self.signs[j * inner] * scale;
+        let left = (0..rows).map(|i| (0..rows).map(|j| left(i, j)).collect()).collect();
+        let right = |i: usize| {
+            let mut row = vec![0.0; inner];
+            row[i] = self.signs[i] * first / (inner as f64).sqrt();
+            sylvester(&mut row);
+            row
+        };
+        (left, (0..inner).map(right).collect())
+    }
+
     /// The n of n × n.
     pub(super) fn len(&self) -> usize {
         self.n
@@ -115,6 +142,25 @@ fn is_prime(n: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn factors_are_the_matrix() {
+        for n in [1, 12, 16, 92, 576] {
+            let q = Hadamard::separable(n, 3);
+            let (left, right) = q.factors();
+            let (rows, inner) = (left.len(), right.len());
+            let x: Vec<f64> = (0..n).map(|i| ((i * 37) % 11) as f64 - 4.5).collect();
+            let mut want = x.clone();
+            q.apply(&mut want);
+            for (block, want) in x.chunks_exact(rows * inner).zip(want.chunks_exact(rows * inner)) {
+                for (at, want) in want.iter().enumerate() {
+                    let (i, j) = (at / inner, at % inner);
+                    let terms = (0..rows * inner).map(|k| left[i][k / inner] * block[k] * right[k % inner][j]);
+                    assert!((terms.sum::<f64>() - want).abs() < 1e-9, "{n}: entry {at}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn every_order_is_orthogonal_and_spreads_a_spike() {

@@ -9,6 +9,7 @@ mod hadamard;
 mod pool_to_conv;
 mod region;
 mod rotate;
+mod rotate_inputs;
 mod scaled;
 mod smooth;
 mod stream;
@@ -16,5 +17,12 @@ mod stream;
 use crate::pass::PassEntry;
 
 /// Order is the order of the manual, not of the pipeline.
-pub static PASSES: &[PassEntry] =
-    &[smooth::ENTRY, equalize_layers::ENTRY, awq::ENTRY, rotate::ENTRY, fit_clamps::ENTRY, pool_to_conv::ENTRY];
+pub static PASSES: &[PassEntry] = &[
+    smooth::ENTRY,
+    equalize_layers::ENTRY,
+    awq::ENTRY,
+    rotate::ENTRY,
+    rotate_inputs::ENTRY,
+    fit_clamps::ENTRY,
+    pool_to_conv::ENTRY,
+];

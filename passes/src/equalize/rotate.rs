@@ -45,16 +45,7 @@ struct Rotate {
 
 impl Rotate {
     fn new(options: &Options) -> Result<Self, OptionError> {
-        let seed = options.number("seed")?.unwrap_or(0.0);
-        let problem =
-            || OptionError { option: "seed".into(), problem: format!("`{seed}` is no whole number from 0 on") };
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "checked to be whole, small and not negative"
-        )]
-        let whole = (seed >= 0.0 && seed.fract() == 0.0 && seed < 1e9).then_some(seed as u64);
-        Ok(Self { seed: whole.ok_or_else(problem)? })
+        Ok(Self { seed: seed(options)? })
     }
 }
 
@@ -97,6 +88,19 @@ impl Pass for Rotate {
         }
         Ok(patch)
     }
+}
+
+/// Which random signs are asked for.
+pub(super) fn seed(options: &Options) -> Result<u64, OptionError> {
+    let seed = options.number("seed")?.unwrap_or(0.0);
+    let problem = || OptionError { option: "seed".into(), problem: format!("`{seed}` is no whole number from 0 on") };
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "checked to be whole, small and not negative"
+    )]
+    let whole = (seed >= 0.0 && seed.fract() == 0.0 && seed < 1e9).then_some(seed as u64);
+    whole.ok_or_else(problem)
 }
 
 /// Computes `stream` in the basis of `rotation` beside the old one, and lets its readers read that.
@@ -149,7 +153,7 @@ fn constant_of(graph: &Graph, patch: &mut Patch, old: ValueId, tensor: Tensor) -
 
 /// Every row of `tensor`, its entries times `gain` first, times Q.
 #[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
-fn rows(tensor: &Tensor, gain: Option<&[f32]>, rotation: &Hadamard) -> Option<Tensor> {
+pub(super) fn rows(tensor: &Tensor, gain: Option<&[f32]>, rotation: &Hadamard) -> Option<Tensor> {
     let mut values = tensor.values::<f32>()?.into_owned();
     values.par_chunks_exact_mut(rotation.len()).for_each(|row| {
         let mut wide: Vec<f64> = row.iter().map(|v| f64::from(*v)).collect();

@@ -153,20 +153,20 @@ impl Lowering<'_> {
     }
 
     /// A constant under a name like `stem`.
-    fn named(&mut self, stem: &str, tensor: Arc<Tensor>) -> Result<ValueId, LowerError> {
+    pub(super) fn named(&mut self, stem: &str, tensor: Arc<Tensor>) -> Result<ValueId, LowerError> {
         let name = self.fresh(stem);
         self.builder.constant(&name, tensor).map_err(bug)
     }
 
     /// A value under a name like `stem`, of type `ty`.
-    fn typed(&mut self, stem: &str, ty: Type) -> ValueId {
+    pub(super) fn typed(&mut self, stem: &str, ty: Type) -> ValueId {
         let name = self.fresh(stem);
         let id = self.builder.value(&name);
         self.builder.set_type(id, ty);
         id
     }
 
-    fn call(
+    pub(super) fn call(
         &mut self,
         (domain, op): (&str, &str),
         name: &str,
@@ -190,7 +190,7 @@ fn no_scales(name: &Name) -> LowerError {
     LowerError { place: format!("tensor `{name}`"), problem: problem.into() }
 }
 
-fn block_attrs(axis: usize, size: usize) -> Attrs {
+pub(super) fn block_attrs(axis: usize, size: usize) -> Attrs {
     let int = |n: usize| Attr::Int(i64::try_from(n).unwrap_or(i64::MAX));
     [("axis".into(), int(axis)), ("block_size".into(), int(size))].into_iter().collect()
 }

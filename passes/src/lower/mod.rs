@@ -7,6 +7,7 @@ mod pairs;
 mod qdq;
 mod qonnx;
 mod qoperator;
+mod rows;
 mod tables;
 mod trunc;
 

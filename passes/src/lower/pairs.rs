@@ -20,6 +20,9 @@ impl Lowering<'_> {
         if let Granularity::DynamicBlocks { .. } = encoding.granularity {
             return self.block_pair(value, encoding);
         }
+        if let Granularity::DynamicRows { .. } = encoding.granularity {
+            return self.row_pair(value, encoding);
+        }
         if encoding.granularity == Granularity::Dynamic {
             let problem = "its range is chosen by each run, which only products with a constant weight can use".into();
             return Err(LowerError { place: format!("tensor `{name}`"), problem });
@@ -64,7 +67,7 @@ impl Lowering<'_> {
 
     /// `encoding` with its codes in bytes where `value` comes out of a `Clip` and they have 4 bits: ONNX Runtime does not load a
     /// quantize node to a 4-bit type behind one (its `ClipQuantFusion` knows no such zero point; 1.31 tried).
-    fn loadable(&self, value: ValueId, encoding: &Encoding) -> Encoding {
+    pub(super) fn loadable(&self, value: ValueId, encoding: &Encoding) -> Encoding {
         let info = encoding.grid.info();
         let clipped = self.graph.producer(value).is_some_and(|(_, node)| node.op.is("Clip"));
         let in_bytes = (clipped && info.integer && info.storage.bits() == 4)
@@ -74,7 +77,7 @@ impl Lowering<'_> {
     }
 
     /// A clamp of `codes`, the result of a quantize node, to the codes of a grid that has fewer than their type.
-    fn clipped(&mut self, name: &Name, codes: ValueId, encoding: &Encoding) -> Result<ValueId, LowerError> {
+    pub(super) fn clipped(&mut self, name: &Name, codes: ValueId, encoding: &Encoding) -> Result<ValueId, LowerError> {
         let storage = encoding.grid.info().storage;
         let (low, high) = encoding.grid.range();
         let mut inputs = vec![Some(codes)];
@@ -156,7 +159,10 @@ impl Lowering<'_> {
         let mut attrs = Attrs::new();
         let axis = |axis: usize| Attr::Int(i64::try_from(axis).unwrap_or(i64::MAX));
         match encoding.granularity {
-            Granularity::Tensor | Granularity::Dynamic | Granularity::DynamicBlocks { .. } => {}
+            Granularity::Tensor
+            | Granularity::Dynamic
+            | Granularity::DynamicBlocks { .. }
+            | Granularity::DynamicRows { .. } => {}
             Granularity::Axis(a) => drop(attrs.insert("axis".into(), axis(a))),
             Granularity::Block { axis: a, size } => {
                 attrs.insert("axis".into(), axis(a));
@@ -178,7 +184,7 @@ impl Lowering<'_> {
 }
 
 /// Whether every code of the type that `grid` is stored in is one of its own.
-fn fills_storage(grid: &dyn Grid) -> bool {
+pub(super) fn fills_storage(grid: &dyn Grid) -> bool {
     let info = grid.info();
     let (low, high) = grid.range();
     !info.integer || high - low + 1.0 >= f64::from(info.storage.bits()).exp2()

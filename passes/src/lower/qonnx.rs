@@ -118,7 +118,7 @@ impl Lowering<'_> {
                 (0..shape.len()).map(|at| if at == axis { encoding.scale.len() } else { 1 }).collect()
             }
             Granularity::Block { .. } => return Err(fail("scales of blocks cannot be said in QONNX")),
-            Granularity::Dynamic | Granularity::DynamicBlocks { .. } => {
+            Granularity::Dynamic | Granularity::DynamicBlocks { .. } | Granularity::DynamicRows { .. } => {
                 return Err(fail("a range that each run chooses cannot be said in QONNX"));
             }
         };

@@ -114,6 +114,7 @@ impl Writer {
             Granularity::Block { axis, size } => (2, axis, size),
             Granularity::Dynamic => (3, 0, 0),
             Granularity::DynamicBlocks { axis, size } => (4, axis, size),
+            Granularity::DynamicRows { axis, size } => (5, axis, size),
         };
         self.0.push(kind);
         self.size(axis);
@@ -178,6 +179,7 @@ impl<'a> Reader<'a> {
             2 => Granularity::Block { axis, size },
             3 => Granularity::Dynamic,
             4 => Granularity::DynamicBlocks { axis, size },
+            5 => Granularity::DynamicRows { axis, size },
             _ => return None,
         };
         let n = self.size(4)?;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::{absorb_blocks, absorb_qonnx};
+use super::{absorb_blocks, absorb_qonnx, absorb_rows};
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, Site, ValueId};
@@ -19,8 +19,8 @@ crate::declare_pass! {
     ///
     /// A `DequantizeLinear` of a constant becomes the float constant it stands for, with its encoding and codes at every
     /// reader. A pair around an activation disappears: when all who read the tensor read it through the pair, the tensor
-    /// itself is encoded; otherwise only those uses are. Pairs with scales that are not constant, or in grids that are
-    /// not known here, stay as they are. A `MatMulNBits` becomes a `MatMul` with its weight encoded, and so does a
+    /// itself is encoded; otherwise only those uses are. Pairs whose scales nodes compute from what they round, one
+    /// per row, are encoded so too. Others with scales that are not constant, and grids that are not known here, stay as they are. A `MatMulNBits` becomes a `MatMul` with its weight encoded, and so does a
     /// `MatMulInteger` of what a `DynamicQuantizeLinear` returns, cast and scaled; its activation has the range of each run. A
     /// `GatherBlockQuantized` becomes a `Gather` from an encoded table, which a `MatMulNBits` by the same codes shares. Blocks whose scales are codes themselves, as
     /// `TensorRT` has them, are one encoding. A `Clip` between
@@ -60,7 +60,7 @@ impl Pass for AbsorbQdq {
             if absorb_constant(graph, &users, id, node, &mut patch) {
                 continue;
             }
-            if let Some(pair) = Pair::at(graph, id, node) {
+            if let Some(pair) = Pair::at(graph, &users, id, node) {
                 let Some(codes) = rounded_constant(graph, &pair).map(Arc::new) else {
                     pairs.entry(pair.source).or_default().push(pair);
                     continue;
@@ -76,7 +76,9 @@ impl Pass for AbsorbQdq {
                 absorb_codes(&users, (id, node), &encoding, &Arc::new(codes), &mut patch);
             } else if let (Some(source), Some(result)) = (node.input(0), node.output(0)) {
                 // One node is both: it rounds, and returns what is left.
-                let pair = Pair { source, quantize: id, between: None, dequantize: id, result, encoding };
+                let makers = Vec::new();
+                let pair =
+                    Pair { source, quantize: id, between: None, dequantize: id, result, encoding, inner: None, makers };
                 pairs.entry(source).or_default().push(pair);
             }
         }
@@ -124,12 +126,24 @@ fn absorb_in_blocks(
                     dequantize: id,
                     result: quantize.0,
                     encoding,
+                    inner: None,
+                    makers: Vec::new(),
                 };
                 pair.erase_makers(graph, users, patch);
             }
         } else if let (Some((source, quantize)), Some(result)) = (blocks.source, node.output(0)) {
             let encoding = blocks.encoding;
-            let pair = Pair { source, quantize, between: blocks.scales, dequantize: id, result, encoding };
+            let makers = Vec::new();
+            let pair = Pair {
+                source,
+                quantize,
+                between: blocks.scales,
+                dequantize: id,
+                result,
+                encoding,
+                inner: None,
+                makers,
+            };
             pairs.entry(source).or_default().push(pair);
         }
     }
@@ -141,7 +155,7 @@ fn rounded_blocks(graph: &Graph, blocks: &absorb_blocks::Blocks) -> Option<((Enc
     let (source, quantize) = blocks.source?;
     let tensor = graph.constant(source).filter(|tensor| tensor.dtype() == DType::F32)?;
     let values = tensor.floats()?;
-    let encoding = blocks.encoding.measured_blocks(&values, tensor.shape()).ok()?;
+    let encoding = blocks.encoding.of_run(&values, tensor.shape()).ok()?;
     let codes = encoding.encode(&values, tensor.shape()).ok()?;
     Some(((encoding, codes), (source, quantize)))
 }
@@ -188,40 +202,53 @@ struct Pair {
     dequantize: NodeId,
     result: ValueId,
     encoding: Encoding,
+    /// The dequantize node, where another behind it returns what it computes.
+    inner: Option<NodeId>,
+    /// What computes its scales.
+    makers: Vec<NodeId>,
 }
 
 impl Pair {
-    fn at(graph: &Graph, id: NodeId, node: &Node) -> Option<Self> {
+    fn at(graph: &Graph, users: &Users, id: NodeId, node: &Node) -> Option<Self> {
         let (producer, made) = graph.producer(node.input(0)?)?;
         // Codes that are cut to those of a narrower grid in between.
         let clip = made.op.is("Clip").then_some((producer, made));
         let (quantize, q) = if clip.is_some() { graph.producer(made.input(0)?)? } else { (producer, made) };
         q.op.is("QuantizeLinear").then_some(())?;
-        let storage = match graph.constant_input(q, 2) {
-            Some(zero_point) => zero_point.dtype(),
+        let storage = match q.input(2) {
+            Some(zero_point) => graph.value(zero_point).ty.dtype()?,
             None => DType::from_code(q.int("output_dtype", 2)).unwrap_or(DType::U8),
         };
+        let between = clip.map(|(id, _)| id);
+        let is_constant = q.input(0).is_some_and(|value| graph.constant(value).is_some());
+        let narrowed = |grid| clip.map_or(Some(grid), |(_, clip)| grid_between(graph, clip, grid, is_constant));
+        let (source, result) = (q.input(0)?, node.output(0)?);
+        if q.input(1).is_some_and(|scale| graph.constant(scale).is_none()) {
+            let rows = absorb_rows::at(graph, q, node, narrowed(grid_of(storage)?)?)?;
+            let (encoding, makers) = (rows.encoding, rows.makers);
+            let (dequantize, result, inner) = match absorb_rows::behind(graph, users, id) {
+                Some((reshape, result)) => (reshape, result, Some(id)),
+                None => (id, result, None),
+            };
+            let pair = Self { source, quantize, between, dequantize, result, encoding, inner, makers };
+            return (!is_constant).then_some(pair);
+        }
         // Sizes play no part: an axis is counted from the end of as many as there are.
         let shape = vec![0; graph.value(q.input(0)?).ty.rank().unwrap_or(0)];
         let encoding = encoding_of(graph, node, storage, &shape)?;
         let same =
             encoding_of(graph, q, storage, &shape)? == encoding && encoding.scale.iter().all(|scale| *scale > 0.0);
-        let encoding = match clip {
-            Some((_, clip)) => {
-                let is_constant = q.input(0).is_some_and(|value| graph.constant(value).is_some());
-                Encoding { grid: grid_between(graph, clip, encoding.grid, is_constant)?, ..encoding }
-            }
-            None => encoding,
-        };
-        let (source, result, between) = (q.input(0)?, node.output(0)?, clip.map(|(id, _)| id));
-        same.then_some(Self { source, quantize, between, dequantize: id, result, encoding })
+        let (encoding, makers) = (Encoding { grid: narrowed(encoding.grid)?, ..encoding }, Vec::new());
+        same.then_some(Self { source, quantize, between, dequantize: id, result, encoding, inner: None, makers })
     }
 }
 
 impl Pair {
     /// Removes what made the codes, where nobody else reads those.
     fn erase_makers(&self, graph: &Graph, users: &Users, patch: &mut Patch) {
-        for before in self.between.into_iter().chain([self.quantize]) {
+        for before in
+            self.inner.into_iter().chain(self.between).chain([self.quantize]).chain(self.makers.iter().copied())
+        {
             if !patch.touches(before) && all_readers_erased(graph, users, before, patch) {
                 patch.erase(before);
             }
@@ -249,9 +276,8 @@ fn absorb_pairs(graph: &Graph, users: &Users, source: ValueId, pairs: &[Pair], p
         let codes = graph.node(pair.quantize).and_then(|node| node.output(0));
         codes.is_some_and(|codes| only_read_by(codes, &readers))
     });
-    // Blocks of an activation lie along the axis that one product sums over.
-    let whole =
-        whole && !pairs.iter().any(|pair| matches!(pair.encoding.granularity, Granularity::DynamicBlocks { .. }));
+    // What runs give their scales lies along the axis that one product sums over.
+    let whole = whole && !pairs.iter().any(|pair| pair.encoding.granularity.is_dynamic());
     let only_through_pairs = whole && only_read_by(source, &quantizers);
     let agree = pairs.iter().all(|pair| pair.encoding == pairs[0].encoding);
     if !(only_through_pairs && agree) {

@@ -5,6 +5,7 @@ mod absorb_dynamic;
 mod absorb_nbits;
 mod absorb_qdq;
 mod absorb_qonnx;
+mod absorb_rows;
 mod absorb_tables;
 mod drop_dead;
 mod eliminate_identity;

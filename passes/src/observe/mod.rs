@@ -68,6 +68,18 @@ pub fn find(name: &str, keep: Option<f64>) -> Option<Box<dyn Observer>> {
     OBSERVERS.iter().find(|entry| entry.about.name == name).map(|entry| (entry.build)(keep))
 }
 
+/// Σ x² and the expected Σ (x̂ − x)² of `sketch` in steps of `step` between `low` and `high`; magnitudes beyond `usual` count as that in the
+/// first sum.
+pub(crate) fn expected_error(sketch: &Sketch, (low, high): (f64, f64), step: f64, usual: f64) -> (f64, f64) {
+    let (mut signal, mut error) = (0.0, 0.0);
+    for bucket in sketch.buckets() {
+        let (x, n) = (bucket.center(), bucket.count as f64);
+        signal += n * x.abs().min(usual).powi(2);
+        error += n * ((x - x.clamp(low, high)).powi(2) + (step * step / 12.0).min(x * x));
+    }
+    (signal, error)
+}
+
 /// Below this many values a tail says nothing: observers fall back to minimum and maximum.
 const FEW: u64 = 100;
 

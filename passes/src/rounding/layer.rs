@@ -110,7 +110,7 @@ impl<'a> Layer<'a> {
         };
         let along_rows = match encoding.granularity {
             Granularity::Tensor => true,
-            Granularity::Dynamic | Granularity::DynamicBlocks { .. } => false,
+            Granularity::Dynamic | Granularity::DynamicBlocks { .. } | Granularity::DynamicRows { .. } => false,
             Granularity::Axis(axis) => axis == roles.out_axis,
             Granularity::Block { axis, .. } => axis != roles.out_axis && tensor.shape().len() == 2,
         };
@@ -148,7 +148,10 @@ impl<'a> Layer<'a> {
     /// The position of the scale of a block of a row.
     pub(super) fn scale_index(&self, row: usize, block: usize) -> usize {
         match self.encoding.granularity {
-            Granularity::Tensor | Granularity::Dynamic | Granularity::DynamicBlocks { .. } => 0,
+            Granularity::Tensor
+            | Granularity::Dynamic
+            | Granularity::DynamicBlocks { .. }
+            | Granularity::DynamicRows { .. } => 0,
             Granularity::Axis(_) => row,
             Granularity::Block { .. } if self.transposed => block * self.rows + row,
             Granularity::Block { .. } => row * self.blocks() + block,

@@ -41,6 +41,9 @@ pub fn plan(model: &Model) -> String {
             (crate::encoding::Granularity::Tensor, [scale], [zero]) => {
                 write!(text, "per-tensor, scale {scale:.6e}, zero {zero}")
             }
+            (crate::encoding::Granularity::DynamicRows { axis, .. }, ..) => {
+                write!(text, "along axis {axis} with the ranges of each run")
+            }
             (crate::encoding::Granularity::Dynamic, ..) => write!(text, "with the range of each run"),
             (crate::encoding::Granularity::DynamicBlocks { axis, size }, scale, _) => {
                 write!(text, "in blocks of {size} on axis {axis} with the scales of each run, factor {:.6e}", scale[0])

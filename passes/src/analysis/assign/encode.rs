@@ -12,9 +12,9 @@ use crate::grid::{self, Grid};
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Graph;
 use crate::model::{Edit, Model, Patch};
-use crate::observe::{Observer, Purpose, Sketch};
+use crate::observe::{self, Observer, Purpose, Sketch};
 use crate::pass::PassError;
-use crate::target::{Activations, Bias};
+use crate::target::{Activations, Bias, RangesOf};
 use crate::{ops, parallel};
 
 /// A 32-bit bias is kept this far from saturation.
@@ -180,14 +180,7 @@ fn better_of(sketch: &Sketch, scale: f32, encoding: impl Fn(f32) -> Encoding) ->
 fn expected_error(sketch: &Sketch, encoding: &Encoding, usual: f64) -> (f64, f64) {
     let (low, high) = encoding.grid.range();
     let (scale, zero) = (f64::from(encoding.scale[0]), f64::from(encoding.zero_point[0]));
-    let (low, high) = ((low - zero) * scale, (high - zero) * scale);
-    let (mut signal, mut error) = (0.0, 0.0);
-    for bucket in sketch.buckets() {
-        let (x, n) = (bucket.center(), bucket.count as f64);
-        signal += n * x.abs().min(usual).powi(2);
-        error += n * ((x - x.clamp(low, high)).powi(2) + (scale * scale / 12.0).min(x * x));
-    }
-    (signal, error)
+    observe::expected_error(sketch, ((low - zero) * scale, (high - zero) * scale), scale, usual)
 }
 
 /// Scale and zero point that map `range` onto the codes from `low` to `high`; scale 1 for a range without extent.
@@ -210,11 +203,12 @@ fn int32() -> &'static dyn Grid {
 }
 
 /// Encodes the weights of the products that `selection` chose, and what they read where every run gives that its scales; biases stay in
-/// float.
+/// float. Codes of tokens span `reach` times the range of those.
 pub(super) fn encode_products(
     model: &Model,
     selection: &Selection,
     goals: &Goals,
+    reach: f32,
     patch: &mut Patch,
 ) -> Result<(), PassError> {
     let scheme = &goals.base.scheme;
@@ -223,12 +217,36 @@ pub(super) fn encode_products(
         patch.edit(edit);
         let encoding = match scheme.activation_block() {
             Some(format) => in_blocks(model, node, input, format)?,
-            None if scheme.dynamic => Encoding::dynamic(goals.base.activation_grid()),
-            None => continue,
+            None => match scheme.dynamic {
+                Some(RangesOf::Tensor) => Encoding::dynamic(goals.base.activation_grid()),
+                Some(RangesOf::Token) => by_token(model, node, input, (goals.base.activation_grid(), reach))?,
+                None => continue,
+            },
         };
         patch.edit(Edit::Encode { site: Site::Use { node, input }, encoding });
     }
     Ok(())
+}
+
+/// One range per run, of which codes span `reach`, for all that the product `id` sums over, of what it reads at `input`.
+fn by_token(
+    model: &Model,
+    id: NodeId,
+    input: u16,
+    (grid, reach): (&'static dyn Grid, f32),
+) -> Result<Encoding, PassError> {
+    let graph = model.graph();
+    let (node, roles) = (graph.node(id), ops::linear(graph, id));
+    let fail = |problem: &str| PassError::Model(format!("node `{}`: {problem}", node.map_or("", |node| &node.name)));
+    let rank = node.and_then(|node| node.input(input.into())).and_then(|value| graph.value(value).ty.rank());
+    let last = rank.and_then(|rank| rank.checked_sub(1));
+    let last = last.ok_or_else(|| fail("how many extents its activation has is not known: export it with shapes"))?;
+    let summed = roles.and_then(|roles| {
+        let weight = graph.constant_input(node?, roles.weight.into())?;
+        weight.shape().get(1_usize.checked_sub(roles.out_axis)?).copied()
+    });
+    let summed = summed.ok_or_else(|| fail("it has no weight that says how much it sums over"))?;
+    Ok(Encoding::dynamic_rows(grid, last, summed, reach))
 }
 
 /// Blocks of `format` along the summed axis of what the product `id` reads at `input`.

@@ -40,6 +40,7 @@ crate::declare_pass! {
             OptionInfo { name: "products", doc: "the same for what matrix products read, where outliers carry meaning; as observer by default" },
             OptionInfo { name: "keep", doc: "the share that percentile keeps, 0.9999 by default" },
             OptionInfo { name: "least-db", doc: "matrix products whose activation would keep fewer decibels of its usual values stay in float; off by default" },
+            OptionInfo { name: "reach", doc: "the share of a token's range that its codes span, in schemes of `tok`: 0.9 for 4 bits and fewer, else 1" },
             OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max, mse (default), or cfp, which cuts outliers off long rows" },
         ],
     }
@@ -57,9 +58,22 @@ struct AssignEncodings {
     weights: WeightScale,
     /// Matrix products whose activation keeps fewer decibels than this stay in float.
     least: Option<f64>,
+    /// What share of a token's range its codes span.
+    reach: Option<f64>,
 }
 
+/// That share for integers of 4 bits and fewer: what is cut off costs less than finer steps gain. Source: Ashkboos et al. 2024,
+/// arXiv:2404.00456, section 5.
+const REACH: f32 = 0.9;
+
 impl AssignEncodings {
+    /// What share of a token's range its codes span.
+    #[expect(clippy::cast_possible_truncation, reason = "between 0 and 1")]
+    fn reach(&self, cx: &PassContext<'_>) -> f32 {
+        let narrow = cx.scheme.activation_format.is_none() && cx.scheme.activation_bits.is_some_and(|bits| bits <= 4);
+        self.reach.map_or(if narrow { REACH } else { 1.0 }, |reach| reach as f32)
+    }
+
     fn new(options: &Options) -> Result<Self, OptionError> {
         let keep = options.number("keep")?;
         let find = |option: &str, name: &str| {
@@ -71,7 +85,11 @@ impl AssignEncodings {
         let name = options.text("observer", "mse");
         let observer = find("observer", name)?;
         let products = find("products", options.text("products", name))?;
-        Ok(Self { observer, products, weights: WeightScale::of(options)?, least: options.number("least-db")? })
+        let reach = options.number("reach")?;
+        if reach.is_some_and(|reach| !(0.1..=1.0).contains(&reach)) {
+            return Err(OptionError { option: "reach".into(), problem: "it must lie between 0.1 and 1".into() });
+        }
+        Ok(Self { observer, products, weights: WeightScale::of(options)?, least: options.number("least-db")?, reach })
     }
 }
 
@@ -174,7 +192,11 @@ impl Pass for AssignEncodings {
                 encode::read_by_products(model.graph(), &selection)
             }
             // Only to tell which products lose too much.
-            false if cx.scheme.dynamic && self.least.is_some() && cx.dataset.is_some_and(|data| !data.is_empty()) => {
+            false
+                if cx.scheme.dynamic.is_some()
+                    && self.least.is_some()
+                    && cx.dataset.is_some_and(|data| !data.is_empty()) =>
+            {
                 let selection = select::products(model, cx, &select::Coarse::new());
                 encode::read_by_products(model.graph(), &selection)
             }
@@ -211,7 +233,7 @@ impl Pass for AssignEncodings {
         if cx.scheme.fixes_ranges() {
             encode::encode(model, &selection, &observers, &goals, &mut patch);
         } else {
-            encode::encode_products(model, &selection, &goals, &mut patch)?;
+            encode::encode_products(model, &selection, &goals, self.reach(cx), &mut patch)?;
         }
         if let Some(goal) = cx.embeddings.and_then(|scheme| Goal::new(scheme, self.weights, cx.target.accepts())) {
             tables::encode(model, cx, (&goal, &goals), &mut selection, &mut patch)?;

@@ -71,7 +71,7 @@ pub(super) fn products(model: &Model, cx: &PassContext<'_>, coarse: &Coarse) -> 
     let (target, keep_float) = (cx.target, cx.keep_float);
     let reason = if cx.scheme.activation_block().is_some() {
         "its weight and its activation are in blocks, the latter with the scales of each run"
-    } else if cx.scheme.dynamic {
+    } else if cx.scheme.dynamic.is_some() {
         "its weight is in codes, its activation in those of each run's range"
     } else {
         "its weight is in codes, its activation in float"

@@ -3,12 +3,13 @@
 //! `code = saturate(round_half_even(x / scale) + zero_point)` and `x̂ = (code − zero_point) · scale`, both in f32, as
 //! `QuantizeLinear` and `DequantizeLinear` compute them. [`Encoding::simulate`] is the composition of the two.
 
+mod of_run;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
 
 use crate::grid::Grid;
-use crate::grid::block::{self, BlockFormat};
 use crate::tensor::{DType, Tensor};
 
 /// Which elements of a tensor share a scale.
@@ -35,12 +36,20 @@ pub enum Granularity {
         /// Elements per block.
         size: usize,
     },
+    /// Those that differ on `axis` alone, of which there are `size`, by a scale and a zero point that every run computes from them: the
+    /// channels of a token, where `axis` is the last.
+    DynamicRows {
+        /// The axis that a group lies along.
+        axis: usize,
+        /// Its extent.
+        size: usize,
+    },
 }
 
 impl Granularity {
     /// Whether every run computes the scales anew.
     pub const fn is_dynamic(self) -> bool {
-        matches!(self, Self::Dynamic | Self::DynamicBlocks { .. })
+        matches!(self, Self::Dynamic | Self::DynamicBlocks { .. } | Self::DynamicRows { .. })
     }
 }
 
@@ -89,54 +98,6 @@ impl Encoding {
         Self { grid, granularity: Granularity::Axis(axis), scale: scale.into(), zero_point }
     }
 
-    /// One scale for the whole tensor, computed from the values of each run: see [`Self::measured`].
-    pub fn dynamic(grid: &'static dyn Grid) -> Self {
-        Self { grid, granularity: Granularity::Dynamic, scale: Arc::new([]), zero_point: Arc::new([]) }
-    }
-
-    /// The encoding of `values` that `DynamicQuantizeLinear` computes, in f32 and in its order: their range, widened to hold zero, onto
-    /// the codes; scale 1 for a range without extent.
-    #[must_use]
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "bounds of integer grids of up to 16 bits; a zero point between them"
-    )]
-    pub fn measured(grid: &'static dyn Grid, values: &[f32]) -> Self {
-        // `min` and `max` drop NaN.
-        let (from, to) = values.iter().fold((0.0_f32, 0.0_f32), |(from, to), x| (from.min(*x), to.max(*x)));
-        let (low, high) = (grid.range().0 as f32, grid.range().1 as f32);
-        let scale = if from < to { (to - from) / (high - low) } else { 1.0 };
-        let zero_point = (low - from / scale).max(low).min(high).round_ties_even();
-        Self::per_tensor(grid, scale, zero_point as i32)
-    }
-
-    /// Blocks of `format` along `axis` whose scales are computed from the values of each run: multiples of `factor`.
-    pub fn dynamic_blocks(format: &BlockFormat, axis: usize, factor: f32) -> Self {
-        let granularity = Granularity::DynamicBlocks { axis, size: format.size };
-        Self { grid: format.element, granularity, scale: Arc::new([factor]), zero_point: Arc::new([0]) }
-    }
-
-    /// The encoding in blocks that a run gives `values`, for one of [`Self::dynamic_blocks`].
-    ///
-    /// # Errors
-    /// [`EncodingError`] for any other, and where the axis is none of `shape`.
-    pub(crate) fn measured_blocks(&self, values: &[f32], shape: &[usize]) -> Result<Self, EncodingError> {
-        let Granularity::DynamicBlocks { axis, size } = self.granularity else { return Err(self.misfit(shape)) };
-        let (format, factor) = block::of(self.grid, size).zip(self.scale.first()).ok_or_else(|| self.misfit(shape))?;
-        let granularity = Granularity::Block { axis, size };
-        let n = Self { granularity, ..self.clone() }.scale_shape(shape).iter().product();
-        let mut peaks = vec![0.0_f32; n];
-        let blocks = Self { granularity, scale: vec![1.0; n].into(), zero_point: vec![0; n].into(), ..self.clone() };
-        blocks.for_each_line(shape, |range, groups| match groups {
-            Groups::One(group) => peaks[group] = values[range].iter().fold(peaks[group], |most, x| most.max(x.abs())),
-            Groups::From(first) => {
-                let each = peaks[first..].iter_mut().zip(&values[range]);
-                each.for_each(|(peak, x)| *peak = peak.max(x.abs()));
-            }
-        })?;
-        Ok(Self { scale: peaks.into_iter().map(|peak| format.measured(peak, *factor)).collect(), ..blocks })
-    }
-
     /// Whether both read codes as the same values: a file does not tell grids of one storage type apart, and may hold the same integers
     /// in a wider type.
     pub fn reads_like(&self, other: &Self) -> bool {
@@ -155,11 +116,8 @@ impl Encoding {
     /// # Errors
     /// [`EncodingError`] when the scales do not match `shape`.
     pub fn simulate(&self, values: &mut [f32], shape: &[usize]) -> Result<(), EncodingError> {
-        if self.granularity == Granularity::Dynamic {
-            return Self::measured(self.grid, values).simulate(values, shape);
-        }
-        if let Granularity::DynamicBlocks { .. } = self.granularity {
-            return self.measured_blocks(values, shape)?.simulate(values, shape);
+        if self.granularity.is_dynamic() {
+            return self.of_run(values, shape)?.simulate(values, shape);
         }
         self.for_each_line(shape, |range, groups| {
             let line = &mut values[range];
@@ -266,7 +224,10 @@ impl Encoding {
     /// The shape of the scale tensor for values of shape `shape`: rank 0, `[D]`, or `shape` with the blocked axis cut.
     pub fn scale_shape(&self, shape: &[usize]) -> Vec<usize> {
         match self.granularity {
-            Granularity::Tensor | Granularity::Dynamic | Granularity::DynamicBlocks { .. } => Vec::new(),
+            Granularity::Tensor
+            | Granularity::Dynamic
+            | Granularity::DynamicBlocks { .. }
+            | Granularity::DynamicRows { .. } => Vec::new(),
             Granularity::Axis(_) => vec![self.scale.len()],
             Granularity::Block { axis, size } => {
                 let cut = |(i, &d): (usize, &usize)| if i == axis { d.div_ceil(size.max(1)) } else { d };
@@ -284,7 +245,9 @@ impl Encoding {
         let (groups, layout) = match self.granularity {
             Granularity::Tensor => (1, (1, 1, shape.iter().product())),
             // Its codes say nothing without the scale of their run.
-            Granularity::Dynamic | Granularity::DynamicBlocks { .. } => return Err(self.misfit(shape)),
+            Granularity::Dynamic | Granularity::DynamicBlocks { .. } | Granularity::DynamicRows { .. } => {
+                return Err(self.misfit(shape));
+            }
             Granularity::Axis(axis) | Granularity::Block { axis, .. } => {
                 let &dim = shape.get(axis).ok_or_else(|| self.misfit(shape))?;
                 let outer: usize = shape[..axis].iter().product();
@@ -318,9 +281,10 @@ impl Encoding {
             start += length;
         };
         match self.granularity {
-            Granularity::Tensor | Granularity::Dynamic | Granularity::DynamicBlocks { .. } => {
-                line(inner, Groups::One(0));
-            }
+            Granularity::Tensor
+            | Granularity::Dynamic
+            | Granularity::DynamicBlocks { .. }
+            | Granularity::DynamicRows { .. } => line(inner, Groups::One(0)),
             Granularity::Axis(_) if inner == 1 => (0..outer).for_each(|_| line(dim, Groups::From(0))),
             Granularity::Axis(_) => {
                 (0..outer).for_each(|_| (0..dim).for_each(|group| line(inner, Groups::One(group))));
@@ -459,49 +423,6 @@ mod tests {
                 assert_eq!(encoding.decode(&codes).unwrap(), simulated, "{grid:?} {granularity:?}");
             }
         }
-    }
-
-    #[test]
-    fn dynamic_ranges_are_those_of_the_operator() {
-        // The example of the ONNX operator's documentation.
-        let uint8 = grid::find("uint8").unwrap();
-        let of = |values: &[f32]| {
-            let encoding = Encoding::measured(uint8, values);
-            (encoding.scale[0], encoding.zero_point[0])
-        };
-        let (scale, zero) = of(&[0.0, 2.0, -3.0, -2.5, 1.34, 0.5]);
-        assert!((scale - 0.019_607_844).abs() < 1e-8 && zero == 153, "{scale} {zero}");
-        assert_eq!(of(&[1.0, 2.1, 1.3, 2.5, 3.34, 4.0]), (4.0 / 255.0, 0));
-        assert_eq!(of(&[-1.0, -4.0]).1, 255);
-        for nothing in [&[][..], &[0.0, 0.0], &[f32::NAN]] {
-            assert_eq!(of(nothing), (1.0, 0));
-        }
-        let mut values = [0.1_f32, -0.7, 3.0];
-        Encoding::dynamic(uint8).simulate(&mut values, &[3]).unwrap();
-        assert!((values[2] - 3.0).abs() < 0.008 && (values[1] + 0.7).abs() < 0.008, "{values:?}");
-        assert!(Encoding::dynamic(uint8).encode(&values, &[3]).is_err(), "codes without a scale");
-        let mut endless = [f32::INFINITY, 1.0];
-        Encoding::dynamic(uint8).simulate(&mut endless, &[2]).unwrap();
-    }
-
-    #[test]
-    fn dynamic_blocks_take_their_scales_from_each_run() {
-        // Blocks of 16: the peak 12 of the first is 6 codes of 2 = 448 · factor / …, the second is all zero.
-        let nvfp4 = block::find("nvfp4").unwrap();
-        let factor = 2.0 / 448.0;
-        let mut values: Vec<f32> = (0..32).map(|i| if i < 16 { i as f32 * 0.8 } else { 0.0 }).collect();
-        Encoding::dynamic_blocks(nvfp4, 1, factor).simulate(&mut values, &[1, 32]).unwrap();
-        assert_eq!(&values[..4], &[0.0, 1.0, 2.0, 2.0], "{values:?}");
-        assert_eq!(values[15..16], [12.0]);
-        assert!(values[16..].iter().all(|x| *x == 0.0));
-        // A power of two under which the peak is not clipped: 500 needs 2, with steps of 32 from 256 on.
-        let mxfp8 = block::find("mxfp8").unwrap();
-        let mut values = vec![500.0_f32; 32];
-        values[1] = 0.01;
-        Encoding::dynamic_blocks(mxfp8, 0, 1.0).simulate(&mut values, &[32]).unwrap();
-        assert_eq!(values[..1], [512.0]);
-        assert!((values[1] - 0.01).abs() < 0.002, "{}", values[1]);
-        assert!(Encoding::dynamic_blocks(mxfp8, 1, 1.0).simulate(&mut values, &[32]).is_err(), "no such axis");
     }
 
     #[test]
