@@ -100,7 +100,7 @@ fn save(model: &Model, input: &Path, external: &[Source], output: Option<&Path>)
     let graph = if model.plan().is_empty() {
         model.graph()
     } else {
-        lowered = passes::lower::lower(model, Dialect::QDQ).map_err(|e| Error::Target(e.to_string()))?;
+        lowered = passes::lower::lower(model, Dialect::QDQ_AND_ROWS).map_err(|e| Error::Target(e.to_string()))?;
         &lowered.graph
     };
     let file = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());

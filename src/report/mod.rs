@@ -75,7 +75,7 @@ pub(crate) fn granularity(granularity: passes::encoding::Granularity) -> String 
     match granularity {
         Granularity::Tensor => "tensor".into(),
         Granularity::Dynamic => "each run".into(),
-        Granularity::DynamicRows { axis, .. } => format!("runs along axis {axis}, each run"),
+        Granularity::DynamicRows { axis, .. } => format!("tokens along axis {axis}, each run"),
         Granularity::DynamicBlocks { axis, size } => format!("blocks of {size} on axis {axis}, each run"),
         Granularity::Axis(axis) => format!("axis {axis}"),
         Granularity::Block { axis, size } => format!("blocks of {size} on axis {axis}"),

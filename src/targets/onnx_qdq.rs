@@ -42,6 +42,14 @@ impl Target for OnnxQdq {
         if scheme.dynamic != Some(RangesOf::Token) {
             return ort_cpu::refuses(scheme, &bits);
         }
+        let signed = scheme
+            .activation_format
+            .and_then(passes::grid::find)
+            .is_some_and(|g| g.info().integer && g.range().0 < 0.0);
+        if signed || scheme.power_of_two {
+            let what = if signed { "codes without a sign" } else { "scales as they come, no powers of two" };
+            return Some(format!("with the range of each token (tok) it takes {what}: w4a4tok, w8a8tok, wfp8afp8tok"));
+        }
         // Weights as they are beside float activations, and those as beside plain weights.
         let weights = Scheme { activation_bits: None, activation_format: None, dynamic: None, ..*scheme };
         let (activation_bits, activation_format) = (scheme.activation_bits, scheme.activation_format);
@@ -50,6 +58,6 @@ impl Target for OnnxQdq {
     }
 
     fn lower(&self, model: &Model) -> Result<Lowered, LowerError> {
-        passes::lower::lower(model, Dialect::QDQ)
+        passes::lower::lower(model, Dialect::QDQ_AND_ROWS)
     }
 }

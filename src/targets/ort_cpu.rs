@@ -65,7 +65,7 @@ impl Target for OrtCpu {
     }
 
     fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
-        pipeline(goal, scheme)
+        passes(goal, scheme, true)
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
@@ -111,6 +111,11 @@ impl Target for OrtCpu {
 
 /// The passes for `scheme`, which other targets share.
 pub(super) fn pipeline(goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
+    passes(goal, scheme, false)
+}
+
+/// The same, for few codes with what products read `turned` while the model runs, in float.
+fn passes(goal: Goal, scheme: &Scheme, turned: bool) -> Cow<'static, str> {
     if !scheme.fixes_ranges() {
         return products(goal, scheme);
     }
@@ -127,8 +132,11 @@ pub(super) fn pipeline(goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
             // What fewer bits would leave in float would be nearly everything.
             let least = if bits == Some(8) { ", least-db=31" } else { "" };
             // Of few codes none can be spared for outliers.
-            let (turned, products) =
-                if few_codes(scheme) { ("rotate-inputs, drop-dead,\ncalibrate, ", "mse") } else { ("", "min-max") };
+            let (turned, products) = if turned && few_codes(scheme) {
+                ("rotate-inputs, drop-dead,\ncalibrate, ", "mse")
+            } else {
+                ("", "min-max")
+            };
             let (weights, refit) = if scheme.weight_bits == 8 { ("min-max", "") } else { ("mse", ", refit=3") };
             return format!(
                 "{NORMALIZE},\ncalibrate, {turned}smooth, equalize-layers, drop-dead,\ncalibrate, \

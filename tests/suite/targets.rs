@@ -105,6 +105,8 @@ fn what_a_target_cannot_take_is_refused_before_any_work() {
         ("ort-cpu", "w4a4tok", "only onnx-qdq"),
         ("tensorrt", "w8a8tok", "w4a16g128"),
         ("onnx-qdq", "w4afp4tok", "8-bit floats"),
+        ("onnx-qdq", "w8a8pow2tok", "no powers of two"),
+        ("onnx-qdq", "w8aint16tok", "without a sign"),
     ] {
         let output = tool(&["quantize", text(&model), "--target", target, "--scheme", scheme, "-o", "never.onnx"]);
         let error = String::from_utf8_lossy(&output.stderr);

@@ -76,7 +76,10 @@ impl Encoding {
         let blocks =
             Self { granularity, scale: vec![1.0; groups].into(), zero_point: vec![0; groups].into(), ..self.clone() };
         let mut ranges = vec![(0.0_f32, 0.0_f32); groups];
-        let widen = |range: &mut (f32, f32), x: f32| *range = (range.0.min(x), range.1.max(x));
+        // As the operators do: one NaN makes the whole row NaN.
+        let widen = |range: &mut (f32, f32), x: f32| {
+            *range = if x.is_nan() { (x, x) } else { (least(range.0, x), most(range.1, x)) };
+        };
         blocks.for_each_line(shape, |line, groups| match groups {
             Groups::One(group) => values[line].iter().for_each(|x| widen(&mut ranges[group], *x)),
             Groups::From(first) => {
@@ -93,9 +96,9 @@ impl Encoding {
     fn of_range(&self, from: f32, to: f32) -> (f32, i32) {
         let (low, high) = (self.grid.range().0 as f32, self.grid.range().1 as f32);
         if !self.grid.info().integer {
-            return ((to.max(-from) / high).max(f32::MIN_POSITIVE), 0);
+            return (normal(to.max(-from) / high), 0);
         }
-        let scale = ((to - from) / (high - low)).max(f32::MIN_POSITIVE);
+        let scale = normal((to - from) / (high - low));
         // As a quantize node without a zero point gives it, for codes that start at 0.
         let zero_point = low + (-from / scale).round_ties_even().clamp(0.0, high - low);
         (scale, zero_point as i32)
@@ -113,6 +116,21 @@ impl Encoding {
             _ => Err(self.misfit(shape)),
         }
     }
+}
+
+/// `scale`, and no less than the smallest normal number; NaN where it is.
+fn normal(scale: f32) -> f32 {
+    if scale < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { scale }
+}
+
+/// The smaller one; NaN where `range` is.
+fn least(range: f32, x: f32) -> f32 {
+    if range.is_nan() { range } else { range.min(x) }
+}
+
+/// The larger one; NaN where `range` is.
+fn most(range: f32, x: f32) -> f32 {
+    if range.is_nan() { range } else { range.max(x) }
 }
 
 #[cfg(test)]
@@ -189,6 +207,9 @@ mod tests {
         let mut values = vec![-2.0, 1.0, 4.0];
         Encoding::dynamic_rows(uint4, 1, 3, 0.5).simulate(&mut values, &[1, 3]).unwrap();
         assert!((values[0] + 1.0).abs() < 1e-6 && (values[2] - 2.0).abs() < 1e-6, "{values:?}");
+        let mut values = vec![1.0, f32::NAN, 2.0, 1.0, 2.0, 3.0];
+        rows.simulate(&mut values, &[2, 3]).unwrap();
+        assert!(values[..3].iter().all(|x| x.is_nan()) && values[3..].iter().all(|x| x.is_finite()), "{values:?}");
         assert!(rows.simulate(&mut [0.0; 4], &[2, 2]).is_err(), "rows of another extent");
         assert!(Encoding::dynamic_rows(uint4, 1, 0, 1.0).simulate(&mut [], &[2, 0]).is_err(), "no extent");
     }

@@ -30,7 +30,9 @@ pub(super) fn groups(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
     let mut sinks: BTreeMap<ValueId, Vec<NodeId>> = BTreeMap::new();
     for (id, node) in graph.nodes() {
         let product = node.op.is("MatMul") || node.op.is("Gemm");
-        let plain = node.int("transA", 0) == 0 && !cx.keep_float.contains_key(&*node.name);
+        let kept = |name: &str| cx.keep_float.contains_key(name);
+        let named = node.inputs.iter().chain(&node.outputs).flatten().any(|value| kept(&graph.value(*value).name));
+        let plain = node.int("transA", 0) == 0 && !kept(&node.name) && !named;
         let Some(roles) = ops::linear(graph, id).filter(|roles| product && plain && roles.weight == 1) else {
             continue;
         };

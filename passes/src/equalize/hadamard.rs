@@ -31,28 +31,41 @@ impl Hadamard {
     /// The same with signs that are a product too, so that all of it is: see [`Self::factors`].
     pub(super) fn separable(n: usize, draw: u64) -> Self {
         let mut made = Self::new(n, draw);
-        let (rows, inner) = (made.dense.len(), made.power);
+        let (rows, columns) = made.cut();
         let drawn = made.signs.clone();
-        let sign = |i: usize| drawn[i % inner] * drawn[(inner + i / inner % rows) % n];
+        let sign = |i: usize| drawn[i % columns] * drawn[(columns + i / columns % rows) % n];
         made.signs = (0..n).map(sign).collect();
         made
     }
 
-    /// L \[K, K\] and R \[2^m, 2^m\], row by row, such that x Q is L X R for a vector that is laid out as rows X \[K, 2^m\]; for one
-    /// that is [`Self::separable`]. Where K · 2^m is less than n, every so many entries are a matrix of their own.
+    /// Rows and columns, K · 2^a and 2^b, that a vector of K · 2^m is laid out as: as near to each other as they come.
+    fn cut(&self) -> (usize, usize) {
+        let rows = |columns: usize| self.dense.len() * (self.power / columns);
+        let halves = std::iter::successors(Some(self.power), |two| (*two > 1).then_some(two / 2));
+        let columns = halves.min_by_key(|columns| rows(*columns).max(*columns)).unwrap_or(1);
+        (rows(columns), columns)
+    }
+
+    /// L \[K · 2^a, K · 2^a\] and R \[2^b, 2^b\], row by row, such that x Q is L X R for a vector that is laid out as rows
+    /// X \[K · 2^a, 2^b\]; for one that is [`Self::separable`]. Where K · 2^m is less than n, every so many entries are a matrix of their own.
     pub(super) fn factors(&self) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) {
-        let (rows, inner) = (self.dense.len(), self.power);
+        let (rows, columns) = self.cut();
+        let outer = rows / self.dense.len();
         // The signs of one matrix are those of its first row times those of its first column.
         let (first, scale) = (self.signs[0], (rows as f64).sqrt().recip());
-        let left = |i: usize, j: usize| self.dense[j][i] * self.signs[j * inner] * scale;
+        // Sylvester's matrix has −1 where both places share an odd number of bits.
+        let half = |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
+        let left = |i: usize, j: usize| {
+            self.dense[j / outer][i / outer] * half(j % outer, i % outer) * self.signs[j * columns] * scale
+        };
         let left = (0..rows).map(|i| (0..rows).map(|j| left(i, j)).collect()).collect();
         let right = |i: usize| {
-            let mut row = vec![0.0; inner];
-            row[i] = self.signs[i] * first / (inner as f64).sqrt();
+            let mut row = vec![0.0; columns];
+            row[i] = self.signs[i] * first / (columns as f64).sqrt();
             sylvester(&mut row);
             row
         };
-        (left, (0..inner).map(right).collect())
+        (left, (0..columns).map(right).collect())
     }
 
     /// The n of n × n.
@@ -145,9 +158,11 @@ mod tests {
 
     #[test]
     fn factors_are_the_matrix() {
-        for n in [1, 12, 16, 92, 576] {
+        for n in [1, 2, 12, 16, 64, 92, 128, 576] {
             let q = Hadamard::separable(n, 3);
             let (left, right) = q.factors();
+            let longer = left.len().max(right.len());
+            assert!(longer <= 36 || longer * longer <= 4 * n, "{n}: {} and {}", left.len(), right.len());
             let (rows, inner) = (left.len(), right.len());
             let x: Vec<f64> = (0..n).map(|i| ((i * 37) % 11) as f64 - 4.5).collect();
             let mut want = x.clone();

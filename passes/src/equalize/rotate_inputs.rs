@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::divided::{Group, groups};
 use super::hadamard::Hadamard;
 use super::rotate;
+use crate::exec::Dataset;
 use crate::id::{NodeId, ValueId};
 use crate::ir::{Attrs, Dim, Graph, Node, OpKey, TensorType, Type};
 use crate::model::{Model, Patch};
@@ -17,8 +18,8 @@ crate::declare_pass! {
     /// Turns what matrix products with a constant weight read into another basis, in which no channel of a token stands out: x Q,
     /// with Qᵀ W for W; Q a Hadamard matrix with random signs.
     ///
-    /// A model pays for it whenever it runs: two small products, of K and of 2^m numbers each for K · 2^m channels, before every tensor that
-    /// is read so. What costs nothing is `rotate`, for models that it can prove. For activations of 4 bits and less. Left alone are
+    /// A model pays for it whenever it runs: two products by matrices of about as many rows as the square root of its channels, before
+    /// every tensor that is read so. What costs nothing is `rotate`, for models that it can prove. Meant for integers of few bits. Left alone are
     /// tensors that lose less in as many codes as they are than numbers of a normal distribution would, which is what they come to by a
     /// rotation (those behind a `Relu` most of all), and those of an odd number of channels.
     INFO {
@@ -53,6 +54,9 @@ impl Pass for RotateInputs {
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
+        if cx.dataset.is_none_or(Dataset::is_empty) {
+            return BTreeSet::new(); // all that can be turned is
+        }
         groups(model.graph(), cx).into_iter().map(|group| (group.value, Wish::Distribution)).collect()
     }
 
@@ -60,8 +64,8 @@ impl Pass for RotateInputs {
         let graph = model.graph();
         let mut patch = Patch::on(model);
         let pays = |value: ValueId| {
-            let levels = cx.scheme.activation_bits.unwrap_or(8).min(16);
-            model.stats().distribution(value).is_none_or(|sketch| pays(sketch, levels))
+            let bits = cx.scheme.activation_bits.unwrap_or(8);
+            model.stats().distribution(value).is_none_or(|sketch| pays(sketch, bits))
         };
         let wanted = |group: &&Group| !is_turned(graph, group.value) && pays(group.value);
         for group in groups(graph, cx).iter().filter(wanted) {
@@ -114,7 +118,7 @@ fn is_turned(graph: &Graph, value: ValueId) -> bool {
 /// Lets the products of `group` read it turned.
 fn turn(graph: &Graph, group: &Group, seed: u64, patch: &mut Patch) -> Option<()> {
     let first = *group.sinks.first()?;
-    let channels = inputs(graph, first)?;
+    let channels = inputs(graph, first).filter(|channels| *channels > 1)?;
     let q = Hadamard::separable(channels, seed);
     let turned = Online { graph, value: group.value, before: first }.turned(&q, patch)?;
     for &id in &group.sinks {
@@ -153,7 +157,7 @@ impl Online<'_> {
     fn turned(&self, q: &Hadamard, patch: &mut Patch) -> Option<ValueId> {
         let source = self.graph.value(self.value);
         let tensor = source.ty.tensor()?;
-        let rank = tensor.rank().filter(|rank| *rank >= 1)?;
+        let rank = tensor.rank().filter(|rank| *rank >= 2)?;
         let (left, right) = q.factors();
         (left.len() * right.len() > 1).then_some(())?;
         let whole = left.len() * right.len() == q.len();

@@ -16,16 +16,27 @@ pub struct Dialect {
     pub one_sample: bool,
     /// Blocks of activations, and E8M0 scales, by the operators of `TensorRT`'s own domain: see [`crate::trt`].
     pub trt: bool,
+    /// Rows that get their scales from each run, by nodes that compute those.
+    pub rows: bool,
     /// 32-bit biases are written as the float numbers that they stand for.
     pub float_biases: bool,
 }
 
 impl Dialect {
     /// Quantize and dequantize nodes.
-    pub const QDQ: Self =
-        Self { qonnx: false, nbits: false, one_sample: false, trt: false, trunc: false, float_biases: false };
+    pub const QDQ: Self = Self {
+        qonnx: false,
+        nbits: false,
+        one_sample: false,
+        trt: false,
+        trunc: false,
+        rows: false,
+        float_biases: false,
+    };
+    /// The same for runtimes that take computed scales.
+    pub const QDQ_AND_ROWS: Self = Self { rows: true, ..Self::QDQ };
     /// The same, with packed products.
-    pub const QDQ_AND_NBITS: Self = Self { nbits: true, ..Self::QDQ };
+    pub const QDQ_AND_NBITS: Self = Self { nbits: true, ..Self::QDQ_AND_ROWS };
     /// The same without those, for one sample.
     pub const QDQ_OF_ONE: Self = Self { one_sample: true, ..Self::QDQ };
     /// The same for any number, with biases in float and `TensorRT`'s operators for blocks.

@@ -42,7 +42,7 @@ impl Lowering<'_> {
         };
         let grid = encoding.grid.info().about.name;
         let unsigned = !encoding.grid.info().integer || encoding.grid.range().0 >= 0.0;
-        if self.dialect.qonnx
+        if !self.dialect.rows
             || self.plan.encoding(Site::Value(value)).is_some()
             || !super::is_native(encoding.grid)
             || !unsigned
@@ -73,15 +73,16 @@ impl Lowering<'_> {
         let result = self.typed(&format!("{name}.dequantized"), Type::Tensor(tensor));
         let inputs: Vec<_> = [Some(codes), Some(scale)].into_iter().chain(zero_point.map(Some)).collect();
         self.call(("", "DequantizeLinear"), &format!("{name}.dequantize"), inputs, &[result], block_attrs(axis, size))?;
-        let result = if storage.bits() == 8 { self.apart(&row, result)? } else { result };
+        let result = if storage.bits() == 8 { self.apart(&row, size, result)? } else { result };
         self.pairs.entry(value).or_default().push((asked.clone(), result));
         Ok(result)
     }
 
     /// `dequantized` behind a `Reshape` that changes nothing: ONNX Runtime (1.22, 1.31) takes a product that reads it and an 8-bit weight for
     /// one of integers with a single scale, and fails.
-    fn apart(&mut self, row: &Row<'_>, dequantized: ValueId) -> Result<ValueId, LowerError> {
-        let shape: Vec<i64> = std::iter::repeat_n(0, row.axis).chain([-1]).collect();
+    fn apart(&mut self, row: &Row<'_>, size: usize, dequantized: ValueId) -> Result<ValueId, LowerError> {
+        let shape: Vec<i64> =
+            std::iter::repeat_n(0, row.axis).chain([i64::try_from(size).unwrap_or(i64::MAX)]).collect();
         let shape = self.named(&format!("{}.shape", row.name), Arc::new(Tensor::of([shape.len()], shape)))?;
         let ty = self.builder.get(dequantized).ty.clone();
         let name = format!("{}.apart", row.name);

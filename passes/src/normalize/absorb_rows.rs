@@ -37,6 +37,8 @@ pub(super) fn at(graph: &Graph, quantize: &Node, dequantize: &Node, grid: &'stat
     let mut walk = Walk { graph, seen: Vec::new() };
     let scale = quantize.input(1)?;
     let (low, high) = grid.range();
+    // The axis that a product sums over; and what a quantize node makes of numbers below zero is only a zero point where codes start there.
+    (axis + 1 == rank && (low == 0.0 || !grid.info().integer)).then_some(())?;
     let reach;
     if grid.info().integer {
         let zeros = walk.node(quantize.input(2)?, "QuantizeLinear")?;
@@ -75,7 +77,8 @@ pub(super) fn behind(graph: &Graph, users: &Users, id: NodeId) -> Option<(NodeId
     let shape = graph.constant_input(node, 1)?.values::<i64>()?.into_owned();
     let rank = graph.value(graph.node(id)?.input(0)?).ty.rank()?;
     let (last, others) = shape.split_last()?;
-    (*last == -1 && shape.len() == rank && others.iter().all(|dim| *dim == 0)).then_some(())?;
+    let size = graph.node(id)?.int("block_size", 0);
+    (*last == size && shape.len() == rank && others.iter().all(|dim| *dim == 0)).then_some(())?;
     Some((reshape, node.output(0)?))
 }
 
@@ -106,8 +109,8 @@ impl<'a> Walk<'a> {
     fn reached(&mut self, end: ValueId) -> Option<(ValueId, f32)> {
         let graph = self.graph;
         let Some(node) = self.node(end, "Mul") else { return Some((end, 1.0)) };
-        let share = graph.constant_input(node, 1)?.floats()?.first().copied();
-        Some((node.input(0)?, share.filter(|share| *share > 0.0 && *share < 1.0)?))
+        let [share] = graph.constant_input(node, 1)?.floats()?[..] else { return None };
+        (share > 0.0 && share < 1.0).then_some((node.input(0)?, share))
     }
 
     /// What is divided by `levels`, and kept above the smallest normal number, to give `scale`.

@@ -36,6 +36,25 @@ impl FakeQuant {
         Ok(std::borrow::Cow::Owned(rescaled(&self.encoding, step)))
     }
 
+    /// Takes away the gradients of what lies outside of the codes of its row.
+    fn cut_rows<T: Real>(inputs: &Inputs<'_, T>, encoding: &Encoding, grad: &mut Array<T>) -> Result<(), GradError> {
+        let (x, passes) = (inputs.real(0)?, Self::passes(inputs)?);
+        let values = T::narrowed(x);
+        let misfit = |error: crate::encoding::EncodingError| GradError(error.to_string());
+        let of_run = encoding.of_run(&values, x.shape()).map_err(misfit)?;
+        let (scale, zero) = of_run.per_element(x.shape()).map_err(misfit)?;
+        let (low, high) = encoding.grid.range();
+        #[expect(clippy::cast_possible_truncation, reason = "bounds of grids of up to 16 bits")]
+        let (low, high) = (low as f32 - 0.5, high as f32 + 0.5);
+        for (i, (g, x)) in grad.iter_mut().zip(&values).enumerate() {
+            let inside = *x >= (low - zero[i]) * scale[i] && *x <= (high - zero[i]) * scale[i];
+            if !inside && passes.as_ref().is_none_or(|passes| !passes(i)) {
+                *g = T::zero();
+            }
+        }
+        Ok(())
+    }
+
     /// The gradient by the logarithm of the scale: x̂ − x where a number is rounded, x̂ where it is cut; none of those that pass as they
     /// are.
     fn by_step<T: Real>(call: &Call<'_, T>, encoding: &Encoding) -> Result<Array<T>, GradError> {
@@ -80,9 +99,12 @@ impl<T: Real> Rule<T> for FakeQuant {
         let (x, mut grad) = (call.inputs.real(0)?, call.grad()?.clone());
         let encoding = self.scaled(&call.inputs)?;
         let by_step = if call.wants(2) { Some(Self::by_step(call, &encoding)?) } else { None };
+        if let Granularity::DynamicRows { .. } = encoding.granularity {
+            Self::cut_rows(&call.inputs, &encoding, &mut grad)?;
+        }
         let per_tensor = encoding.granularity == Granularity::Tensor;
         let range = encoding.scale.first().zip(encoding.zero_point.first()).filter(|_| per_tensor);
-        // Other granularities have ranges that hold everything.
+        // Other granularities have ranges that hold everything, or were cut just above.
         if let Some((scale, zero)) = range {
             let (low, high) = encoding.grid.range();
             let (scale, zero) = (f64::from(*scale), f64::from(*zero));

@@ -41,8 +41,8 @@ pub fn plan(model: &Model) -> String {
             (crate::encoding::Granularity::Tensor, [scale], [zero]) => {
                 write!(text, "per-tensor, scale {scale:.6e}, zero {zero}")
             }
-            (crate::encoding::Granularity::DynamicRows { axis, .. }, ..) => {
-                write!(text, "along axis {axis} with the ranges of each run")
+            (crate::encoding::Granularity::DynamicRows { axis, size }, reach, _) => {
+                write!(text, "by rows of {size} along axis {axis} with the ranges of each run, reach {}", reach[0])
             }
             (crate::encoding::Granularity::Dynamic, ..) => write!(text, "with the range of each run"),
             (crate::encoding::Granularity::DynamicBlocks { axis, size }, scale, _) => {
