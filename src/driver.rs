@@ -319,8 +319,21 @@ fn check_request(request: &Request) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuses a budget that the pipeline `text` has no place for.
+/// Refuses a budget that the pipeline `text` has no place for, and a way to judge weights where nothing is to be spent on them.
 fn check_budget(request: &Request, text: &str) -> Result<(), Error> {
+    if let Some(metric) = &request.sensitivity {
+        let problem = match (request.budget, request.max_drop) {
+            (None, _) => "--sensitivity says how --budget judges weights: give that too",
+            (_, Some(_)) => "--sensitivity is for --budget alone: --max-drop goes by squared errors of the outputs",
+            _ if !text.contains(&format!("metric={metric}")) => {
+                "--sensitivity: the pipeline has an `allocate-bits` of its own, or no `assign-encodings`; set metric= there"
+            }
+            _ => "",
+        };
+        if !problem.is_empty() {
+            return Err(Error::Input(problem.into()));
+        }
+    }
     if request.budget.is_none() || text.contains("allocate-bits") {
         return Ok(());
     }

@@ -34,7 +34,8 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     let text = request.learn.as_ref().map_or(text.clone(), |method| with_learning(&text, method));
     let text = request.distill.as_ref().map_or(text.clone(), |method| with_distillation(&text, method));
     let text = if request.rest == Rest::F16 { format!("{}, round-to-half", text.trim_end()) } else { text };
-    with_allocation(&text, request.budget, max_drop.filter(|_| raises(request) || request.budget.is_some()))
+    let max_drop = max_drop.filter(|_| raises(request) || request.budget.is_some());
+    with_allocation(&text, request.budget, max_drop, request.sensitivity.as_deref())
 }
 
 /// Whether weights can have more bits: where they have eight already, all that helps is float.
@@ -49,19 +50,20 @@ fn fewest_bits(request: &Request) -> u32 {
     set.chain(spent).chain([request.scheme.weight_bits]).min().unwrap_or(8)
 }
 
-/// `text` with the pass that gives weights their bits right after `assign-encodings`, with its `weights`, where anything is asked of it
-/// and it is not there yet.
-fn with_allocation(text: &str, budget: Option<f64>, max_drop: Option<f64>) -> String {
+/// `text` with the pass that gives weights their bits by `metric` right after `assign-encodings`, with its `weights`, where anything is
+/// asked of it and it is not there yet.
+fn with_allocation(text: &str, budget: Option<f64>, max_drop: Option<f64>, metric: Option<&str>) -> String {
     const BEFORE: &str = "assign-encodings";
     let commented = |at: usize| text[..at].rsplit('\n').next().is_some_and(|line| line.contains('#'));
     let find = |name: &str| text.match_indices(name).map(|(at, _)| at).find(|at| !commented(*at));
-    let given: Vec<String> = [("budget", budget), ("max-drop", max_drop)]
+    let mut given: Vec<String> = [("budget", budget), ("max-drop", max_drop)]
         .iter()
         .filter_map(|(name, value)| Some(format!("{name}={}", (*value)?)))
         .collect();
     let Some(at) = find(BEFORE).filter(|_| !given.is_empty() && find("allocate-bits").is_none()) else {
         return text.to_owned();
     };
+    given.extend(metric.map(|metric| format!("metric={metric}")));
     let rest = &text[at + BEFORE.len()..];
     let blank = rest.len() - rest.trim_start().len();
     let options = if rest[blank..].starts_with('{') { rest.find('}').map_or(rest.len(), |end| end + 1) } else { 0 };
@@ -179,15 +181,19 @@ mod tests {
         let learned = with_learning("a, round-in-order{refit=3}", "brecq{iterations=9, batch=2}");
         assert_eq!(learned, "a, round-in-order{learn=brecq, iterations=9, batch=2, refit=3}");
         assert_eq!(with_distillation("a, round", "latent{batch=2}"), "a, round\n, distill{learn=latent, batch=2}");
-        let budgeted = with_allocation(text, Some(4.5), None);
+        let budgeted = with_allocation(text, Some(4.5), None, None);
         assert!(budgeted.contains("min-max}, allocate-bits{budget=4.5}, round, correct-bias"), "{budgeted}");
-        let both =
-            with_allocation("# assign-encodings\nassign-encodings {weights=min-max}, round", Some(5.0), Some(0.1));
+        let both = with_allocation(
+            "# assign-encodings\nassign-encodings {weights=min-max}, round",
+            Some(5.0),
+            Some(0.1),
+            Some("fisher"),
+        );
         let want = "# assign-encodings\nassign-encodings {weights=min-max}, \
-                    allocate-bits{budget=5, max-drop=0.1, weights=min-max}, round";
+                    allocate-bits{budget=5, max-drop=0.1, metric=fisher, weights=min-max}, round";
         assert_eq!(both, want);
-        assert_eq!(with_allocation(&both, Some(3.0), None), both, "what is there stays");
-        assert_eq!(with_allocation(text, None, None), text);
+        assert_eq!(with_allocation(&both, Some(3.0), None, None), both, "what is there stays");
+        assert_eq!(with_allocation(text, None, None, Some("fisher")), text);
         assert!(with_rounding(&gptq, "nearest").contains(", round{method=nearest}, correct-bias"));
     }
 }

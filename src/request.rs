@@ -83,6 +83,8 @@ pub struct Request {
     pub embeddings: Option<Scheme>,
     /// The mean bits of a weight.
     pub budget: Option<f64>,
+    /// The metric of `allocate-bits`, where not the usual one.
+    pub sensitivity: Option<String>,
     /// The squared error of the outputs over their square that is allowed.
     pub max_drop: Option<f64>,
     /// The executor's name.

@@ -75,6 +75,7 @@ impl DataArgs {
             learn: None,
             distill: None,
             budget: None,
+            sensitivity: None,
             max_drop: None,
             executor: self.executor.clone(),
             threads: self.n_threads(),

@@ -91,6 +91,10 @@ pub(crate) struct Args {
     /// Mixed precision: the mean bits of a weight, spent where they lower the loss most.
     #[arg(long, value_name = "BITS", value_parser = share)]
     budget: Option<f64>,
+    /// What tells `--budget` which weights need bits: error or kl-top, runs of the model with one weight rounded after the other;
+    /// fisher, gradients of all weights at once [default: error]
+    #[arg(long, value_name = "METRIC", value_parser = ["error", "kl-top", "fisher"])]
+    sensitivity: Option<String>,
     /// The loss allowed: squared error of the outputs over their square, 0.01 or 1% being 20 dB. Weights get more bits and nodes
     /// stay in float until it holds, the cheapest change first.
     #[arg(long, value_name = "X", value_parser = share)]
@@ -129,6 +133,7 @@ struct Recipe {
     learn: Option<String>,
     distill: Option<String>,
     budget: Option<Share>,
+    sensitivity: Option<String>,
     max_drop: Option<Share>,
 }
 
@@ -199,6 +204,7 @@ fn request(args: &Args) -> Result<Request, Error> {
         distill: args.distill.clone().or(recipe.distill),
         embeddings: embeddings.map(|text| scheme(text)).transpose().map_err(Error::Target)?,
         budget: args.budget.or(of_file(&recipe.budget, "budget")?),
+        sensitivity: args.sensitivity.clone().or(recipe.sensitivity),
         hold_out: args.hold_out,
         augment: args.augment,
         max_drop: args.max_drop.or(of_file(&recipe.max_drop, "max-drop")?),

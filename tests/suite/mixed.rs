@@ -67,6 +67,36 @@ fn a_budget_is_spent_where_it_helps_and_never_exceeded() {
     assert!(mean_bits(&fewer) <= 6.0, "bits go down from those of the scheme too");
 }
 
+/// The share of the loss in the fewest bits that the reason of the layer called `name` states, in percent.
+fn share(summary: &Value, name: &str) -> f64 {
+    let layers = summary["layers"].as_array().unwrap();
+    let reason = layers.iter().find(|layer| layer["name"] == name).unwrap()["reason"].as_str().unwrap();
+    let (_, share) = reason.split_once("it alone makes ").unwrap();
+    share.split(' ').next().unwrap().parse().unwrap()
+}
+
+/// Gradients of all weights at once tell what runs of the model, one per weight, do.
+#[test]
+fn gradients_find_the_layers_that_probes_find() {
+    let by = |metric: &str| done(&["--scheme", "w4a8", "--budget", "5", "--sensitivity", metric]);
+    let (probed, fisher) = (by("kl-top"), by("fisher"));
+    let (four, eight) = (done(&["--scheme", "w4a8"]), mean_bits(&fisher));
+    assert!(eight > 4.0 && eight <= 5.0, "{eight}");
+    assert!(decibels(&fisher) > decibels(&four), "{} {}", decibels(&fisher), decibels(&four));
+    let ratio = |(name, _): &(&str, f64)| (share(&fisher, name) / share(&probed, name)).ln();
+    let apart: Vec<f64> = WEIGHTS.iter().map(ratio).collect();
+    let mean_square = apart.iter().map(|ratio| ratio * ratio).sum::<f64>() / apart.len() as f64;
+    assert!(mean_square.sqrt() < 3.0_f64.ln(), "usually within a factor of 3: {apart:?}");
+    let alone = done(&["--scheme", "w4a8", "--budget", "5", "--sensitivity", "fisher", "--threads", "1"]);
+    assert_eq!(alone["layers"], fisher["layers"], "the same on one thread");
+    for (options, wanted) in
+        [(&[][..], "give that too"), (&["--budget", "5", "--max-drop", "1%"], "for --budget alone")]
+    {
+        let (code, _, error) = run(&[&["--scheme", "w4a8", "--sensitivity", "fisher"], options].concat());
+        assert!(code == Some(2) && error.contains(wanted), "{code:?} {error}");
+    }
+}
+
 #[test]
 fn a_budget_that_cannot_be_met_names_the_least() {
     let (code, _, error) = run(&["--scheme", "w4a8", "--budget", "3"]);

@@ -11,6 +11,7 @@ use crate::id::{NodeId, Site};
 use crate::ir::walk::Users;
 use crate::model::{Decision, Edit, Model, Patch, Plan};
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
+use crate::reconstruct::{self, Fisher};
 use crate::sensitivity::{METRICS, Metric, Probe};
 use crate::target::Scheme;
 use crate::{ops, parallel};
@@ -20,7 +21,9 @@ crate::declare_pass! {
     /// enough.
     ///
     /// Every weight is rounded alone, to nearest in the fewest bits there are to choose, and what that does to the outputs of the model
-    /// is measured on a few samples. More bits cost in proportion to the squared rounding error that they make. Losses are taken to
+    /// is measured on a few samples; more bits cost in proportion to the squared rounding error that they make. With `metric=fisher`
+    /// gradients tell it instead, of all weights at once: Σ Fᵢ eᵢ² of the rounding errors e of every choice, F being the diagonal of the
+    /// Fisher information. Losses are taken to
     /// add up; of each weight's choices those on the lower convex hull count, and steps between them are taken in the order of loss
     /// saved per bit, so that a larger budget never gives any weight fewer bits. Weights that `--set` names, or that several nodes
     /// read, keep theirs.
@@ -36,8 +39,8 @@ crate::declare_pass! {
             OptionInfo { name: "budget", doc: "the mean bits of a weight, scales not counted" },
             OptionInfo { name: "max-drop", doc: "the loss that all weights together may cost; bits only rise from those of the scheme" },
             OptionInfo { name: "bits", doc: "the bits to choose from, such as 2+3+4+8; those of the scheme, 4 and 8 by default" },
-            OptionInfo { name: "metric", doc: "error (default): squared error of the outputs over their square; kl-top: divergence of the likeliest classes" },
-            OptionInfo { name: "samples", doc: "so many samples are run for every weight, 4 by default" },
+            OptionInfo { name: "metric", doc: "error (default): squared error of the outputs over their square; kl-top: divergence of the likeliest classes; fisher: by gradients of the outputs" },
+            OptionInfo { name: "samples", doc: "so many samples are run for every weight, 4 by default; for fisher 32, once for all of them" },
             OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max, mse (default) or cfp" },
         ],
     }
@@ -52,10 +55,14 @@ struct AllocateBits {
     budget: Option<f64>,
     max_drop: Option<f64>,
     bits: Vec<u32>,
-    metric: Metric,
+    /// `None`: gradients.
+    metric: Option<Metric>,
     samples: usize,
     weights: WeightScale,
 }
+
+/// The metric that runs the model back instead of once per weight.
+const FISHER: &str = "fisher";
 
 fn positive(options: &Options, name: &str) -> Result<Option<f64>, OptionError> {
     match options.number(name)? {
@@ -79,12 +86,27 @@ impl AllocateBits {
         })?;
         let name = options.text("metric", "error");
         let metric = METRICS.iter().find(|(known, _)| *known == name).map(|(_, metric)| *metric);
-        let metric = metric.ok_or_else(|| {
-            let names: Vec<&str> = METRICS.iter().map(|(name, _)| *name).collect();
-            OptionError { option: "metric".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
-        })?;
-        let samples = options.count("samples", 4)?.max(1);
+        if metric.is_none() && name != FISHER {
+            let names: Vec<&str> = METRICS.iter().map(|(name, _)| *name).chain([FISHER]).collect();
+            let problem = format!("`{name}` is none of {}", names.join(", "));
+            return Err(OptionError { option: "metric".into(), problem });
+        }
+        if metric.is_none() && max_drop.is_some() {
+            let problem =
+                "fisher tells no squared errors of outputs, which max-drop is about: give a budget".to_owned();
+            return Err(OptionError { option: "metric".into(), problem });
+        }
+        let samples = options.count("samples", if metric.is_some() { 4 } else { 32 })?.max(1);
         Ok(Self { budget, max_drop, bits, metric, samples, weights: WeightScale::of(options)? })
+    }
+
+    /// What changes of weights cost by the gradients of the model.
+    fn fisher(&self, model: &Model, cx: &PassContext<'_>) -> Result<Fisher, PassError> {
+        reconstruct::fisher(model, cx, self.samples, INFO.about.name)?.map_err(|reason| {
+            PassError::Model(format!(
+                "gradients cannot tell which weights need bits: {reason}; take the metric error or kl-top"
+            ))
+        })
     }
 
     /// The bits to choose from, ascending.
@@ -107,7 +129,7 @@ struct Candidate {
     site: Site,
     /// Elements.
     size: usize,
-    /// Squared rounding errors, choice by choice.
+    /// Squared rounding errors, choice by choice; times what they cost where gradients tell it.
     noise: Vec<f64>,
     /// How it is written in the fewest bits.
     lowest: Encoding,
@@ -120,8 +142,14 @@ impl Candidate {
     }
 }
 
-/// The weights whose bits are free, with the errors that each of `choices` makes.
-fn candidates(model: &Model, cx: &PassContext<'_>, choices: &[u32], weights: WeightScale) -> Vec<Candidate> {
+/// The weights whose bits are free, with the errors that each of `choices` makes, as `fisher` counts them.
+fn candidates(
+    model: &Model,
+    cx: &PassContext<'_>,
+    choices: &[u32],
+    weights: WeightScale,
+    fisher: Option<&Fisher>,
+) -> Result<Vec<Candidate>, PassError> {
     let graph = model.graph();
     let users = Users::of(graph);
     let nodes: Vec<NodeId> = graph.nodes().map(|(id, _)| id).collect();
@@ -141,16 +169,31 @@ fn candidates(model: &Model, cx: &PassContext<'_>, choices: &[u32], weights: Wei
             let edits = reencode(model, node, (in_bits(cx.scheme, bits), weights), cx.target.accepts())?;
             edits.iter().find_map(|edit| encoding_at(edit, site)).cloned()
         };
+        let costs = match fisher {
+            None => None,
+            Some(fisher) => match fisher.get(&site).filter(|costs| costs.len() == values.len()) {
+                None => return Some(Err(unreached(&graph.node(node)?.name))),
+                costs => costs,
+            },
+        };
         let noise = choices.iter().map(|&bits| {
             let encoding = encoding(bits)?;
             let mut rounded = values.to_vec();
             encoding.simulate(&mut rounded, tensor.shape()).ok()?;
-            Some(rounded.iter().zip(values.iter()).map(|(a, b)| f64::from(a - b).powi(2)).sum())
+            let squares = rounded.iter().zip(values.iter()).map(|(a, b)| f64::from(a - b).powi(2));
+            Some(match costs {
+                Some(costs) => squares.zip(costs).map(|(square, cost)| square * f64::from(*cost)).sum(),
+                None => squares.sum(),
+            })
         });
         let noise = noise.collect::<Option<_>>()?;
-        Some(Candidate { node, site, size: tensor.len(), noise, lowest: encoding(*choices.first()?)? })
+        Some(Ok(Candidate { node, site, size: tensor.len(), noise, lowest: encoding(*choices.first()?)? }))
     });
     found.into_iter().flatten().collect()
+}
+
+fn unreached(node: &str) -> PassError {
+    PassError::Model(format!("gradients do not reach the weight of node `{node}`: take the metric error or kl-top"))
 }
 
 fn encoding_at(edit: &Edit, wanted: Site) -> Option<&Encoding> {
@@ -165,6 +208,10 @@ impl Pass for AllocateBits {
         &INFO
     }
 
+    fn keeps_samples(&self) -> bool {
+        self.metric.is_none()
+    }
+
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         let mut patch = Patch::on(model);
         if cx.scheme.weight_format.is_some() {
@@ -172,14 +219,23 @@ impl Pass for AllocateBits {
             return Err(PassError::Model(problem));
         }
         let choices = self.choices(cx);
-        let candidates = candidates(model, cx, &choices, self.weights);
         let Some(base) = choices.iter().position(|&bits| bits == cx.scheme.weight_bits) else { return Ok(patch) };
+        let fisher = match self.metric {
+            None if model.plan().encodings().next().is_some() => Some(self.fisher(model, cx)?),
+            _ => None,
+        };
+        let candidates = candidates(model, cx, &choices, self.weights, fisher.as_ref())?;
         if candidates.is_empty() {
             return Ok(patch);
         }
-        let probe = Probe::new(model.graph(), cx, self.samples, self.metric)?;
-        let alone: Vec<Plan> = candidates.iter().map(|c| Plan::of(c.site, c.lowest.clone())).collect();
-        let losses = probe.losses(&alone, cx, INFO.about.name)?;
+        let losses = match self.metric {
+            Some(metric) => {
+                let probe = Probe::new(model.graph(), cx, self.samples, metric)?;
+                let alone: Vec<Plan> = candidates.iter().map(|c| Plan::of(c.site, c.lowest.clone())).collect();
+                probe.losses(&alone, cx, INFO.about.name)?
+            }
+            None => candidates.iter().map(|candidate| candidate.noise[0]).collect(),
+        };
         let rows = rows(&candidates, &choices, &losses);
         let elements: f64 = candidates.iter().map(|candidate| candidate.size as f64).sum();
         let limits = hull::Limits { cost: self.budget.map(|bits| bits * elements), loss: self.max_drop, usual: base };

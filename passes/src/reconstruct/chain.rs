@@ -56,6 +56,15 @@ struct Carried {
     grads: BTreeMap<ValueId, Array<f32>>,
 }
 
+/// What goes back from what the graph returns.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Pull {
+    /// Gradients of its errors.
+    Errors,
+    /// Gradients [drawn](Measure::drawn) from this seed, squared sample by sample; at most [`LANES`] samples at once.
+    Squares(u64),
+}
+
 /// Errors of outputs, by their places: sums, and how many there are.
 type Errors = Vec<(usize, (f64, usize))>;
 
@@ -76,12 +85,12 @@ pub(super) struct Chain {
 }
 
 impl Chain {
-    /// The chain of `graph` under `plan`, or why gradients do not pass it.
+    /// The chain of `graph` under `plan` with at most so many `samples`, or why gradients do not pass it.
     pub(super) fn of(
         graph: &Graph,
         plan: &Plan,
         cx: &PassContext<'_>,
-        layers: usize,
+        (layers, samples): (usize, usize),
         also: Also,
         wish: Wish,
     ) -> Result<Result<Self, String>, PassError> {
@@ -131,13 +140,13 @@ impl Chain {
             fitted: Vec::new(),
             held_out: Vec::new(),
         };
-        chain.take_samples(graph, cx, wish)?;
+        chain.take_samples(graph, cx, samples, wish)?;
         let agrees = chain.agrees().map_err(|error| error.to_string());
         Ok(agrees.map(|()| chain))
     }
 
-    /// Reads all samples, or as many of them, spread over all, as memory holds.
-    fn take_samples(&mut self, graph: &Graph, cx: &PassContext<'_>, wish: Wish) -> Result<(), PassError> {
+    /// Reads all samples, or `most` of them, or as many, spread over all, as memory holds.
+    fn take_samples(&mut self, graph: &Graph, cx: &PassContext<'_>, most: usize, wish: Wish) -> Result<(), PassError> {
         let dataset = cx.dataset.filter(|data| !data.is_empty()).ok_or(PassError::NoData)?;
         let feeds = self.links.iter().flat_map(|link| &link.program.feeds).map(|(_, v)| *v);
         let fixed: BTreeSet<ValueId> = feeds.filter(|v| !self.carried.contains_key(v)).collect();
@@ -147,8 +156,9 @@ impl Chain {
         let targets = self.teacher.says(&first.reads, first.mask.as_ref())?;
         let own = first.bytes();
         let of_targets: u64 = targets.targets.iter().map(|target| 4 * target.len() as u64).sum();
-        let keeps = dataset.len() as u64 * (own + of_targets) <= cx.pair_budget;
-        let room = usize::try_from(cx.pair_budget / own.max(1)).unwrap_or(usize::MAX).clamp(1, dataset.len());
+        let most = most.clamp(1, dataset.len());
+        let keeps = most as u64 * (own + of_targets) <= cx.pair_budget;
+        let room = usize::try_from(cx.pair_budget / own.max(1)).unwrap_or(usize::MAX).clamp(1, most);
         let indices: Vec<usize> = (0..room).map(|i| i * dataset.len() / room).collect();
         let given = parallel::workers(cx.threads, indices.len(), Vec::new, |kept, at| {
             if cx.progress.cancelled() {
@@ -179,6 +189,11 @@ impl Chain {
         self.measures = of.map(|(at, value)| Measure::of(wish, seen, at, wish.is_of_logits(graph, *value))).collect();
         self.shares = shares(&self.measures, seen);
         Ok(())
+    }
+
+    /// How many samples there are.
+    pub(super) fn samples(&self) -> usize {
+        self.given.len()
     }
 
     /// What the float model returns for sample `i`.
@@ -276,12 +291,13 @@ impl Chain {
         }
     }
 
-    /// Takes `batch` forward and back; `leaves` is told whether a link is on its way back, and
-    /// `see` gets the gradients of one link after the other, from the last to the first.
+    /// Takes `batch` forward and back, by gradients of the errors or those that are drawn; `leaves` is told whether a link is on its way
+    /// back, and `see` gets the gradients of one link after the other, from the last to the first.
     pub(super) fn sweep(
         &self,
         batch: &[usize],
         drop: (i64, u64),
+        pull: Pull,
         leaves: &mut dyn FnMut(usize, bool) -> Result<Leaves, GradError>,
         see: &mut dyn FnMut(usize, Gradients) -> Result<(), GradError>,
     ) -> Result<(), GradError> {
@@ -303,7 +319,7 @@ impl Chain {
             let back = |(states, samples): (&mut [Carried], &[usize])| {
                 let mut sums: Vec<Vec<f32>> = vec![Vec::new(); link.program.learned().len()];
                 for (state, i) in states.iter_mut().zip(samples) {
-                    self.back(link, &leaves, *i, state, seeded(at, *i), &mut sums)?;
+                    self.back((link, pull), &leaves, *i, state, seeded(at, *i), &mut sums)?;
                 }
                 Ok::<_, GradError>(sums)
             };
@@ -312,7 +328,10 @@ impl Chain {
             let mut total: Vec<Vec<f32>> = vec![Vec::new(); link.program.learned().len()];
             for lane in lanes {
                 let sums = total.iter_mut().zip(lane?).filter(|(_, sum)| !sum.is_empty());
-                sums.for_each(|(total, sum)| add(total, sum.into_iter()));
+                match pull {
+                    Pull::Errors => sums.for_each(|(total, sum)| add(total, sum.into_iter())),
+                    Pull::Squares(_) => sums.for_each(|(total, sum)| add(total, sum.into_iter().map(|g| g * g))),
+                }
             }
             see(at, link.program.gradients(total))?;
         }
@@ -322,7 +341,7 @@ impl Chain {
     /// Takes the gradients of sample `i` back through `link`; adds those of what is learned to `sums`.
     fn back(
         &self,
-        link: &Link,
+        (link, pull): (&Link, Pull),
         leaves: &Leaves,
         i: usize,
         state: &mut Carried,
@@ -335,10 +354,22 @@ impl Chain {
             seeds.extend(state.grads.remove(value).map(|grad| (*slot, grad)));
         }
         for (slot, place) in self.returned(link) {
-            let mut grad = self.measures[place].gradient(&*self.targets(i)?, place, values.real(slot))?;
-            if self.shares.len() > 1 {
-                grad *= self.shares[place];
-            }
+            let (measure, targets) = (self.measures[place], self.targets(i)?);
+            let grad = match pull {
+                Pull::Squares(seed) => measure.drawn(
+                    &targets,
+                    place,
+                    values.real(slot),
+                    seed::mixed(seed ^ (i * self.measures.len() + place) as u64),
+                )?,
+                Pull::Errors => {
+                    let mut grad = measure.gradient(&targets, place, values.real(slot))?;
+                    if self.shares.len() > 1 {
+                        grad *= self.shares[place];
+                    }
+                    grad
+                }
+            };
             seeds.push((slot, grad));
         }
         let mut wanted = link.program.learned();

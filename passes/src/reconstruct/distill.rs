@@ -2,7 +2,7 @@
 
 use super::block::Also;
 use super::by_blocks::{edits, written};
-use super::chain::Chain;
+use super::chain::{Chain, Pull};
 use super::measure::Wish;
 use super::run::{Leaves, Outcome};
 use super::settings::{Part, Settings, Usual};
@@ -109,7 +109,7 @@ fn learn(model: &Model, cx: &PassContext<'_>, chain: &Chain, settings: &Settings
             }
             leaves
         };
-        chain.sweep(&batch, (settings.drop, iteration as u64), &mut leaves, &mut |at, grads| {
+        chain.sweep(&batch, (settings.drop, iteration as u64), Pull::Errors, &mut leaves, &mut |at, grads| {
             finite &= grads.are_finite();
 
             let course = &mut courses.borrow_mut()[at];
@@ -188,7 +188,7 @@ impl Distill {
         let settings = self.settings.with_scales(free);
         let also =
             Also { steps: settings.learns(Part::Steps), norms: settings.learns(Part::Norms), inputs: true, rest: 0 };
-        let chain = Chain::of(model.graph(), model.plan(), cx, self.layers, also, settings.loss)?;
+        let chain = Chain::of(model.graph(), model.plan(), cx, (self.layers, usize::MAX), also, settings.loss)?;
         let refused = |reason: String| {
             PassError::Model(format!(
                 "gradients do not pass the model: {reason}; leave `distill` out of the pipeline, or learn by blocks with --learn"

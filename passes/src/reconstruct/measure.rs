@@ -5,6 +5,7 @@ use crate::about::About;
 use crate::grad::{Array, GradError, Real as _};
 use crate::id::ValueId;
 use crate::ir::Graph;
+use crate::seed;
 use crate::simd::vectorized;
 
 /// What the user can ask for.
@@ -95,6 +96,9 @@ impl Measure {
     /// The measure of an `output`, which may be compared as logits or not.
     pub(super) fn of(wish: Wish, samples: &[Sample], output: usize, logits: bool) -> Self {
         let rank = samples.first().map_or(0, |sample| sample.targets[output].ndim());
+        // One number is no distribution.
+        let classes = samples.first().and_then(|sample| sample.targets[output].shape().last().copied()).unwrap_or(0);
+        let logits = logits && classes > 1;
         let power = power(samples, output);
         match wish {
             // Of more dimensions it is not known which one classes lie along.
@@ -136,6 +140,55 @@ impl Measure {
         let mut grad = vec![0.0; sample.targets[output].len()];
         self.each_row(sample, output, got, |target, got, range| self.row_gradient(target, got, &mut grad[range]))?;
         Array::from_shape_vec(shape, grad).map_err(|error| GradError(error.to_string()))
+    }
+
+    /// A gradient g drawn at random, with the mean over draws of (g · e)² the mean error that a small change e of `got` makes: for logits
+    /// g = √q ∘ r − q (√q · r), whose second moment is diag(q) − q qᵀ, for squares r alone, with random signs r.
+    pub(super) fn drawn(
+        self,
+        sample: &Sample,
+        output: usize,
+        got: Option<&Array<f32>>,
+        seed: u64,
+    ) -> Result<Array<f32>, GradError> {
+        let shape = sample.targets[output].raw_dim();
+        let mut grad = vec![0.0; sample.targets[output].len()];
+        let mut errors = 0;
+        self.each_row(sample, output, got, |target, got, range| {
+            errors += if matches!(self, Self::Divergence) { 1 } else { got.len() };
+            let start = range.start as u64;
+            self.row_drawn(target, got, &mut grad[range], |at| seed::uniform(seed ^ seed::mixed(start + at as u64)));
+        })?;
+        let share = 1.0 / (errors.max(1) as f32).sqrt();
+        grad.iter_mut().for_each(|g| *g *= share);
+        Array::from_shape_vec(shape, grad).map_err(|error| GradError(error.to_string()))
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "gradients are f32")]
+    fn row_drawn(self, target: &[f32], got: &[f32], grad: &mut [f32], draw: impl Fn(usize) -> f64) {
+        let mut signs = |power: f64| {
+            let size = power.sqrt().recip() as f32;
+            grad.iter_mut().enumerate().for_each(|(at, g)| *g = if draw(at) < 0.5 { -size } else { size });
+        };
+        match self {
+            Self::Square(power) => signs(power),
+            Self::Rows(floor) => signs(mean_square(target).max(floor)),
+            Self::Divergence => {
+                let q = Softmax::of(got);
+                let mut sum = 0.0;
+                for (at, (g, e)) in grad.iter_mut().zip(&q.exp).enumerate() {
+                    let root = (f64::from(*e) / q.sum).sqrt();
+                    let signed = if draw(at) < 0.5 { -root } else { root };
+                    sum += signed;
+                    *g = signed as f32;
+                }
+                // Half of the square is the divergence.
+                let half = std::f64::consts::FRAC_1_SQRT_2;
+                for (g, e) in grad.iter_mut().zip(&q.exp) {
+                    *g = (half * (f64::from(*g) - f64::from(*e) / q.sum * sum)) as f32;
+                }
+            }
+        }
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "gradients are f32")]
@@ -263,6 +316,36 @@ mod tests {
                 assert!((f64::from(*g) - want).abs() < 1e-3, "{measure:?} {i}: {g} {want}");
             }
         }
+    }
+
+    #[test]
+    fn gradients_that_are_drawn_tell_the_errors_of_small_changes() {
+        let of = |values: &[f32]| Array::from_shape_vec(vec![1, 2, 3], values.to_vec()).unwrap();
+        let target = [0.3, -1.2, 0.7, 2.0, 0.1, -0.4];
+        let change = [0.01, -0.02, 0.015, 0.0, 0.03, -0.01];
+        let moved: Vec<f32> = target.iter().zip(&change).map(|(t, c)| t + c).collect();
+        let sample = Sample { feeds: Vec::new(), targets: vec![of(&target)], words: vec![None] };
+        for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Divergence] {
+            let (sum, count) = measure.error(&sample, 0, Some(&of(&moved))).unwrap();
+            let draws = 4000_u64;
+            let square = |seed: u64| {
+                let g = measure.drawn(&sample, 0, Some(&of(&target)), seed::mixed(seed)).unwrap();
+                g.iter().zip(&change).map(|(g, c)| f64::from(g * c)).sum::<f64>().powi(2)
+            };
+            let mean = (0..draws).map(square).sum::<f64>() / draws as f64;
+            let want = sum / count as f64;
+            assert!((mean / want - 1.0).abs() < 0.1, "{measure:?}: {mean} {want}");
+        }
+    }
+
+    #[test]
+    fn one_number_is_no_distribution() {
+        let target = Array::from_shape_vec(vec![3, 1], vec![0.3, -1.2, 0.7]).unwrap();
+        let sample = [Sample { feeds: Vec::new(), targets: vec![target], words: vec![None] }];
+        let measure = Measure::of(Wish::Fitting, &sample, 0, true);
+        assert!(matches!(measure, Measure::Square(_)), "{measure:?}");
+        let drawn = measure.drawn(&sample[0], 0, Some(&sample[0].targets[0]), 7).unwrap();
+        assert!(drawn.iter().all(|g| *g != 0.0), "{drawn:?}");
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! weights; `samples` holds what it reads and should give, `objective` measures how far it is from that, `train` is the loop; a
 //! [`Parameterization`] says what is learned about a weight and how codes come out of it. `by_blocks` does this block after block,
 //! for passes that round in order.
-//! `chain` puts all blocks of a graph one behind the other, and `distill` learns from what the whole model returns.
+//! `chain` puts all blocks of a graph one behind the other, and `distill` learns from what the whole model returns, `fisher` tells how much that
+//! depends on every weight.
 
 mod adam;
 mod block;
@@ -13,6 +14,7 @@ mod by_blocks;
 mod chain;
 mod distill;
 mod fake_quant;
+mod fisher;
 mod measure;
 mod objective;
 mod parameterization;
@@ -28,3 +30,4 @@ pub use parameterization::{PARAMETERIZATIONS, Parameterization};
 
 pub(crate) use by_blocks::Learner;
 pub(crate) use distill::ENTRY as DISTILL;
+pub(crate) use fisher::{Fisher, fisher};

@@ -21,6 +21,7 @@ mod work;
 use std::fmt::Debug;
 
 pub(crate) use norms::sites as norm_sites;
+pub(crate) use round::in_nearest;
 
 use crate::about::About;
 use crate::grid::Grid;

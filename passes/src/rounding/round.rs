@@ -107,6 +107,15 @@ pub(super) fn note_no_moments(model: &Model, method: &dyn Method, patch: &mut Pa
     }
 }
 
+/// `model` with every constant that is encoded and has no codes yet in its nearest ones.
+pub(crate) fn in_nearest(model: &Model) -> Result<Model, PassError> {
+    let (mut rounded, mut patch) = (model.clone(), Patch::on(model));
+    to_nearest(model, &BTreeSet::new(), &mut patch)?;
+    let edits = patch.edits().to_vec();
+    Patch::on(model).and_on(&mut rounded, edits)?;
+    Ok(rounded)
+}
+
 /// Rounds every constant that is encoded, has no codes and is not in `done`.
 pub(super) fn to_nearest(model: &Model, done: &BTreeSet<Site>, patch: &mut Patch) -> Result<(), PassError> {
     let open: Vec<(Site, ValueId)> = model
