@@ -323,14 +323,16 @@ fn check_request(request: &Request) -> Result<(), Error> {
 fn check_budget(request: &Request, text: &str) -> Result<(), Error> {
     if let Some(metric) = &request.sensitivity {
         let problem = match (request.budget, request.max_drop) {
-            (None, _) => "--sensitivity says how --budget judges weights: give that too",
-            (_, Some(_)) => "--sensitivity is for --budget alone: --max-drop goes by squared errors of the outputs",
-            _ if !text.contains(&format!("metric={metric}")) => {
-                "--sensitivity: the pipeline has an `allocate-bits` of its own, or no `assign-encodings`; set metric= there"
+            (None, _) => Some("--sensitivity says how --budget judges weights: give that too"),
+            (_, Some(_)) => {
+                Some("--sensitivity is for --budget alone: --max-drop goes by squared errors of the outputs")
             }
-            _ => "",
+            _ if text.contains(&format!("metric={metric}")) => None,
+            _ => Some(
+                "--sensitivity: the pipeline has an `allocate-bits` of its own, or no `assign-encodings`; set metric= there",
+            ),
         };
-        if !problem.is_empty() {
+        if let Some(problem) = problem {
             return Err(Error::Input(problem.into()));
         }
     }

@@ -23,10 +23,9 @@ crate::declare_pass! {
     /// Every weight is rounded alone, to nearest in the fewest bits there are to choose, and what that does to the outputs of the model
     /// is measured on a few samples; more bits cost in proportion to the squared rounding error that they make. With `metric=fisher`
     /// gradients tell it instead, of all weights at once: Σ Fᵢ eᵢ² of the rounding errors e of every choice, F being the diagonal of the
-    /// Fisher information. Losses are taken to
-    /// add up; of each weight's choices those on the lower convex hull count, and steps between them are taken in the order of loss
-    /// saved per bit, so that a larger budget never gives any weight fewer bits. Weights that `--set` names, or that several nodes
-    /// read, keep theirs.
+    /// Fisher information. Losses are taken to add up; of each weight's choices those on the lower convex hull count, and steps between
+    /// them are taken in the order of loss saved per bit, so that a larger budget never gives any weight fewer bits. Weights that `--set`
+    /// names, or that several nodes read, keep theirs.
     INFO {
         name: "allocate-bits",
         source: "output probes and hull allocation as in Dong et al. 2019 (HAWQ), arXiv:1905.03696, and Xiao et al. 2025 (TaCQ), \

@@ -301,6 +301,10 @@ impl Chain {
         leaves: &mut dyn FnMut(usize, bool) -> Result<Leaves, GradError>,
         see: &mut dyn FnMut(usize, Gradients) -> Result<(), GradError>,
     ) -> Result<(), GradError> {
+        debug_assert!(
+            matches!(pull, Pull::Errors) || batch.len() <= LANES,
+            "a lane of several samples would square their sum"
+        );
         let mut states: Vec<Carried> = batch.iter().map(|_| Carried::default()).collect();
         let seeded = |at: usize, i: usize| (drop.0, seed::mixed(drop.1 ^ at as u64) ^ i as u64);
         let (_, before) =

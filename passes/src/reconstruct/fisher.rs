@@ -107,7 +107,7 @@ fn means(chain: &Chain, squares: Vec<Vec<Vec<f32>>>) -> Result<Fisher, String> {
         }
     }
     let mut costs = fisher.values().flatten();
-    if fisher.values().flatten().any(|cost| !cost.is_finite()) {
+    if !costs.clone().all(|cost| cost.is_finite()) {
         return Err("its gradients are no numbers".into());
     }
     if costs.all(|cost| *cost == 0.0) {
