@@ -49,6 +49,15 @@ impl Pair {
         Ok(self.unpadded(tensor))
     }
 
+    /// Of one number per row of a tensor with a row per position, those of words; all of them where there is no padding.
+    pub(crate) fn unpadded_rows(&self, rows: &[f32]) -> Vec<f32> {
+        let words = self.mask.as_ref().and_then(|mask| mask.of_rows(rows.len()));
+        match words {
+            Some(words) => rows.iter().zip(words).filter(|(_, word)| **word).map(|(row, _)| *row).collect(),
+            None => rows.to_vec(),
+        }
+    }
+
     fn unpadded(&self, tensor: Tensor) -> Tensor {
         padding::without(self.mask.as_ref(), tensor)
     }

@@ -31,6 +31,11 @@ impl Mask {
         ([batch, positions] == self.extents).then_some(&self.words)
     }
 
+    /// Which of so many rows are words; `None` where there is not one per position.
+    pub(crate) fn of_rows(&self, rows: usize) -> Option<&[bool]> {
+        (rows == self.words.len()).then_some(&self.words)
+    }
+
     /// The words of a tensor that has a row, or several, per position; `None` for others.
     pub(crate) fn kept(&self, tensor: &Tensor) -> Option<Tensor> {
         self.words(tensor.shape())?;

@@ -6,7 +6,7 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use super::gram::{FEW_COLUMNS, product, share_of, unit};
+use super::gram::{FEW_COLUMNS, Weights, column_sum, product, share_of, unit};
 use super::rows::{Rows, Strip};
 
 /// One side: how its rows are cut, and in which units.
@@ -44,6 +44,7 @@ pub struct CrossSums {
     /// Sums of the left columns, group after group.
     sums: Vec<f64>,
     count: u64,
+    weights: Weights,
     share: u64,
 }
 
@@ -71,7 +72,7 @@ impl CrossSums {
         let (left, right) = (Side::new(left.0, left.1)?, Side::new(right.0, right.1)?);
         let products = vec![0.0; groups.checked_mul(left.columns.checked_mul(right.columns)?)?];
         let sums = vec![0.0; groups * left.columns];
-        Some(Self { left, right, products, sums, count: 0, share: share_of(samples) })
+        Some(Self { left, right, products, sums, count: 0, weights: Weights::default(), share: share_of(samples) })
     }
 
     /// The bytes that sums for so many channels on both sides take.
@@ -81,21 +82,36 @@ impl CrossSums {
 
     /// Adds the rows of one sample; tensors of other shapes, or whose rows do not match, are left out.
     pub fn see(&mut self, left: (&[f32], &[usize]), right: (&[f32], &[usize])) {
+        self.see_weighed(left, right, None);
+    }
+
+    /// The same with the root of what each row weighs, from 0 to 1, before any are thinned out; left out where there are not as many roots.
+    pub fn see_weighed(&mut self, left: (&[f32], &[usize]), right: (&[f32], &[usize]), roots: Option<&[f32]>) {
+        let whole = |roots: &[f32]| {
+            roots.len() == self.left.rows.whole_count(left.1) && roots.len() == self.right.rows.whole_count(right.1)
+        };
         let counts = (self.left.rows.count(left.1).0, self.right.rows.count(right.1).0);
         if !self.left.fits(left.1) || !self.right.fits(right.1) || counts.0 != counts.1 || counts.1 > self.share {
+            return;
+        }
+        if roots.is_some_and(|roots| !whole(roots)) {
             return;
         }
         let (m, d) = (self.left.columns, self.right.columns);
         for group in 0..self.right.rows.groups() {
             let mut strips: Vec<(usize, Vec<f64>)> = Vec::new();
             let keep = |strip: &Strip<'_>| strips.push((strip.rows, strip.values.to_vec()));
-            self.left.rows.strips(left.0, left.1, group, &self.left.inverse_units, keep);
+            self.left.rows.strips((left.0, left.1, roots), group, &self.left.inverse_units, keep);
             let products = &mut self.products[group * m * d..(group + 1) * m * d];
             let sums = &mut self.sums[group * m..(group + 1) * m];
             let mut strips = strips.iter();
-            self.right.rows.strips(right.0, right.1, group, &self.right.inverse_units, |b| {
+            let weights = &mut self.weights;
+            self.right.rows.strips((right.0, right.1, roots), group, &self.right.inverse_units, |b| {
+                if group == 0 {
+                    weights.see(b);
+                }
                 if let Some((rows, a)) = strips.next().filter(|(rows, _)| *rows == b.rows) {
-                    sums.iter_mut().zip(a.chunks_exact((*rows).max(1))).for_each(|(s, c)| *s += c.iter().sum::<f64>());
+                    sums.iter_mut().zip(a.chunks_exact((*rows).max(1))).for_each(|(s, c)| *s += column_sum(c, b));
                     add(products, a, b, m, d);
                 }
             });
@@ -108,14 +124,15 @@ impl CrossSums {
         self.products.iter_mut().zip(&other.products).for_each(|(mine, theirs)| *mine += theirs);
         self.sums.iter_mut().zip(&other.sums).for_each(|(mine, theirs)| *mine += theirs);
         self.count += other.count;
+        self.weights.merge(&other.weights);
     }
 
     /// The moments; `None` when nothing was seen.
     pub fn finish(&self) -> Option<Cross> {
-        if self.count == 0 {
+        if self.count == 0 || self.weights.sum() <= 0.0 {
             return None;
         }
-        let (m, d, n) = (self.left.columns, self.right.columns, self.count as f64);
+        let (m, d, n) = (self.left.columns, self.right.columns, self.weights.sum());
         let mut moments = Vec::with_capacity(self.products.len());
         let mut means = Vec::with_capacity(self.sums.len());
         for group in 0..self.right.rows.groups() {
@@ -164,6 +181,9 @@ impl Cross {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::observe::gram::GramSums;
+    use crate::observe::rows::Window;
+    use crate::seed::mixed;
 
     #[test]
     fn moments_are_those_of_the_pairs() {
@@ -187,5 +207,179 @@ mod tests {
         let mut sums = CrossSums::new((Rows::Last, &[1.0; 2]), (Rows::Last, &[1.0; 3]), 1).unwrap();
         sums.see((&[0.5; 4], &[2, 2]), (&[0.5; 9], &[3, 3]));
         assert!(sums.finish().is_none());
+    }
+
+    /// Numbers from -1 to 1.
+    fn drawn(seed: u64, n: usize) -> Vec<f32> {
+        (0..n as u64).map(|i| (mixed(seed << 32 | i) % 20_001) as f32 / 10_000.0 - 1.0).collect()
+    }
+
+    /// Roots of weights, whole multiples of 1 / `most`.
+    fn drawn_roots(seed: u64, n: usize, most: u64) -> Vec<f32> {
+        (0..n as u64).map(|i| (mixed(seed << 48 | i) % (most + 1)) as f32 / most as f32).collect()
+    }
+
+    /// Rows and shapes of two tensors that belong together.
+    type Case = [(Rows, Vec<usize>); 2];
+
+    fn cases() -> [Case; 3] {
+        let right = Rows::Windows(Window {
+            kernel: [3, 2],
+            strides: [1, 2],
+            dilations: [1, 1],
+            pads: [1, 0, 1, 1],
+            groups: 1,
+            thinned_for: None,
+        });
+        let left = right.of_outputs(4).unwrap();
+        [
+            [(Rows::Last, vec![30, 2]), (Rows::Last, vec![30, 3])],
+            [(Rows::Last, vec![50, 35]), (Rows::Last, vec![50, 40])],
+            [(left, vec![1, 2, 5, 2]), (right, vec![1, 4, 5, 3])],
+        ]
+    }
+
+    fn sums(case: &Case) -> CrossSums {
+        let [(left, a), (right, b)] = case;
+        let peaks = |rows: &Rows, shape: &[usize]| vec![1.0_f32; rows.channels(shape).unwrap()];
+        CrossSums::new((*left, &peaks(left, a)), (*right, &peaks(right, b)), 10).unwrap()
+    }
+
+    /// Shows `sums` the sample `seed`.
+    fn see(sums: &mut CrossSums, case: &Case, seed: u64, roots: Option<&[f32]>) {
+        let [(_, left), (_, right)] = case;
+        let a = drawn(2 * seed, left.iter().product());
+        let b = drawn(2 * seed + 1, right.iter().product());
+        sums.see_weighed((&a, left), (&b, right), roots);
+    }
+
+    fn told(sums: &CrossSums) -> Option<(Vec<f64>, Vec<f64>)> {
+        sums.finish().map(|cross| (cross.moments, cross.means))
+    }
+
+    fn rows_of(case: &Case) -> usize {
+        case[0].0.whole_count(&case[0].1)
+    }
+
+    #[test]
+    fn roots_of_one_change_no_bit() {
+        for case in cases() {
+            let (mut plain, mut weighed) = (sums(&case), sums(&case));
+            see(&mut plain, &case, 1, None);
+            see(&mut weighed, &case, 1, Some(&vec![1.0; rows_of(&case)]));
+            assert!(told(&plain).is_some());
+            assert_eq!(told(&plain), told(&weighed), "{case:?}");
+        }
+    }
+
+    #[test]
+    fn rows_of_no_weight_do_not_count() {
+        for (m, d) in [(2, 3), (35, 40)] {
+            let (a, b, roots) = (drawn(2, 60 * m), drawn(3, 60 * d), drawn_roots(4, 60, 1));
+            let kept = |x: &[f32], columns: usize| -> Vec<f32> {
+                let kept = x.chunks(columns).zip(&roots).filter(|(_, root)| **root > 0.0);
+                kept.flat_map(|(row, _)| row.to_vec()).collect()
+            };
+            let case = [(Rows::Last, vec![60, m]), (Rows::Last, vec![60, d])];
+            let (mut all, mut alone) = (sums(&case), sums(&case));
+            all.see_weighed((&a, &[60, m]), (&b, &[60, d]), Some(&roots));
+            let n = kept(&a, m).len() / m;
+            alone.see((&kept(&a, m), &[n, m]), (&kept(&b, d), &[n, d]));
+            assert!(told(&all).is_some());
+            assert_eq!(told(&all), told(&alone));
+        }
+    }
+
+    #[test]
+    fn samples_of_no_weight_do_not_count() {
+        for case in cases() {
+            let (mut all, mut alone) = (sums(&case), sums(&case));
+            for sample in 0..6 {
+                let root = if sample % 3 == 1 { 1.0 } else { 0.0 };
+                see(&mut all, &case, sample, Some(&vec![root; rows_of(&case)]));
+                if sample % 3 == 1 {
+                    see(&mut alone, &case, sample, None);
+                }
+            }
+            assert!(told(&all).is_some());
+            assert_eq!(told(&all), told(&alone), "{case:?}");
+        }
+    }
+
+    #[test]
+    fn equal_weights_change_little() {
+        for case in cases() {
+            let (mut plain, mut half) = (sums(&case), sums(&case));
+            see(&mut plain, &case, 5, None);
+            see(&mut half, &case, 5, Some(&vec![0.5; rows_of(&case)]));
+            let (plain, half) = (told(&plain).unwrap(), told(&half).unwrap());
+            for (plain, half) in [(plain.0, half.0), (plain.1, half.1)] {
+                let worst = plain.iter().zip(&half).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                assert!(worst < 1.0 / 4096.0, "{case:?}: {worst}");
+            }
+        }
+    }
+
+    #[test]
+    fn weighed_samples_in_any_order_give_the_same_bits() {
+        for case in cases() {
+            let of = |order: &[u64], size: usize| {
+                let mut all = sums(&case);
+                for samples in order.chunks(size) {
+                    let mut part = sums(&case);
+                    for &sample in samples {
+                        see(&mut part, &case, sample, Some(&drawn_roots(sample, rows_of(&case), 1000)));
+                    }
+                    all.merge(&part);
+                }
+                told(&all)
+            };
+            let mut order: Vec<u64> = (0..8).collect();
+            let want = of(&order, 8);
+            for seed in 0..5_u64 {
+                order.sort_by_key(|at| mixed(seed << 8 | *at));
+                assert_eq!(of(&order, 3), want, "{case:?} {order:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn mixed_moments_of_a_tensor_with_itself_are_its_own() {
+        for case in cases() {
+            let (rows, shape) = &case[1];
+            let x = drawn(6, shape.iter().product());
+            let peaks = vec![1.0; rows.channels(shape).unwrap()];
+            let mut cross = CrossSums::new((*rows, &peaks), (*rows, &peaks), 1).unwrap();
+            let mut gram = GramSums::new(*rows, &peaks, 1).unwrap();
+            let roots = drawn_roots(7, rows.whole_count(shape), 1000);
+            cross.see_weighed((&x, shape), (&x, shape), Some(&roots));
+            gram.see_weighed(&x, shape, Some(&roots));
+            let (cross, gram) = (cross.finish().unwrap(), gram.finish().unwrap());
+            for (cross, gram) in [(cross.moments, gram.moments), (cross.means, gram.means)] {
+                assert_eq!(cross.len(), gram.len());
+                let near = |(cross, gram): (&f64, &f32)| (cross - f64::from(*gram)).abs() < 1e-6;
+                assert!(cross.iter().zip(&gram).all(near), "{case:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_counts_as_zero_and_no_rows_are_nothing() {
+        let case = &cases()[0];
+        let with = |odd: f32| {
+            let mut sums = sums(case);
+            let (mut a, mut b) = (drawn(8, 60), drawn(9, 90));
+            (a[7], b[50]) = (odd, odd);
+            sums.see((&a, &[30, 2]), (&b, &[30, 3]));
+            told(&sums)
+        };
+        assert!(with(0.0).is_some());
+        for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert_eq!(with(odd), with(0.0), "{odd}");
+        }
+        let mut none = sums(case);
+        see(&mut none, case, 1, Some(&[0.0; 30]));
+        see(&mut none, case, 1, Some(&[1.0; 29]));
+        assert!(none.finish().is_none());
     }
 }

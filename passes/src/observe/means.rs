@@ -81,6 +81,7 @@ impl Means {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::mixed;
 
     #[test]
     fn channels_are_told_apart_and_order_does_not_matter() {
@@ -109,5 +110,33 @@ mod tests {
         means.see(&[1.0, 2.0], &[1, 2]);
         means.see(&[1.0, 2.0, 3.0], &[1, 3]);
         assert_eq!(means.means(), Some(vec![1.0, 2.0]));
+    }
+
+    fn merged(a: &Means, b: &Means) -> Means {
+        let mut all = a.clone();
+        all.merge(b);
+        all
+    }
+
+    #[test]
+    fn merging_is_commutative_and_associative_with_nothing_as_identity() {
+        let value = |t: u64, i: u64| (mixed(t << 8 | i) % 20_001) as f32 / 10_000.0 - 1.0;
+        let tensors: Vec<Vec<f32>> = (0..10).map(|t| (0..12).map(|i| value(t, i)).collect()).collect();
+        let of = |tensors: &[Vec<f32>]| {
+            let mut seen = Means::along(1);
+            tensors.iter().for_each(|tensor| seen.see(tensor, &[2, 3, 2]));
+            seen
+        };
+        let whole = of(&tensors);
+        for seed in 0..30_u64 {
+            let cut = |at: u64| usize::try_from(mixed(seed << 8 | at) % 11).unwrap();
+            let (first, second) = (cut(0).min(cut(1)), cut(0).max(cut(1)));
+            let (a, b, c) = (of(&tensors[..first]), of(&tensors[first..second]), of(&tensors[second..]));
+            assert_eq!(merged(&merged(&a, &b), &c), whole, "{first} {second}");
+            assert_eq!(merged(&a, &merged(&b, &c)), whole, "{first} {second}");
+            assert_eq!(merged(&c, &merged(&b, &a)), whole, "{first} {second}");
+        }
+        let none = Means::along(1);
+        assert_eq!((&merged(&whole, &none), &merged(&none, &whole)), (&whole, &whole));
     }
 }

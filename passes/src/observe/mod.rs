@@ -96,6 +96,7 @@ fn extremes(sketch: &Sketch, purpose: Purpose) -> (f64, f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::{mixed, uniform};
 
     /// The `i`-th of `n` quantiles of N(0, 1), by Acklam-free bisection of the error function's series.
     pub(super) fn normal(n: usize) -> Vec<f32> {
@@ -160,5 +161,123 @@ mod tests {
             assert!(high < 60.0, "{name} {high}");
         }
         assert!((find("min-max", None).unwrap().range(&data, purpose).1 - 100.0).abs() < 1e-9);
+    }
+
+    /// Numbers of a normal distribution. Source: Box and Muller 1958.
+    #[expect(clippy::cast_possible_truncation, reason = "tensors are f32")]
+    fn bell(n: u64) -> Vec<f32> {
+        let at = |i: u64| {
+            let (u, v) = (uniform(2 * i), uniform(2 * i + 1));
+            ((-2.0 * (1.0 - u).ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
+        };
+        (0..n).map(at).collect()
+    }
+
+    /// Data of many shapes: even, with tails, on one side, with an outlier, in few values.
+    #[expect(clippy::cast_possible_truncation, reason = "tensors are f32")]
+    fn drawn(seed: u64) -> Vec<f32> {
+        let of = |i: u64| {
+            let x = 2.0 * uniform(seed << 32 | i) - 1.0;
+            let y = match seed % 6 {
+                4 if i == 0 => 40.0,
+                0 | 4 => x,
+                1 => x.powi(3),
+                2 => x.abs() + 0.5,
+                3 => -x.abs().powi(5),
+                _ => (3.0 * x).round(),
+            };
+            y as f32
+        };
+        (0..=mixed(seed) % 600).map(of).collect()
+    }
+
+    /// A purpose of few codes or many.
+    fn purpose(seed: u64) -> Purpose {
+        let levels = [4.0, 16.0, 256.0][usize::try_from(mixed(seed ^ 0x4d) % 3).unwrap()];
+        Purpose { levels, symmetric: mixed(seed ^ 0x4e) & 1 == 0 }
+    }
+
+    /// Seeds for an observer: fewer for the one that takes its time.
+    fn seeds(entry: &ObserverEntry) -> std::ops::Range<u64> {
+        0..if entry.about.name == "entropy" { 6 } else { 60 }
+    }
+
+    #[test]
+    fn keeping_everything_is_min_max() {
+        let (everything, min_max) = (find("percentile", Some(1.0)).unwrap(), find("min-max", None).unwrap());
+        for seed in 0..60 {
+            let (data, purpose) = (sketch(&drawn(seed)), purpose(seed));
+            assert_eq!(everything.range(&data, purpose), min_max.range(&data, purpose), "{seed} {purpose:?}");
+        }
+    }
+
+    #[test]
+    fn no_range_reaches_beyond_the_data() {
+        for entry in OBSERVERS {
+            let observer = (entry.build)(None);
+            for seed in seeds(entry) {
+                let (data, purpose) = (sketch(&drawn(seed)), purpose(seed));
+                let ((low, high), (min, max)) = (observer.range(&data, purpose), extremes(&data, purpose));
+                let near = 1e-9 * (max - min);
+                assert!(low <= 0.0 && high >= 0.0, "{observer:?} {seed}: {low} {high}");
+                assert!(low >= min - near && high <= max + near, "{observer:?} {seed}: {low} {high} {min} {max}");
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_by_error_err_no_more_than_the_extremes() {
+        for name in ["mse", "cfp"] {
+            let observer = find(name, None).unwrap();
+            for seed in 0..60 {
+                let (data, purpose) = (sketch(&drawn(seed)), purpose(seed));
+                let points = mse::points(&data);
+                let error = |(low, high): (f64, f64)| mse::expected_error(&points, low, high, purpose.levels);
+                let (found, whole) = (error(observer.range(&data, purpose)), error(extremes(&data, purpose)));
+                assert!(found <= whole * (1.0 + 1e-6), "{name} {seed} {purpose:?}: {found} {whole}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_range_of_a_constant_ends_there() {
+        for entry in OBSERVERS {
+            let observer = (entry.build)(None);
+            for value in [3.0_f32, -0.7, 1e-20, -1e20] {
+                let purpose = Purpose { levels: 256.0, symmetric: false };
+                let (low, high) = observer.range(&sketch(&[value; 200]), purpose);
+                let (value, size) = (f64::from(value), f64::from(value).abs());
+                let (end, other) = if value > 0.0 { (high, low) } else { (low, high) };
+                assert!((end - value).abs() < 0.01 * size && other.abs() < 1e-9 * size, "{observer:?} {low} {high}");
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_follow_powers_of_two_of_any_size() {
+        for entry in OBSERVERS {
+            let observer = (entry.build)(None);
+            for seed in seeds(entry) {
+                let (values, purpose) = (drawn(seed), purpose(seed));
+                let factor = 2.0_f32.powi(i32::try_from(mixed(seed ^ 0x4f) % 61).unwrap() - 30);
+                let scaled: Vec<f32> = values.iter().map(|v| v * factor).collect();
+                let (a, b) = (observer.range(&sketch(&values), purpose), observer.range(&sketch(&scaled), purpose));
+                for (a, b) in [(a.0, b.0), (a.1, b.1)] {
+                    let differ = (a * f64::from(factor) - b).abs();
+                    assert!(differ <= 1e-9 * b.abs(), "{observer:?} {seed}: {a} times {factor} is not {b}");
+                }
+            }
+        }
+    }
+
+    /// Where uniform steps for N(0, 1) are best cut off. Source: Max 1960, table II; Banner et al. 2019.
+    #[test]
+    fn a_normal_distribution_is_cut_where_the_error_is_least() {
+        let data = sketch(&bell(20_000));
+        let observer = find("mse", None).unwrap();
+        for (bits, want) in [(3, 1.95), (4, 2.475), (5, 2.90), (6, 3.27), (7, 3.605), (8, 3.92)] {
+            let (_, high) = observer.range(&data, Purpose { levels: f64::from(1 << bits), symmetric: true });
+            assert!((high - want).abs() < 0.25, "{bits} bits: {high}");
+        }
     }
 }

@@ -35,6 +35,20 @@ pub struct Window {
 pub(super) struct Strip<'a> {
     pub(super) values: &'a [f64],
     pub(super) rows: usize,
+    /// What the rows are multiplied with already, in whole multiples of 2⁻¹⁵; empty where they all count alike.
+    pub(super) roots: &'a [f64],
+}
+
+/// The unit of a root.
+pub(super) const ROOT: f64 = 1.0 / 32768.0;
+
+/// Multiplies the rows in `values`, column after column, with `roots` from 0 to 1, and returns those in whole multiples of [`ROOT`].
+fn weigh(values: &mut [f64], roots: impl Iterator<Item = f32>) -> Vec<f64> {
+    let roots: Vec<f64> = roots.map(|root| whole(root, 1.0 / ROOT)).collect();
+    for column in values.chunks_exact_mut(roots.len().max(1)) {
+        column.iter_mut().zip(&roots).for_each(|(v, root)| *v = (*v * root * ROOT).round_ties_even());
+    }
+    roots
 }
 
 /// `v` in units of 1 / `inverse`, to the nearest whole number; what is not finite counts as 0.
@@ -187,11 +201,19 @@ impl Rows {
         }
     }
 
-    /// Hands the rows of `group` to `take`, a strip at a time, each value as a whole multiple of its channel's unit.
+    /// How many rows there are in a tensor of `shape` before any are thinned out.
+    pub(crate) fn whole_count(self, shape: &[usize]) -> usize {
+        match self {
+            Self::Last => shape[..shape.len().saturating_sub(1)].iter().product(),
+            Self::Windows(w) => shape[0] * w.outputs(shape).map_or(0, |[height, width]| height * width),
+        }
+    }
+
+    /// Hands the rows of `group` to `take`, a strip at a time, each value as a whole multiple of its channel's unit; times what `roots`
+    /// says of each of [`Self::whole_count`] rows, from 0 to 1.
     pub(super) fn strips(
         self,
-        values: &[f32],
-        shape: &[usize],
+        (values, shape, roots): (&[f32], &[usize], Option<&[f32]>),
         group: usize,
         inverse_units: &[f64],
         mut take: impl FnMut(&Strip<'_>),
@@ -200,16 +222,18 @@ impl Rows {
             Self::Last => {
                 let d = inverse_units.len();
                 let mut strip = Vec::with_capacity(STRIP_ROWS.min(values.len() / d.max(1)) * d);
-                for block in values.chunks(STRIP_ROWS * d) {
+                for (at, block) in values.chunks(STRIP_ROWS * d).enumerate() {
                     let rows = block.len() / d;
                     strip.clear();
                     for (column, &unit) in inverse_units.iter().enumerate() {
                         strip.extend(block[column..].iter().step_by(d).take(rows).map(|&v| whole(v, unit)));
                     }
-                    take(&Strip { values: &strip, rows });
+                    let roots = roots.map(|roots| roots.iter().skip(at * STRIP_ROWS).take(rows).copied());
+                    let roots = roots.map(|roots| weigh(&mut strip, roots)).unwrap_or_default();
+                    take(&Strip { values: &strip, rows, roots: &roots });
                 }
             }
-            Self::Windows(w) => windows(w, values, shape, group, inverse_units, take),
+            Self::Windows(w) => windows(w, (values, shape, roots), group, inverse_units, take),
         }
     }
 }
@@ -217,8 +241,7 @@ impl Rows {
 /// The windows of `group`, strip by strip.
 fn windows(
     w: Window,
-    values: &[f32],
-    shape: &[usize],
+    (values, shape, roots): (&[f32], &[usize], Option<&[f32]>),
     group: usize,
     inverse_units: &[f64],
     mut take: impl FnMut(&Strip<'_>),
@@ -231,7 +254,8 @@ fn windows(
     let across = grid.count;
     let lines: Vec<usize> = Grid::over(outputs[0], step).positions().collect();
     let mut strip: Vec<f64> = Vec::new();
-    for image in values.chunks_exact((shape[1] * height * width).max(1)) {
+    for (number, image) in values.chunks_exact((shape[1] * height * width).max(1)).enumerate() {
+        let row_of = |line: usize, column: usize| (number * outputs[0] + line) * outputs[1] + column;
         for lines in lines.chunks((STRIP_ROWS / across.max(1)).max(1)) {
             strip.clear();
             for channel in group * per_group..(group + 1) * per_group {
@@ -246,7 +270,9 @@ fn windows(
                     }
                 }
             }
-            take(&Strip { values: &strip, rows: lines.len() * across });
+            let rows = || lines.iter().flat_map(|line| grid.positions().map(|column| row_of(*line, column)));
+            let roots = roots.map(|roots| weigh(&mut strip, rows().map(|row| roots[row]))).unwrap_or_default();
+            take(&Strip { values: &strip, rows: lines.len() * across, roots: &roots });
         }
     }
 }
@@ -274,6 +300,7 @@ fn push_line(strip: &mut Vec<f64>, row: &[f32], across: usize, span: &Span, unit
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::mixed;
 
     #[test]
     fn windows_read_zeros_outside() {
@@ -286,7 +313,9 @@ mod tests {
             thinned_for: None,
         };
         let mut rows = Vec::new();
-        Rows::Windows(w).strips(&[1.0, 2.0, 3.0], &[1, 1, 3], 0, &[1.0], |strip| rows.extend_from_slice(strip.values));
+        Rows::Windows(w).strips((&[1.0, 2.0, 3.0], &[1, 1, 3], None), 0, &[1.0], |strip| {
+            rows.extend_from_slice(strip.values);
+        });
         // Column after column: what the first, the second and the third tap read.
         assert_eq!(rows, [0.0, 1.0, 2.0, 1.0, 2.0, 3.0, 2.0, 3.0, 0.0]);
     }
@@ -301,5 +330,127 @@ mod tests {
         assert!(Grid::over(112, step).count.pow(2) >= 27);
         let positions: Vec<usize> = Grid::over(10, 3).positions().collect();
         assert_eq!(positions, [1, 4, 7]);
+    }
+
+    /// A root of a weight.
+    fn root(at: u64) -> f32 {
+        (mixed(at) % 100_001) as f32 / 100_000.0
+    }
+
+    /// A convolution, the shape of a tensor, and small whole numbers for it.
+    fn drawn(seed: u64) -> (Window, Vec<usize>, Vec<f32>) {
+        let below = |at: u64, n: u64| usize::try_from(mixed(seed << 32 | at) % n).unwrap();
+        let two = |at: u64, n: u64| [1 + below(at, n), 1 + below(at + 1, n)];
+        // Some maps are so large that they are cut into several strips.
+        let large = seed.is_multiple_of(20);
+        let groups = 1 + below(0, 3);
+        let w = Window {
+            kernel: two(1, 3),
+            strides: if large { [1, 1] } else { two(3, 2) },
+            dilations: two(5, 2),
+            pads: [7, 8, 9, 10].map(|at| below(at, 3)),
+            groups,
+            thinned_for: if large { Some(5000) } else { [None, Some(1), Some(5000)][below(11, 3)] },
+        };
+        let extent = |at: u64| if large { 40 } else { 1 + below(at, 9) };
+        let mut shape = vec![1 + below(12, 2), groups * (1 + below(13, 2)), extent(14), extent(15)];
+        if shape[3] == 1 {
+            shape.pop();
+        }
+        let n: usize = shape.iter().product();
+        let values = (0..n as u64).map(|i| below(100 + i, 41) as f32 - 20.0).collect();
+        (w, shape, values)
+    }
+
+    /// The rows of `group`, with their numbers before any are thinned out.
+    fn by_definition(w: Window, shape: &[usize], values: &[f32], group: usize) -> Vec<(usize, Vec<f64>)> {
+        let (height, width) = (shape[2], shape.get(3).copied().unwrap_or(1));
+        let per_group = shape[1] / w.groups;
+        let outputs = w.outputs(shape).unwrap();
+        let step = w.thinning(outputs, per_group * w.taps());
+        let positions = |axis: usize| ((step - 1) / 2..outputs[axis]).step_by(step);
+        let inside = |axis: usize, at: usize, tap: usize, extent: usize| {
+            (at * w.strides[axis] + tap * w.dilations[axis]).checked_sub(w.pads[axis]).filter(|&i| i < extent)
+        };
+        let mut rows = Vec::new();
+        for image in 0..shape[0] {
+            for line in positions(0) {
+                for column in positions(1) {
+                    let mut row = Vec::new();
+                    for channel in group * per_group..(group + 1) * per_group {
+                        for tap in 0..w.taps() {
+                            let y = inside(0, line, tap / w.kernel[1], height);
+                            let x = inside(1, column, tap % w.kernel[1], width);
+                            let plane = (image * shape[1] + channel) * height;
+                            row.push(y.zip(x).map_or(0.0, |(y, x)| f64::from(values[(plane + y) * width + x])));
+                        }
+                    }
+                    rows.push(((image * outputs[0] + line) * outputs[1] + column, row));
+                }
+            }
+        }
+        rows
+    }
+
+    /// The rows that are handed on, in units of 1, and the roots that they were multiplied with.
+    fn handed(
+        rows: Rows,
+        (values, shape, roots): (&[f32], &[usize], Option<&[f32]>),
+        group: usize,
+    ) -> Vec<(Vec<f64>, Option<f64>)> {
+        let mut all = Vec::new();
+        let units = vec![1.0; rows.channels(shape).unwrap()];
+        rows.strips((values, shape, roots), group, &units, |strip| {
+            for row in 0..strip.rows {
+                let values = strip.values.iter().skip(row).step_by(strip.rows).copied().collect();
+                all.push((values, strip.roots.get(row).copied()));
+            }
+        });
+        all
+    }
+
+    #[test]
+    fn windows_are_cut_as_by_definition() {
+        let mut cut = 0;
+        for seed in 0..200 {
+            let (w, shape, values) = drawn(seed);
+            let rows = Rows::Windows(w);
+            if rows.channels(&shape).is_none() {
+                continue;
+            }
+            cut += 1;
+            let roots: Vec<f32> = (0..rows.whole_count(&shape) as u64).map(|at| root(seed << 32 | at)).collect();
+            for group in 0..w.groups {
+                let want = by_definition(w, &shape, &values, group);
+                assert_eq!(want.len() as u64, rows.count(&shape).0, "{seed}: {w:?} {shape:?}");
+                let plain = handed(rows, (&values, &shape, None), group);
+                assert!(
+                    plain.iter().map(|(row, _)| row).eq(want.iter().map(|(_, row)| row)),
+                    "{seed}: {w:?} {shape:?}"
+                );
+                let of_root = |(number, row): &(usize, Vec<f64>)| {
+                    let root = (f64::from(roots[*number]) * 32768.0).round_ties_even();
+                    let row: Vec<f64> = row.iter().map(|v| (v * root / 32768.0).round_ties_even()).collect();
+                    (row, Some(root))
+                };
+                let want: Vec<(Vec<f64>, Option<f64>)> = want.iter().map(of_root).collect();
+                assert_eq!(handed(rows, (&values, &shape, Some(&roots)), group), want, "{seed}: {w:?} {shape:?}");
+            }
+        }
+        assert!(cut > 100, "{cut}");
+    }
+
+    #[test]
+    fn rows_along_the_last_axis_keep_their_order_over_strips() {
+        let shape = [45, 50, 3];
+        let values: Vec<f32> = (0..6750).map(|i| (mixed(i) % 41) as f32 - 20.0).collect();
+        let roots: Vec<f32> = (0..2250).map(root).collect();
+        let all = handed(Rows::Last, (&values, &shape, Some(&roots)), 0);
+        assert_eq!((all.len() as u64, all.len()), (Rows::Last.count(&shape).0, Rows::Last.whole_count(&shape)));
+        for ((row, got), root) in values.chunks(3).zip(&all).zip(&roots) {
+            let root = (f64::from(*root) * 32768.0).round_ties_even();
+            let want: Vec<f64> = row.iter().map(|v| (f64::from(*v) * root / 32768.0).round_ties_even()).collect();
+            assert_eq!(*got, (want, Some(root)));
+        }
     }
 }

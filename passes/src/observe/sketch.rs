@@ -247,6 +247,7 @@ fn rank(mut buckets: impl Iterator<Item = Bucket>, total: u64, p: f64) -> Option
 mod tests {
     use super::super::tests::normal;
     use super::*;
+    use crate::seed::mixed;
 
     fn of(values: &[f32]) -> Sketch {
         let mut sketch = Sketch::default();
@@ -296,5 +297,50 @@ mod tests {
         assert!(Sketch::from_parts(&[(1 << 20, 1)], 0.0, 0.0).is_none());
         assert!(Sketch::from_parts(&[(5, u64::MAX), (6, 1)], 0.0, 0.0).is_none());
         assert!(Sketch::from_parts(&[(5, 1)], f32::NAN, 0.0).is_none());
+    }
+
+    /// Bit patterns of all kinds.
+    fn drawn(seed: u64) -> Vec<f32> {
+        let n = mixed(seed) % 300;
+        (0..n).map(|i| f32::from_bits(u32::try_from(mixed(seed << 32 | i) >> 32).unwrap())).collect()
+    }
+
+    fn merged(a: &Sketch, b: &Sketch) -> Sketch {
+        let mut all = a.clone();
+        all.merge(b);
+        all
+    }
+
+    #[test]
+    fn merging_is_commutative_and_associative_with_nothing_as_identity() {
+        for seed in 0..30 {
+            let [a, b, c] = [1, 2, 3].map(|part| of(&drawn(3 * seed + part)));
+            // What comes from a file counts in the wide counters.
+            let (filled, min, max) = b.to_parts();
+            let b = Sketch::from_parts(&filled, min, max).unwrap();
+            assert_eq!(merged(&a, &b), merged(&b, &a), "{seed}");
+            assert_eq!(merged(&merged(&a, &b), &c), merged(&a, &merged(&b, &c)), "{seed}");
+            let all = [drawn(3 * seed + 1), drawn(3 * seed + 2), drawn(3 * seed + 3)].concat();
+            assert_eq!(merged(&merged(&c, &a), &b), of(&all), "{seed}");
+            let none = Sketch::default();
+            for sketch in [&a, &b] {
+                assert_eq!((&merged(sketch, &none), &merged(&none, sketch)), (sketch, sketch), "{seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn quantiles_never_fall() {
+        let shares: Vec<f64> = (0..=40).map(|i| f64::from(i) / 40.0).collect();
+        for seed in 0..8 {
+            let sketch = of(&drawn(seed));
+            let found: Vec<f64> = shares.iter().map(|&p| sketch.quantile(p)).collect();
+            assert!(found.is_sorted(), "{seed}: {found:?}");
+            assert!(found.iter().all(|q| (sketch.min()..=sketch.max()).contains(q)), "{seed}: {found:?}");
+        }
+        // Magnitudes of both signs share a bucket, which is a 64th of them wide.
+        let sketch = of(&normal(1000));
+        let found: Vec<f64> = shares.iter().map(|&p| sketch.quantile_of_magnitude(p)).collect();
+        assert!(found.windows(2).all(|pair| pair[1] >= pair[0] * (1.0 - 1.0 / 32.0)), "{found:?}");
     }
 }

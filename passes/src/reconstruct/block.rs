@@ -31,6 +31,8 @@ pub(super) struct Program {
     pub(super) float_constants: Vec<(Slot, Value<f32>)>,
     /// Encoded weights of linear nodes.
     pub(super) weights: Vec<(Slot, Site, Arc<Tensor>)>,
+    /// What each of those nodes computes.
+    pub(super) results: Vec<Slot>,
     /// Their biases as they are read, and as the float model has them.
     pub(super) biases: Vec<(Slot, Site, Arc<Tensor>)>,
     /// Which share of the activations stays in float, with a seed.
@@ -104,6 +106,7 @@ impl Program {
             constants: Vec::new(),
             float_constants: Vec::new(),
             weights: Vec::new(),
+            results: Vec::new(),
             biases: Vec::new(),
             drop,
             float_biases: Vec::new(),
@@ -133,7 +136,13 @@ impl Program {
             let slot = if returned { maker.rounded(site, slot)? } else { slot };
             maker.program.outputs.push((slot, value));
         }
-        let mut program = maker.program;
+        let Maker { mut program, slots, .. } = maker;
+        let result = |(_, site, _): &(Slot, Site, _)| {
+            let Site::Use { node, .. } = site else { return None };
+            slots.get(&(graph.node(*node)?.output(0)?, None)).copied()
+        };
+        let results: Option<Vec<Slot>> = program.weights.iter().map(result).collect();
+        program.results = results.ok_or("a bug in onnx-quant: a layer without a result")?;
         program.products = program.biases.iter().map(|(_, site, _)| product(graph, plan, *site)).collect();
         Ok(program)
     }

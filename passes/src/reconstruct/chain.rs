@@ -65,6 +65,12 @@ pub(super) enum Pull {
     Squares(u64),
 }
 
+/// All activations in float, in thousandths.
+pub(super) const FLOAT: (i64, u64) = (1000, 0);
+
+/// What arrives somewhere on the way back; `None` where nothing does.
+pub(super) type Arrived = Vec<Option<Array<f32>>>;
+
 /// Errors of outputs, by their places: sums, and how many there are.
 type Errors = Vec<(usize, (f64, usize))>;
 
@@ -305,25 +311,20 @@ impl Chain {
             matches!(pull, Pull::Errors) || batch.len() <= LANES,
             "a lane of several samples would square their sum"
         );
-        let mut states: Vec<Carried> = batch.iter().map(|_| Carried::default()).collect();
-        let seeded = |at: usize, i: usize| (drop.0, seed::mixed(drop.1 ^ at as u64) ^ i as u64);
-        let (_, before) =
-            self.links.split_last().ok_or_else(|| GradError("a bug in onnx-quant: a chain without links".into()))?;
-        for (at, link) in before.iter().enumerate() {
-            let leaves = leaves(at, false)?;
-            let run = |(state, i): (&mut Carried, &usize)| {
-                self.hand_on(link, &self.run(link, &leaves, *i, state, seeded(at, *i))?, state);
-                Ok(())
-            };
-            states.par_iter_mut().zip(batch).map(run).collect::<Result<(), GradError>>()?;
-        }
+        let mut states = self.forward(batch, drop, &mut |at| leaves(at, false))?;
         for (at, link) in self.links.iter().enumerate().rev() {
             let leaves = leaves(at, true)?;
             let lane = batch.len().div_ceil(LANES).max(1);
             let back = |(states, samples): (&mut [Carried], &[usize])| {
                 let mut sums: Vec<Vec<f32>> = vec![Vec::new(); link.program.learned().len()];
                 for (state, i) in states.iter_mut().zip(samples) {
-                    self.back((link, pull), &leaves, *i, state, seeded(at, *i), &mut sums)?;
+                    let grads =
+                        self.back((link, pull), &leaves, *i, state, seeded(drop, at, *i), &link.program.learned())?;
+                    for (sum, grad) in sums.iter_mut().zip(grads) {
+                        if let Some(grad) = grad {
+                            add(sum, grad.iter().copied());
+                        }
+                    }
                 }
                 Ok::<_, GradError>(sums)
             };
@@ -342,7 +343,50 @@ impl Chain {
         Ok(())
     }
 
-    /// Takes the gradients of sample `i` back through `link`; adds those of what is learned to `sums`.
+    /// What the last link reads for `batch`, everything before it having run; `leaves` are those of every link.
+    fn forward(
+        &self,
+        batch: &[usize],
+        drop: (i64, u64),
+        leaves: &mut dyn FnMut(usize) -> Result<Leaves, GradError>,
+    ) -> Result<Vec<Carried>, GradError> {
+        let mut states: Vec<Carried> = batch.iter().map(|_| Carried::default()).collect();
+        let (_, before) =
+            self.links.split_last().ok_or_else(|| GradError("a bug in onnx-quant: a chain without links".into()))?;
+        for (at, link) in before.iter().enumerate() {
+            let leaves = leaves(at)?;
+            let run = |(state, i): (&mut Carried, &usize)| {
+                self.hand_on(link, &self.run(link, &leaves, *i, state, seeded(drop, at, *i))?, state);
+                Ok(())
+            };
+            states.par_iter_mut().zip(batch).map(run).collect::<Result<(), GradError>>()?;
+        }
+        Ok(states)
+    }
+
+    /// Takes gradients [drawn](Measure::drawn) from `seed` back through the float model for every sample of `batch`; `see` gets, link
+    /// after link, what arrives at the results of its layers for a sample, in the order of its weights.
+    pub(super) fn trace(
+        &self,
+        batch: &[usize],
+        drawn: u64,
+        see: &(dyn Fn(&Link, usize, Arrived) + Sync),
+    ) -> Result<(), GradError> {
+        let mut states = self.forward(batch, FLOAT, &mut |at| Ok(self.links[at].program.float_leaves()))?;
+        for link in self.links.iter().rev() {
+            let leaves = link.program.float_leaves();
+            let back = |(state, i): (&mut Carried, &usize)| {
+                let grads =
+                    self.back((link, Pull::Squares(drawn)), &leaves, *i, state, FLOAT, &link.program.results)?;
+                see(link, *i, grads);
+                Ok(())
+            };
+            states.par_iter_mut().zip(batch).map(back).collect::<Result<(), GradError>>()?;
+        }
+        Ok(())
+    }
+
+    /// Takes the gradients of sample `i` back through `link`; returns those of `wanted`.
     fn back(
         &self,
         (link, pull): (&Link, Pull),
@@ -350,8 +394,8 @@ impl Chain {
         i: usize,
         state: &mut Carried,
         drop: (i64, u64),
-        sums: &mut [Vec<f32>],
-    ) -> Result<(), GradError> {
+        wanted: &[Slot],
+    ) -> Result<Arrived, GradError> {
         let values = self.run(link, leaves, i, state, drop)?;
         let mut seeds: Vec<(Slot, Array<f32>)> = Vec::new();
         for (slot, value) in &link.program.outputs {
@@ -376,11 +420,11 @@ impl Chain {
             };
             seeds.push((slot, grad));
         }
-        let mut wanted = link.program.learned();
-        let learned = wanted.len();
+        let mut wanted = wanted.to_vec();
+        let own = wanted.len();
         wanted.extend(link.carried.iter().map(|(slot, _)| *slot));
         let mut grads = link.program.tape.backward(&values, seeds, &wanted)?;
-        let through = grads.split_off(learned);
+        let through = grads.split_off(own);
         for ((_, value), grad) in link.carried.iter().zip(through) {
             let Some(grad) = grad else { continue };
             match state.grads.get_mut(value) {
@@ -390,13 +434,13 @@ impl Chain {
                 }
             }
         }
-        for (sum, grad) in sums.iter_mut().zip(grads) {
-            if let Some(grad) = grad {
-                add(sum, grad.iter().copied());
-            }
-        }
-        Ok(())
+        Ok(grads)
     }
+}
+
+/// What is drawn for sample `i` at link `at`.
+fn seeded(drop: (i64, u64), at: usize, i: usize) -> (i64, u64) {
+    (drop.0, seed::mixed(drop.1 ^ at as u64) ^ i as u64)
 }
 
 /// Sample `index`, without what the teacher says of it.

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use super::block::Also;
-use super::chain::{Chain, Pull};
+use super::chain::{Chain, FLOAT, Pull};
 use super::measure::Wish;
 use super::objective::LANES;
 use super::run::{Gradients, add};
@@ -26,8 +26,6 @@ use crate::{rounding, seed};
 const LAYERS: usize = 4;
 /// Gradients are drawn from this.
 const SEED: u64 = 0xf15_4e12;
-/// All activations in float, in thousandths.
-const FLOAT: i64 = 1000;
 
 /// What a squared change of each element of a weight costs, in the order of storage.
 pub(crate) type Fisher = BTreeMap<Site, Vec<f32>>;
@@ -90,7 +88,7 @@ fn squares(chain: &Chain, cx: &PassContext<'_>, all: &[usize]) -> Result<Vec<Vec
             weights.for_each(|(sum, square)| add(sum, square.into_iter()));
             Ok(())
         };
-        chain.sweep(batch, (FLOAT, 0), Pull::Squares(seed::mixed(SEED)), &mut leaves, &mut see)?;
+        chain.sweep(batch, FLOAT, Pull::Squares(seed::mixed(SEED)), &mut leaves, &mut see)?;
         cx.progress.step();
     }
     Ok(sums)

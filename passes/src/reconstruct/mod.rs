@@ -5,7 +5,7 @@
 //! [`Parameterization`] says what is learned about a weight and how codes come out of it. `by_blocks` does this block after block,
 //! for passes that round in order.
 //! `chain` puts all blocks of a graph one behind the other, and `distill` learns from what the whole model returns, `fisher` tells how much that
-//! depends on every weight.
+//! depends on every weight, `stakes` how much on every row that layers read.
 
 mod adam;
 mod block;
@@ -21,6 +21,7 @@ mod parameterization;
 mod run;
 mod samples;
 mod settings;
+mod stakes;
 mod steps;
 mod teacher;
 mod train;
@@ -31,3 +32,4 @@ pub use parameterization::{PARAMETERIZATIONS, Parameterization};
 pub(crate) use by_blocks::Learner;
 pub(crate) use distill::ENTRY as DISTILL;
 pub(crate) use fisher::{Fisher, fisher};
+pub(crate) use stakes::{Stakes, stakes};

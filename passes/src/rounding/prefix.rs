@@ -23,6 +23,7 @@ use crate::lockstep::{Lockstep, Pair};
 use crate::model::Plan;
 use crate::observe::{Cross, CrossSums, Gram, GramSums, Peaks, Rows};
 use crate::pass::PassError;
+use crate::reconstruct::Stakes;
 use crate::simulate::{Crossing, Version};
 use crate::tensor::Tensor;
 
@@ -33,6 +34,8 @@ pub(super) struct Reading {
     pub(super) version: Version,
     /// How its rows are cut.
     pub(super) rows: Rows,
+    /// The layer whose stakes the rows weigh; `None` where all weigh the same.
+    pub(super) weighed_for: Option<NodeId>,
 }
 
 /// What a layer reads, and the other operand of the sum that alone reads its result.
@@ -67,6 +70,41 @@ impl Measured {
     }
 }
 
+/// Of the rows that layers read, per layer and sample, the roots of what they weigh, the largest of a layer 1; padding and all.
+#[derive(Default)]
+pub(super) struct Roots(BTreeMap<NodeId, Vec<Vec<f32>>>);
+
+/// No row counts more than so many average ones.
+const MOST: f64 = 32.0;
+
+impl Roots {
+    /// Rows that weigh what they have at stake in a `share` of their weight, and the same in the rest of it.
+    #[expect(clippy::cast_possible_truncation, reason = "from 0 to 1")]
+    pub(super) fn of_stakes(stakes: Stakes, share: f64) -> Self {
+        let roots = |(node, samples): (NodeId, Vec<Vec<f32>>)| {
+            let count = samples.iter().map(Vec::len).sum::<usize>().max(1) as f64;
+            let mean = samples.iter().flatten().map(|w| f64::from(*w)).sum::<f64>() / count;
+            let weight = |stake: f32| 1.0 - share + share * (f64::from(stake) / mean).min(MOST);
+            let top = samples.iter().flatten().map(|stake| weight(*stake)).fold(0.0, f64::max);
+            let root = |stake: &f32| (weight(*stake) / top).sqrt() as f32;
+            (node, samples.iter().map(|rows| rows.iter().map(root).collect()).collect())
+        };
+        Self(stakes.into_iter().map(roots).collect())
+    }
+
+    /// Whether the rows of layer `node` weigh differently.
+    pub(super) fn weigh(&self, node: NodeId) -> bool {
+        self.0.contains_key(&node)
+    }
+
+    /// The roots for what `reading` reads of the sample in `pair`: a tensor of `shape`, without its padding where it had any.
+    fn of(&self, reading: &Reading, pair: &Pair, shape: &[usize]) -> Option<Vec<f32>> {
+        let roots = self.0.get(&reading.weighed_for?)?.get(pair.index)?;
+        let whole = roots.len() == reading.rows.whole_count(shape);
+        Some(if whole { roots.clone() } else { pair.unpadded_rows(roots) })
+    }
+}
+
 /// Peaks of everything that is measured, per worker.
 #[derive(Default)]
 struct Ends {
@@ -94,6 +132,7 @@ pub(super) fn measure(
     plan: &Plan,
     layers: &[Inputs],
     samples: usize,
+    roots: &Roots,
 ) -> Result<Measured, PassError> {
     let crossing = Crossing::of(graph, plan);
     let readings: BTreeSet<Reading> = layers.iter().map(|layer| layer.reading).collect();
@@ -132,7 +171,7 @@ pub(super) fn measure(
         let start = || Sums::new(&batch.readings, &mine, &ends, samples);
         // Every worker has sums of its own, as far as memory allows.
         let workers = usize::try_from(walk.sums_budget() / batch.bytes.max(1)).unwrap_or(usize::MAX);
-        let sums = walk.each_on(workers, start, |sums, pair| sums.see(pair, &crossing))?;
+        let sums = walk.each_on(workers, start, |sums, pair| sums.see(pair, &crossing, roots))?;
         measured.extend(sums.into_iter().reduce(|all, one| all.merge(&one)).unwrap_or_else(start).finish());
     }
     Ok(measured)
@@ -210,13 +249,15 @@ impl Sums {
         }
     }
 
-    fn see(&mut self, pair: &mut Pair, crossing: &Crossing) -> Result<(), PassError> {
+    fn see(&mut self, pair: &mut Pair, crossing: &Crossing, roots: &Roots) -> Result<(), PassError> {
         for (reading, second, drift) in &mut self.readings {
             let Some((float, planned)) = both(pair, reading, crossing)? else { continue };
             let values = planned.values::<f32>().unwrap_or_default();
-            second.see(&values, planned.shape());
+            let roots = roots.of(reading, pair, planned.shape());
+            let roots = roots.as_deref();
+            second.see_weighed(&values, planned.shape(), roots);
             if let (Some(cross), Some(drift)) = (drift, difference(&float, &planned)) {
-                cross.see((&drift, planned.shape()), (&values, planned.shape()));
+                cross.see_weighed((&drift, planned.shape()), (&values, planned.shape()), roots);
             }
         }
         for (_, version, reading, cross) in &mut self.beside {
@@ -224,7 +265,8 @@ impl Sums {
             let input = pair.planned(reading.version, crossing)?;
             let error = pair.float(version.0).and_then(|float| difference(&float, &other));
             if let (Some(error), Some(values)) = (error, input.values::<f32>()) {
-                cross.see((&error, other.shape()), (&values, input.shape()));
+                let roots = roots.of(reading, pair, input.shape());
+                cross.see_weighed((&error, other.shape()), (&values, input.shape()), roots.as_deref());
             }
         }
         Ok(())
@@ -325,4 +367,194 @@ pub(super) fn shift(layer: &Layer<'_>, moments: &Moments, sum: Option<&Cross>, r
         (0..layer.columns).map(at).sum::<f64>() + beside
     };
     Some((0..layer.rows).map(of_row).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::encoding::Encoding;
+    use crate::id::Site;
+    use crate::model::{Edit, Model, Patch};
+    use crate::seed::{mixed, uniform};
+
+    /// Columns and rows of the weight.
+    const D: usize = 4;
+    const N: usize = 3;
+    /// Rows of data.
+    const SEEN: usize = 60;
+    const DAMPING: f64 = 0.05;
+
+    const PRODUCT: &str = "graph (%x: f32[60,4]) -> (%y: f32[60,3]) {
+        %w = const f32[4,3] rand(seed=5, std=0.5)
+        %y = MatMul(%x, %w)
+    }";
+
+    /// A product with an encoded weight, and its node.
+    fn product() -> (Model, NodeId) {
+        let mut model = crate::text::parse(PRODUCT).unwrap();
+        let node = model.graph().nodes().next().unwrap().0;
+        let encoding = Encoding::per_axis(crate::grid::find("int4").unwrap(), 1, vec![0.1; N]);
+        let mut patch = Patch::on(&model);
+        patch.edit(Edit::Encode { site: Site::Use { node, input: 1 }, encoding });
+        model.apply(patch).unwrap();
+        (model, node)
+    }
+
+    fn mean(of: impl Fn(usize) -> f64) -> f64 {
+        (0..SEEN).map(of).sum::<f64>() / SEEN as f64
+    }
+
+    /// What the layer reads in float and as planned, and the error beside it.
+    struct Data {
+        float: Vec<[f64; D]>,
+        planned: Vec<[f64; D]>,
+        beside: Vec<[f64; N]>,
+    }
+
+    impl Data {
+        /// Means are not 0, and errors are in part proportional to what is read.
+        fn drawn(seed: u64) -> Self {
+            let draw = |row: usize, at: usize| 2.0 * uniform(mixed(seed) ^ (row * 16 + at) as u64) - 1.0;
+            let read = |r: usize, j: usize| 0.5 + draw(r, j) + 0.7 * draw(r, 15);
+            let float: Vec<[f64; D]> = (0..SEEN).map(|r| std::array::from_fn(|j| read(r, j))).collect();
+            let moved = |r: usize, j: usize| 0.1 + 0.9 * float[r][j] + 0.2 * draw(r, D + j);
+            let planned: Vec<[f64; D]> = (0..SEEN).map(|r| std::array::from_fn(|j| moved(r, j))).collect();
+            let error = |r: usize, k: usize| 0.1 + 0.3 * planned[r][k] + 0.2 * draw(r, 2 * D + k);
+            let beside: Vec<[f64; N]> = (0..SEEN).map(|r| std::array::from_fn(|k| error(r, k))).collect();
+            Self { float, planned, beside }
+        }
+
+        /// Second moments of what is read as planned, from so many rows that nothing is shrunk.
+        #[expect(clippy::cast_possible_truncation, reason = "moments are f32")]
+        fn gram(&self) -> Arc<Gram> {
+            let x = &self.planned;
+            let moments = (0..D * D).map(|at| mean(|r| x[r][at / D] * x[r][at % D]) as f32).collect();
+            let means = (0..D).map(|j| mean(|r| x[r][j]) as f32).collect();
+            Arc::new(Gram { columns: D, moments, means, count: SEEN as u64, effective: 1e12 })
+        }
+
+        fn drift(&self) -> Cross {
+            let pairs = self.float.iter().zip(&self.planned);
+            let drift: Vec<[f64; D]> = pairs.map(|(x, planned)| std::array::from_fn(|j| x[j] - planned[j])).collect();
+            self.cross(&drift)
+        }
+
+        /// Mixed moments of `left` and what is read as planned.
+        fn cross<const L: usize>(&self, left: &[[f64; L]]) -> Cross {
+            let moments = (0..L * D).map(|at| mean(|r| left[r][at / D] * self.planned[r][at % D])).collect();
+            let means = (0..L).map(|i| mean(|r| left[r][i])).collect();
+            Cross { left: L, right: D, moments, means }
+        }
+
+        /// W x + e − V x̃ at output `k` of row `r`, for weights W and V.
+        fn error(&self, layer: &Layer<'_>, (w, v): (&[f32], &[f32]), r: usize, k: usize) -> f64 {
+            let of = |weight: &[f32], x: &[f64; D]| -> f64 {
+                (0..D).map(|j| f64::from(weight[layer.index(k, j)]) * x[j]).sum()
+            };
+            of(w, &self.float[r]) + self.beside[r][k] - of(v, &self.planned[r])
+        }
+
+        /// E‖W x + e − V x̃‖² + λ ‖V − W‖², of centered numbers where a bias takes the mean error.
+        fn objective(&self, layer: &Layer<'_>, (w, v): (&[f32], &[f32]), centered: bool) -> f64 {
+            let spread = |of: &dyn Fn(usize) -> f64| {
+                let center = if centered { mean(of) } else { 0.0 };
+                mean(|r| (of(r) - center).powi(2))
+            };
+            let power = (0..D).map(|j| spread(&|r| self.planned[r][j])).sum::<f64>() / D as f64;
+            let far: f64 = w.iter().zip(v).map(|(w, v)| (f64::from(*v) - f64::from(*w)).powi(2)).sum();
+            let errors = (0..N).map(|k| spread(&|r| self.error(layer, (w, v), r, k))).sum::<f64>();
+            errors + DAMPING * power * far
+        }
+    }
+
+    #[test]
+    fn a_layer_behind_nothing_that_drifted_keeps_its_own_weight() {
+        let (model, node) = product();
+        let layer = Layer::of(&model, node).unwrap().behind(Data::drawn(1).gram(), false);
+        assert!(target(&layer, None, None, DAMPING).is_none());
+    }
+
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "numbers drawn at random")]
+    fn nothing_near_the_target_comes_nearer_to_the_float_output() {
+        let (model, node) = product();
+        for seed in 0..6 {
+            // What drifts: the input, the other operand, or both; and whether a bias takes the mean error.
+            for (input, other, centered) in
+                [(true, false, false), (false, true, false), (true, false, true), (true, true, true)]
+            {
+                let mut data = Data::drawn(seed);
+                if !input {
+                    data.float.clone_from(&data.planned);
+                }
+                if !other {
+                    data.beside.fill([0.0; N]);
+                }
+                let layer = Layer::of(&model, node).unwrap().behind(data.gram(), centered);
+                let (drift, sum) = (input.then(|| data.drift()), other.then(|| data.cross(&data.beside)));
+                let found = target(&layer, drift.as_ref(), sum.as_ref(), DAMPING).unwrap();
+                let weights = layer.weights().unwrap().into_owned();
+                let lowest = data.objective(&layer, (&weights, &found), centered);
+                let own = data.objective(&layer, (&weights, &weights), centered);
+                assert!(lowest <= own + 1e-9, "{input} {other} {centered}: {lowest} {own}");
+                for moved in 0..20_u64 {
+                    let by = |at: usize| 0.1 * (uniform(mixed(moved) ^ at as u64) - 0.5);
+                    let near: Vec<f32> = found.iter().enumerate().map(|(at, w)| w + by(at) as f32).collect();
+                    let there = data.objective(&layer, (&weights, &near), centered);
+                    assert!(lowest <= there + 1e-9, "{input} {other} {centered}: {lowest} {there}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_shift_is_the_mean_error_of_the_output() {
+        let (model, node) = product();
+        let mut data = Data::drawn(3);
+        let layer = Layer::of(&model, node).unwrap().behind(data.gram(), true);
+        let weights = layer.weights().unwrap().into_owned();
+        let rounded: Vec<f32> = weights.iter().map(|w| (w * 5.0).round() / 5.0).collect();
+        let moments = Moments { gram: data.gram(), drift: Some(data.drift()) };
+        let sum = data.cross(&data.beside);
+        let with = shift(&layer, &moments, Some(&sum), &rounded).unwrap();
+        for (k, shift) in with.iter().enumerate() {
+            let want = mean(|r| data.error(&layer, (&weights, &rounded), r, k));
+            assert!((shift - want).abs() < 1e-5, "{k}: {shift} {want}");
+        }
+        data.beside.fill([0.0; N]);
+        let without = shift(&layer, &moments, None, &rounded).unwrap();
+        for (k, shift) in without.iter().enumerate() {
+            let want = mean(|r| data.error(&layer, (&weights, &rounded), r, k));
+            assert!((shift - want).abs() < 1e-5, "{k}: {shift} {want}");
+        }
+    }
+
+    #[test]
+    fn rows_with_as_much_at_stake_weigh_the_same() {
+        let node = NodeId(0);
+        let varied = vec![vec![0.5, 3.0, 0.0], vec![100.0]];
+        for (samples, share) in [(vec![vec![0.7; 5], vec![0.7; 2]], 0.9), (varied, 0.0)] {
+            let roots = Roots::of_stakes(BTreeMap::from([(node, samples)]), share);
+            assert!(roots.weigh(node) && !roots.weigh(NodeId(1)));
+            assert!(roots.0[&node].iter().flatten().all(|root| (root - 1.0).abs() < 1e-6));
+        }
+    }
+
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "numbers drawn at random")]
+    fn roots_lie_between_0_and_1_in_the_order_of_stakes() {
+        let node = NodeId(0);
+        for seed in 0..50 {
+            // Over eight orders of magnitude.
+            let draw = |at: u64| 10.0_f64.powf(8.0 * uniform(mixed(seed) ^ at) - 4.0) as f32;
+            let samples: Vec<Vec<f32>> = (0..5).map(|s| (0..7).map(|r| draw(7 * s + r)).collect()).collect();
+            let stakes: Vec<f32> = samples.iter().flatten().copied().collect();
+            let roots = Roots::of_stakes(BTreeMap::from([(node, samples)]), uniform(seed));
+            let mut pairs: Vec<(f32, f32)> = stakes.into_iter().zip(roots.0[&node].iter().flatten().copied()).collect();
+            pairs.sort_by(|a, b| a.0.total_cmp(&b.0));
+            assert!(pairs.iter().all(|(_, root)| (0.0..=1.0).contains(root)), "{pairs:?}");
+            assert!(pairs.windows(2).all(|pair| pair[0].1 <= pair[1].1), "{pairs:?}");
+            assert!((pairs[34].1 - 1.0).abs() < 1e-6, "{pairs:?}");
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::descend::descend;
 use super::layer::{self, Layer};
 use super::norms::{self, Norm};
-use super::prefix::{self, Inputs, Measured, Reading};
+use super::prefix::{self, Inputs, Measured, Reading, Roots};
 use super::refit_scales::refit;
 use super::{Method, round, work};
 use crate::exec::Dataset;
@@ -17,7 +17,7 @@ use crate::lockstep::{self, Lockstep, Span};
 use crate::model::{Edit, Model, Patch};
 use crate::ops;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
-use crate::reconstruct::Learner;
+use crate::reconstruct::{Learner, stakes};
 use crate::simulate::{Cutter, Version};
 use crate::target::Scheme;
 
@@ -41,6 +41,7 @@ crate::declare_pass! {
         name: "round-in-order",
         source: "order: Frantar et al. 2022, arXiv:2210.17323, section 5; target: Zhong et al. 2024 (ERQ), arXiv:2407.06794, \
                  section 3.2; norms: Li et al. 2023, arXiv:2309.02784, in closed form; the sum's error ours",
+        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `stakes` adds two runs forward and back; `learn` what the parameterization costs.",
         requires: Facts::ENCODED,
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,
@@ -51,6 +52,10 @@ crate::declare_pass! {
             OptionInfo { name: "damping", doc: "λ of the regression in mean diagonals of the moments, 1 by default" },
             OptionInfo { name: "sweeps", doc: "sweeps of coordinate descent after it, 0 by default" },
             OptionInfo { name: "refit", doc: "rounds of fitting scales, with two sweeps each, 0 by default" },
+            OptionInfo {
+                name: "stakes",
+                doc: "the share of what outputs depend on in what a row weighs, by gradients of the float model; from 0 (default) to 1",
+            },
             OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers, and learned where blocks are; 0 by default" },
             OptionInfo {
                 name: "learn",
@@ -75,6 +80,9 @@ crate::declare_pass! {
 pub(super) const ENTRY: PassEntry =
     PassEntry { info: &INFO, build: |options| Ok(Box::new(RoundInOrder::new(options)?)) };
 
+/// So many draws of gradients tell what is at stake.
+const DRAWS: usize = 2;
+
 /// What a layer should imitate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
@@ -91,6 +99,7 @@ struct RoundInOrder {
     damping: f64,
     sweeps: usize,
     refit: usize,
+    stakes: f64,
     norms: bool,
     learner: Option<Learner>,
 }
@@ -119,9 +128,30 @@ impl RoundInOrder {
             },
             sweeps: options.count("sweeps", 0)?,
             refit: options.count("refit", 0)?,
+            stakes: match options.number("stakes")?.unwrap_or(0.0) {
+                share if (0.0..=1.0).contains(&share) => share,
+                _ => {
+                    let problem = "it must be from 0 to 1".to_owned();
+                    return Err(OptionError { option: "stakes".into(), problem });
+                }
+            },
             norms: options.count("norms", 0)? > 0,
             learner: Learner::of(options)?,
         })
+    }
+
+    /// What rows weigh.
+    fn roots(&self, model: &Model, cx: &PassContext<'_>, patch: &mut Patch) -> Result<Roots, PassError> {
+        if self.stakes <= 0.0 {
+            return Ok(Roots::default());
+        }
+        match stakes(model, cx, DRAWS, "stakes")? {
+            Ok(stakes) => {
+                patch.count("layers weighed by what is at stake", stakes.len() as u64);
+                Ok(Roots::of_stakes(stakes, self.stakes))
+            }
+            Err(reason) => Err(PassError::Model(format!("stakes={}: gradients do not tell: {reason}", self.stakes))),
+        }
     }
 
     /// The edits that round `layer` and correct its bias.
@@ -207,7 +237,11 @@ impl Pass for RoundInOrder {
         }
         let mut work = model.clone();
         let users = Users::of(model.graph());
-        let layers = layers(model, &users);
+        let mut layers = layers(model, &users);
+        let roots = self.roots(model, cx, &mut patch)?;
+        for layer in &mut layers {
+            layer.reading.weighed_for = Some(layer.node).filter(|node| roots.weigh(*node));
+        }
         let norms = if self.norms { norms::find(model.graph(), model.plan()) } else { Vec::new() };
         let stops: BTreeSet<NodeId> =
             layers.iter().map(|layer| layer.node).chain(norms.iter().map(|norm| norm.node)).collect();
@@ -233,7 +267,7 @@ impl Pass for RoundInOrder {
                 };
                 inputs.beside = inputs.beside.filter(|version| self.target == Target::Sum && ready(version));
             }
-            let measured = prefix::measure(&walk, model.graph(), work.plan(), &here, samples)?;
+            let measured = prefix::measure(&walk, model.graph(), work.plan(), &here, samples, &roots)?;
             for inputs in &here {
                 let bias = ops::bias_site(model.graph(), &users, inputs.node);
                 let edits = self.layer(&work, inputs, &measured, bias, &cx.scheme).unwrap_or_default();
@@ -279,7 +313,7 @@ fn layers(model: &Model, users: &Users) -> Vec<Inputs> {
         let (value, rows) = layer::rows_of(graph, id, &roles)?;
         let version = cutter.of_use(id, roles.activation.into(), value);
         let beside = sum_after(graph, users, id).map(|(add, input, value)| cutter.of_use(add, input, value));
-        Some(Inputs { node: id, reading: Reading { version, rows }, beside })
+        Some(Inputs { node: id, reading: Reading { version, rows, weighed_for: None }, beside })
     };
     graph.nodes().filter_map(|(id, _)| inputs(id)).collect()
 }
