@@ -286,6 +286,13 @@ fn check_request(request: &Request) -> Result<(), Error> {
             "--rotate changes the recipe's pipeline: put `rotate` into the one of --pipeline instead".into(),
         ));
     }
+    if let Some(bits) = request.cache.filter(|bits| ![4, 8].contains(bits) || request.pipeline.is_some()) {
+        return Err(Error::Input(if request.pipeline.is_some() {
+            "--cache changes the recipe's pipeline: put `encode-caches` into the one of --pipeline instead".into()
+        } else {
+            format!("--cache {bits}: numbers in a cache have 4 or 8 bits")
+        }));
+    }
     if let Some(method) = request.learn.as_ref().filter(|_| !pipeline_text(request).contains("round-in-order")) {
         return Err(Error::Input(format!(
             "--learn {method}: codes are learned from those that `round-in-order` chose, which this recipe does not run: add \

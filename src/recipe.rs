@@ -27,6 +27,7 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
         let scheme = Scheme { weight_bits: fewest_bits(request), ..request.scheme };
         let text = request.target.pipeline(request.goal, &scheme);
         let text = if request.rotate { with_rotation(&text) } else { text.into_owned() };
+        let text = request.cache.map_or(text.clone(), |bits| with_caches(&text, bits, request.data.is_some()));
         with_damping(&text, request.augment)
     });
     let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
@@ -79,6 +80,14 @@ fn with_allocation(text: &str, budget: Option<f64>, max_drop: Option<f64>, metri
 fn with_rotation(text: &str) -> String {
     let at = text.find("calibrate").unwrap_or(text.len());
     format!("{}rotate, infer-shapes, drop-dead,\n{}", &text[..at], &text[at..])
+}
+
+/// `text` with caches in codes of so many `bits` before anything is measured; smoothed where there are few, and samples.
+fn with_caches(text: &str, bits: u32, samples: bool) -> String {
+    let at = text.find("calibrate").unwrap_or(text.len());
+    // What comes before the first calibration sees no samples.
+    let smooth = if samples && bits < 8 { "calibrate, smooth-caches, " } else { "" };
+    format!("{}{smooth}encode-caches{{bits={bits}}},\n{}", &text[..at], &text[at..])
 }
 
 /// `text` with less damping where there are `variants` of every sample: what it guards against is few samples.

@@ -81,6 +81,8 @@ pub struct Request {
     pub set: Vec<Set>,
     /// How tables that are gathered from are written; `None` leaves them in float.
     pub embeddings: Option<Scheme>,
+    /// Of a number in the caches of a decoder; `None` leaves them in float.
+    pub cache: Option<u32>,
     /// The mean bits of a weight.
     pub budget: Option<f64>,
     /// The metric of `allocate-bits`, where not the usual one.

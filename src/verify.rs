@@ -155,7 +155,11 @@ pub fn fidelity(
     }
     let of = |value: &ValueId| taps.binary_search(value).map(|at| noise[at]).unwrap_or_default();
     let end = |value: &ValueId| ends.noise.get(value).copied().unwrap_or_else(|| of(value));
-    let outputs: Vec<Noise> = graph.outputs().iter().filter(|v| is_f32(graph, **v)).map(end).collect();
+    // What caches hold that are apart is in a basis of their own.
+    let caches = passes::caches::find(graph).0;
+    let is_own = |value: &ValueId| caches.iter().any(|cache| cache.is_apart && cache.present == *value);
+    let returned = graph.outputs().iter().filter(|value| is_f32(graph, **value) && !is_own(value));
+    let outputs: Vec<Noise> = returned.map(end).collect();
     let mut total = Noise::default();
     for output in &outputs {
         total.signal += output.signal;

@@ -11,6 +11,7 @@
 
 pub mod about;
 pub mod analysis;
+pub mod caches;
 pub mod calibrate;
 pub mod catalogue;
 pub mod correct;

@@ -69,6 +69,7 @@ impl DataArgs {
             keep_float: Vec::new(),
             set: Vec::new(),
             embeddings: None,
+            cache: None,
             rotate: false,
             rest: Rest::F32,
             journal: Kept::Used,

@@ -60,6 +60,10 @@ pub(crate) struct Args {
     /// Write the tables that Gather reads, and heads that share them, in blocks: w8a16g32, w4a16g32asym. They stay in float otherwise.
     #[arg(long, value_name = "SCHEME")]
     embeddings: Option<String>,
+    /// Write the caches of a decoder (past keys and values) in codes of 8 or 4 bits, each row with a range of its own: inputs and outputs
+    /// become bytes with scales and zero points beside them.
+    #[arg(long, value_name = "BITS", value_parser = clap::value_parser!(u32).range(4..=8))]
+    cache: Option<u32>,
     /// Turn the residual stream of a decoder into another basis, in which no channel stands out: better rounding by data at 2 to 4 bits,
     /// for a head of its own where it was tied to the embedding.
     #[arg(long)]
@@ -128,6 +132,7 @@ struct Recipe {
     #[serde(default)]
     set: Vec<String>,
     embeddings: Option<String>,
+    cache: Option<u32>,
     #[serde(default)]
     rotate: bool,
     learn: Option<String>,
@@ -202,6 +207,7 @@ fn request(args: &Args) -> Result<Request, Error> {
         },
         learn: args.learn.clone().or(recipe.learn),
         distill: args.distill.clone().or(recipe.distill),
+        cache: args.cache.or(recipe.cache),
         embeddings: embeddings.map(|text| scheme(text)).transpose().map_err(Error::Target)?,
         budget: args.budget.or(of_file(&recipe.budget, "budget")?),
         sensitivity: args.sensitivity.clone().or(recipe.sensitivity),

@@ -2,6 +2,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, reason = "test binary")]
 
+mod caches;
 mod cli;
 mod determinism;
 #[cfg(feature = "ort")]
@@ -15,6 +16,7 @@ mod journal;
 mod layering;
 mod learning;
 mod mixed;
+mod normalize;
 mod registry;
 mod rounding;
 mod schemes;

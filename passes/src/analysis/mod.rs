@@ -2,9 +2,10 @@
 
 mod allocate;
 mod assign;
+mod encode_caches;
 mod truncate_pools;
 
 use crate::pass::PassEntry;
 
 /// Order is the order of the manual, not of the pipeline.
-pub static PASSES: &[PassEntry] = &[assign::ENTRY, allocate::ENTRY, truncate_pools::ENTRY];
+pub static PASSES: &[PassEntry] = &[assign::ENTRY, allocate::ENTRY, encode_caches::ENTRY, truncate_pools::ENTRY];

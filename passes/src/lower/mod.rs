@@ -1,6 +1,7 @@
 //! Spelling a plan as graph nodes. Used by targets.
 
 mod blocks;
+mod caches;
 mod dialect;
 mod dynamic;
 mod pairs;

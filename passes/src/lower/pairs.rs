@@ -28,7 +28,9 @@ impl Lowering<'_> {
             return Err(LowerError { place: format!("tensor `{name}`"), problem });
         }
         let shape_type = self.type_of(&self.graph.value(value).ty, false).tensor().cloned().unwrap_or_default();
-        let returned = self.graph.outputs().contains(&value) && self.plan.encoding(Site::Value(value)).is_some();
+        let returned = self.graph.outputs().contains(&value)
+            && self.plan.encoding(Site::Value(value)).is_some()
+            && !self.caches.contains_key(&value);
         if self.dialect.qonnx {
             if !returned && self.is_moved(value, encoding) {
                 return Ok(self.raw[&value]);

@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::caches::Carried;
 use super::dialect::Dialect;
 use super::dynamic::{IntegerWeights, Quantized};
 use super::tables::Tables;
+use crate::caches::{self, Cache};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::Encoding;
 use crate::grid::Grid;
@@ -29,6 +31,12 @@ use crate::tensor::{DType, Tensor};
 /// cannot say.
 pub fn lower(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
     let graph = model.graph();
+    let inputs: BTreeSet<ValueId> = graph.inputs().iter().copied().collect();
+    let is_there = |id: &ValueId| match graph.value(*id).def {
+        Def::Input => inputs.contains(id),
+        Def::Output { node, .. } => graph.node(node).is_some(),
+        Def::Const(_) | Def::Capture(_) => true,
+    };
     let mut lowering = Lowering {
         graph,
         plan: model.plan(),
@@ -39,7 +47,7 @@ pub fn lower(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
         packed: false,
         trt_used: false,
         builder: Builder::new(graph.name(), graph.doc()),
-        taken: graph.value_ids().map(|id| Arc::clone(&graph.value(id).name)).collect(),
+        taken: graph.value_ids().filter(is_there).map(|id| Arc::clone(&graph.value(id).name)).collect(),
         raw: BTreeMap::new(),
         pairs: BTreeMap::new(),
         constants: BTreeMap::new(),
@@ -48,9 +56,16 @@ pub fn lower(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
         tables: BTreeMap::new(),
         turned: BTreeMap::new(),
         unwritable: BTreeSet::new(),
+        caches: BTreeMap::new(),
         notes: Vec::new(),
     };
+    let mut caches: BTreeMap<ValueId, (Cache, Encoding)> =
+        caches::encoded(graph, model.plan()).into_iter().map(|carried| (carried.0.past, carried)).collect();
     for &input in graph.inputs() {
+        if let Some((cache, encoding)) = caches.remove(&input) {
+            lowering.cache_input(cache, encoding)?;
+            continue;
+        }
         let value = graph.value(input);
         let ty = lowering.type_of(&value.ty, true);
         let id = lowering.builder.input(&value.name, ty).map_err(bug)?;
@@ -61,7 +76,10 @@ pub fn lower(model: &Model, dialect: Dialect) -> Result<Lowered, LowerError> {
         lowering.node(id, node)?;
     }
     for &output in graph.outputs() {
-        lowering.output(output)?;
+        match lowering.caches.get(&output).cloned() {
+            Some(carried) => lowering.cache_output(&carried)?,
+            None => lowering.output(output)?,
+        }
     }
     let mut meta = Arc::clone(&model.meta);
     if dialect.qonnx {
@@ -126,6 +144,8 @@ pub(super) struct Lowering<'a> {
     pub(super) integers: IntegerWeights,
     /// Formats that were written as float numbers.
     unwritable: BTreeSet<&'static str>,
+    /// Caches in codes, by what the float model returns.
+    pub(super) caches: BTreeMap<ValueId, Carried>,
     pub(super) notes: Vec<Diagnostic>,
 }
 
@@ -142,8 +162,11 @@ impl Lowering<'_> {
         for (_, node) in self.graph.nodes() {
             for &output in node.outputs.iter().flatten() {
                 let value = self.graph.value(output);
-                let hidden =
-                    self.plan.encoding(Site::Value(output)).is_some() && self.graph.outputs().contains(&output);
+                if self.caches.get(&output).is_some_and(|carried| carried.cache.is_apart) {
+                    continue;
+                }
+                let hidden = self.caches.contains_key(&output)
+                    || self.plan.encoding(Site::Value(output)).is_some() && self.graph.outputs().contains(&output);
                 let name = if hidden { format!("{}.float", value.name) } else { value.name.to_string() };
                 let name = if hidden { self.fresh(&name) } else { name };
                 let id = self.builder.value(&name);
@@ -169,6 +192,9 @@ impl Lowering<'_> {
             && let Some(packed) = nbits::pack(self.graph, users, self.plan, id, node)
         {
             return self.packed(node, packed);
+        }
+        if node.output(0).and_then(|value| self.caches.get(&value)).is_some_and(|carried| carried.cache.is_apart) {
+            return Ok(()); // the outputs of the cache are written instead
         }
         if self.reads_table(id, node)? {
             return Ok(());

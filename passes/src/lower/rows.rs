@@ -15,7 +15,7 @@ use crate::target::LowerError;
 use crate::tensor::{DType, Tensor};
 
 /// What is being quantized.
-struct Row<'a> {
+pub(super) struct Row<'a> {
     name: &'a Name,
     /// As it is computed.
     source: ValueId,
@@ -25,7 +25,20 @@ struct Row<'a> {
     scales: Option<Vec<Dim>>,
 }
 
-impl Row<'_> {
+impl<'a> Row<'a> {
+    /// The rows of `source`, a tensor of type `tensor`, along `axis`; `name` begins the names of what is made.
+    pub(super) fn of(
+        name: &'a Name,
+        source: ValueId,
+        axis: usize,
+        encoding: &'a Encoding,
+        tensor: &TensorType,
+    ) -> Self {
+        let short = |(at, dim): (usize, &Dim)| if at == axis { Dim::Known(1) } else { dim.clone() };
+        let scales = tensor.shape.as_ref().map(|dims| dims.iter().enumerate().map(short).collect());
+        Self { name, source, axis, encoding, scales }
+    }
+
     /// The share of a range that is not cut.
     fn reach(&self) -> f32 {
         self.encoding.scale.first().copied().unwrap_or(1.0)
@@ -53,15 +66,28 @@ impl Lowering<'_> {
         }
         let (asked, encoding) = (encoding, &self.loadable(value, encoding));
         let tensor = self.type_of(&self.graph.value(value).ty, false).tensor().cloned().unwrap_or_default();
-        let one = |dims: &Vec<Dim>| {
-            let short = |(at, dim): (usize, &Dim)| if at == axis { Dim::Known(1) } else { dim.clone() };
-            dims.iter().enumerate().map(short).collect()
-        };
-        let scales = tensor.shape.as_ref().map(one);
-        let row = Row { name: &name, source: self.raw[&value], axis, encoding, scales };
-        let (scale, zero_point) = self.row_parameters(&row)?;
+        let row = Row::of(&name, self.raw[&value], axis, encoding, &tensor);
+        let (codes, scale, zero_point) = self.row_codes(&row, size, &tensor)?;
         let storage = encoding.grid.info().storage;
-        let mut attrs = block_attrs(axis, size);
+        let result = self.typed(&format!("{name}.dequantized"), Type::Tensor(tensor));
+        let inputs: Vec<_> = [Some(codes), Some(scale)].into_iter().chain(zero_point.map(Some)).collect();
+        self.call(("", "DequantizeLinear"), &format!("{name}.dequantize"), inputs, &[result], block_attrs(axis, size))?;
+        let result = if storage.bits() == 8 { self.apart(&row, size, result)? } else { result };
+        self.pairs.entry(value).or_default().push((asked.clone(), result));
+        Ok(result)
+    }
+
+    /// The codes of rows of `size` elements of a tensor of type `tensor`, with their scales and, for integers, zero points.
+    pub(super) fn row_codes(
+        &mut self,
+        row: &Row<'_>,
+        size: usize,
+        tensor: &TensorType,
+    ) -> Result<(ValueId, ValueId, Option<ValueId>), LowerError> {
+        let (name, encoding) = (row.name, row.encoding);
+        let (scale, zero_point) = self.row_parameters(row)?;
+        let storage = encoding.grid.info().storage;
+        let mut attrs = block_attrs(row.axis, size);
         if zero_point.is_none() {
             attrs.insert("output_dtype".into(), Attr::Int(i64::from(storage.code())));
         }
@@ -69,13 +95,8 @@ impl Lowering<'_> {
         let codes = self.typed(&format!("{name}.codes"), codes);
         let inputs: Vec<_> = [Some(row.source), Some(scale)].into_iter().chain(zero_point.map(Some)).collect();
         self.call(("", "QuantizeLinear"), &format!("{name}.quantize"), inputs, &[codes], attrs)?;
-        let codes = if fills_storage(encoding.grid) { codes } else { self.clipped(&name, codes, encoding)? };
-        let result = self.typed(&format!("{name}.dequantized"), Type::Tensor(tensor));
-        let inputs: Vec<_> = [Some(codes), Some(scale)].into_iter().chain(zero_point.map(Some)).collect();
-        self.call(("", "DequantizeLinear"), &format!("{name}.dequantize"), inputs, &[result], block_attrs(axis, size))?;
-        let result = if storage.bits() == 8 { self.apart(&row, size, result)? } else { result };
-        self.pairs.entry(value).or_default().push((asked.clone(), result));
-        Ok(result)
+        let codes = if fills_storage(encoding.grid) { codes } else { self.clipped(name, codes, encoding)? };
+        Ok((codes, scale, zero_point))
     }
 
     /// `dequantized` behind a `Reshape` that changes nothing: ONNX Runtime (1.22, 1.31) takes a product that reads it and an 8-bit weight for

@@ -53,6 +53,15 @@ pub enum Edit {
         /// What is known.
         ty: TensorType,
     },
+    /// Graph: other inputs and outputs. What a new input stands for, its producer computed before.
+    Interface {
+        /// All inputs.
+        inputs: Vec<ValueId>,
+        /// All outputs.
+        outputs: Vec<ValueId>,
+        /// Values that trade names: those that people know them by.
+        names: Vec<(ValueId, ValueId)>,
+    },
     /// Plan: how the tensor at `site` is written.
     Encode {
         /// Where.
@@ -363,6 +372,7 @@ fn edited(graph: &Graph, patch: &Patch) -> Result<Graph, PatchError> {
             }
             Edit::Redirect { from, to } => drop(redirects.insert(*from, *to)),
             Edit::Freeze { value, tensor } => freeze(&mut next, *value, tensor),
+            Edit::Interface { inputs, outputs, names } => expose(&mut next, inputs, outputs, names),
             Edit::Refine { value, ty } => {
                 if let Type::Tensor(known) = &mut next.values[value.index()].ty {
                     *known = known.refined(ty);
@@ -397,6 +407,23 @@ fn freeze(next: &mut Graph, value: ValueId, tensor: &Arc<Tensor>) {
     let slot = &mut next.values[value.index()];
     slot.def = Def::Const(Arc::clone(tensor));
     slot.ty = Type::Tensor(TensorType::of(tensor));
+}
+
+fn expose(next: &mut Graph, inputs: &[ValueId], outputs: &[ValueId], names: &[(ValueId, ValueId)]) {
+    for input in inputs {
+        if let Def::Output { node, index } = next.values[input.index()].def
+            && let Some(node) = next.nodes[node.index()].as_mut()
+        {
+            node.outputs[usize::from(index)] = None;
+        }
+        next.values[input.index()].def = Def::Input;
+    }
+    next.inputs = inputs.to_vec();
+    next.outputs = outputs.to_vec();
+    for (a, b) in names {
+        let name = Arc::clone(&next.values[a.index()].name);
+        next.values[a.index()].name = std::mem::replace(&mut next.values[b.index()].name, name);
+    }
 }
 
 /// The old order with inserted nodes in their places and erased ones left out.

@@ -23,11 +23,12 @@ crate::declare_pass! {
     /// per row, are encoded so too. Others with scales that are not constant, and grids that are not known here, stay as they are. A `MatMulNBits` becomes a `MatMul` with its weight encoded, and so does a
     /// `MatMulInteger` of what a `DynamicQuantizeLinear` returns, cast and scaled; its activation has the range of each run. A
     /// `GatherBlockQuantized` becomes a `Gather` from an encoded table, which a `MatMulNBits` by the same codes shares. Blocks whose scales are codes themselves, as
-    /// `TensorRT` has them, are one encoding. A `Clip` between
+    /// `TensorRT` has them, are one encoding. Inputs that are caches in codes become float ones, read through their codes. A `Clip` between
     /// both nodes of a pair says how many of its type's codes are used; `Quant` and `FloatQuant` of QONNX are a pair in one node.
     INFO {
         name: "absorb-qdq",
         source: "ONNX operator specification, QuantizeLinear-21 and DequantizeLinear-21",
+        cost: "One walk over the nodes; every constant in codes is decoded once.",
         requires: Facts::NONE,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,
@@ -85,6 +86,7 @@ impl Pass for AbsorbQdq {
         super::absorb_nbits::absorb(graph, model.meta.opset(), &mut patch);
         super::absorb_tables::absorb(graph, &users, model.meta.opset(), &mut patch);
         super::absorb_dynamic::absorb(model, &users, &mut patch);
+        super::absorb_caches::absorb(graph, &users, model.meta.opset(), &mut patch);
         let results: BTreeSet<ValueId> = pairs.values().flatten().map(|pair| pair.result).collect();
         for (source, pairs) in pairs {
             // What is rounded twice is two roundings: the second one is carried, as one tensor has one encoding.

@@ -1,6 +1,6 @@
 //! Activations whose rows get their scales from each run, back into the plan: what `lower/rows` writes.
 
-use crate::encoding::Encoding;
+use crate::encoding::{Encoding, Granularity};
 use crate::grid::Grid;
 use crate::id::{NodeId, ValueId};
 use crate::ir::walk::Users;
@@ -26,11 +26,20 @@ pub(super) fn at(graph: &Graph, quantize: &Node, dequantize: &Node, grid: &'stat
     let source = quantize.input(0)?;
     let same = (1..=2).all(|input| quantize.input(input) == dequantize.input(input));
     let rank = graph.value(source).ty.rank()?;
+    let rows = of(graph, quantize, grid).filter(|_| same)?;
+    let Granularity::DynamicRows { axis, size } = rows.encoding.granularity else { return None };
+    self::same(&(axis, size), dequantize, rank).then_some(rows)
+}
+
+/// The rows of what `quantize` reads, whose codes of `grid` it writes by scales that the graph computes from it.
+pub(super) fn of(graph: &Graph, quantize: &Node, grid: &'static dyn Grid) -> Option<Rows> {
+    let source = quantize.input(0)?;
+    let rank = graph.value(source).ty.rank()?;
     let place = |node: &Node| {
         let size = usize::try_from(node.int("block_size", 0)).ok().filter(|size| *size > 0)?;
         Some((positive_axis(node.int("axis", 1), rank)?, size))
     };
-    let (axis, size) = place(quantize).filter(|place| same && self::same(place, dequantize, rank))?;
+    let (axis, size) = place(quantize)?;
     // Rows as long as their axis, where that is known.
     let shape = graph.value(source).ty.tensor().and_then(|ty| ty.shape.as_ref());
     let known = shape.and_then(|shape| shape.get(axis)?.known());

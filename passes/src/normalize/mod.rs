@@ -1,6 +1,7 @@
 //! Passes that bring a float graph to a plain form without changing its function.
 
 mod absorb_blocks;
+mod absorb_caches;
 mod absorb_dynamic;
 mod absorb_nbits;
 mod absorb_qdq;

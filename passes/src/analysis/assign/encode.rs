@@ -361,6 +361,8 @@ fn raise_for_bias(scales: &mut [f64], bias: &[f32], input_scale: f64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::{mixed, uniform};
+    use crate::target::{Accepts, Scheme};
 
     #[test]
     fn ranges_map_onto_codes() {
@@ -382,5 +384,90 @@ mod tests {
         let mut one = [1e-9];
         assert_eq!(raise_for_bias(&mut one, &[0.0, -1e6], 1e-3), 1);
         assert!((one[0] - 1e6 / (1e-3 * 1_073_741_824.0)).abs() < 1e-6);
+    }
+
+    static BY_SIGN: Accepts = Accepts { activations: Activations::BySign, ..Accepts::USUAL };
+    static SYMMETRIC: Accepts = Accepts { activations: Activations::Symmetric, ..Accepts::USUAL };
+
+    /// Data of many shapes and sizes; sometimes none.
+    #[expect(clippy::cast_possible_truncation, reason = "tensors are f32")]
+    fn drawn(seed: u64) -> Sketch {
+        let size = 2.0_f64.powi(i32::try_from(mixed(seed << 32) % 121).unwrap() - 60);
+        let value = |i: u64| {
+            let x = 2.0 * uniform(seed << 32 | (i + 1)) - 1.0;
+            let shaped = match seed % 6 {
+                0 => x,
+                1 => x.powi(5),
+                2 => x.abs(),
+                3 => -1.0 - x.abs(),
+                4 => 0.75,
+                _ => x + 1000.0,
+            };
+            (size * shaped) as f32
+        };
+        let values: Vec<f32> =
+            (0..[0, 1, 50, 400, 400][usize::from(mixed(seed).to_le_bytes()[0] % 5)]).map(value).collect();
+        let mut sketch = Sketch::default();
+        sketch.see(&values);
+        sketch
+    }
+
+    /// Activations of 2 to 8 bits, or of 16, as one of the targets wants them.
+    fn goal(seed: u64) -> Goal {
+        let of = |at: u64, n: u64| mixed(seed << 32 | (1 << 20) | at) % n;
+        let bits = [2, 3, 4, 5, 6, 7, 8, 16][usize::try_from(of(0, 8)).unwrap()];
+        let scheme = Scheme { power_of_two: of(1, 3) == 0, ..Scheme::integers(8, Some(bits)) };
+        let accepts = [&Accepts::USUAL, &BY_SIGN, &SYMMETRIC][usize::try_from(of(2, 3)).unwrap()];
+        Goal::new(scheme, weights::WeightScale::MinMax, accepts).unwrap()
+    }
+
+    #[test]
+    fn zero_has_a_code_of_its_own_whoever_chooses_the_range() {
+        for entry in observe::OBSERVERS {
+            let observer = (entry.build)(None);
+            // One of them takes its time.
+            for seed in 0..if entry.about.name == "entropy" { 12 } else { 300 } {
+                let (sketch, goal) = (drawn(seed), goal(seed));
+                let encoding = activation(&sketch, observer.as_ref(), &goal);
+                let (low, high) = encoding.grid.range();
+                let zero_point = f64::from(encoding.zero_point[0]);
+                let mut zero = [0.0];
+                encoding.simulate(&mut zero, &[1]).unwrap();
+                assert!(zero[0] == 0.0 && (low..=high).contains(&zero_point), "{observer:?} {seed}: {encoding:?}");
+                assert!(encoding.scale[0].is_normal() && encoding.scale[0] > 0.0, "{observer:?} {seed}: {encoding:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn codes_over_the_extremes_reach_all_that_was_seen() {
+        let min_max = observe::find("min-max", None).unwrap();
+        for seed in 0..300 {
+            let (sketch, goal) = (drawn(seed), goal(seed));
+            if goal.scheme.power_of_two {
+                continue; // the next smaller one may be the better one
+            }
+            let encoding = activation(&sketch, min_max.as_ref(), &goal);
+            let (low, high) = encoding.grid.range();
+            let (scale, zero) = (f64::from(encoding.scale[0]), f64::from(encoding.zero_point[0]));
+            // The zero point is rounded.
+            let near = 0.51 * scale;
+            let (from, to) = ((low - zero) * scale, (high - zero) * scale);
+            assert!(from <= sketch.min() + near && to >= sketch.max() - near, "{seed}: {sketch:?} {encoding:?}");
+        }
+    }
+
+    #[test]
+    fn the_largest_magnitude_is_the_largest_float_of_few_bits() {
+        let scheme = Scheme { activation_format: Some("float8e4m3fn"), ..Scheme::integers(8, Some(8)) };
+        let goal = Goal::new(scheme, weights::WeightScale::MinMax, &Accepts::USUAL).unwrap();
+        let min_max = observe::find("min-max", None).unwrap();
+        for seed in 0..60 {
+            let sketch = drawn(seed);
+            let (encoding, reach) = (activation(&sketch, min_max.as_ref(), &goal), sketch.max().max(-sketch.min()));
+            let end = encoding.grid.range().1 * f64::from(encoding.scale[0]);
+            assert!(reach == 0.0 || (end / reach - 1.0).abs() < 1e-6, "{seed}: {sketch:?} {encoding:?}");
+            assert_eq!(encoding.zero_point[0], 0);
+        }
     }
 }

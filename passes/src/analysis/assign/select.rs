@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::id::{NodeId, ValueId};
+use crate::id::{NodeId, Site, ValueId};
 use crate::ir::walk::{User, Users};
 use crate::ir::{Graph, Node};
 use crate::model::Model;
@@ -201,6 +201,10 @@ impl Selector<'_> {
         let graph = self.graph();
         if let Some(option) = self.keep_float.get(&*node.name) {
             return Some(format!("kept in float by `{option}`"));
+        }
+        let past = |input: u16| self.model.plan().encoding(Site::Use { node: id, input }).is_some();
+        if (0..2).any(past) {
+            return Some("it reads a cache in codes".into());
         }
         for &value in node.inputs.iter().chain(&node.outputs).flatten() {
             if let Some(option) = self.keep_float.get(&*graph.value(value).name) {

@@ -109,11 +109,11 @@ fn allowed(scale: f64, goals: &Goal, error: impl Fn(f64) -> f64) -> f64 {
     if error(below) < error(above) { below } else { above }
 }
 
-/// The powers of two on either side of `scale`, with its sign: both `scale` where it is one.
+/// The powers of two on either side of `scale`, with its sign: both `scale` where it is one; none beyond what f32 holds.
 #[expect(clippy::cast_possible_truncation, reason = "exponents of finite numbers")]
 pub(super) fn powers_of_two(scale: f64) -> [f64; 2] {
     let exponent = scale.abs().log2();
-    [exponent.floor(), exponent.ceil()].map(|e| 2.0_f64.powi(e as i32).copysign(scale))
+    [exponent.floor(), exponent.ceil()].map(|e| 2.0_f64.powi((e as i32).min(127)).copysign(scale))
 }
 
 /// Rows shorter than this have no tail to speak of.
@@ -203,9 +203,9 @@ fn signed_block(block: &[f32], goals: &Goal) -> (f32, i32) {
         // A block is too short for outliers.
         WeightScale::MinMax | WeightScale::Cfp => widest,
         WeightScale::Mse => {
-            let candidates = (0..=25).map(|step| widest * (1.05 - 0.02 * f64::from(step)));
+            let others = (0..=25).map(|step| widest * (1.05 - 0.02 * f64::from(step)));
             let error = |scale: &f64| squared_error(block, grid, *scale, 0.0);
-            candidates.min_by(|a, b| error(a).total_cmp(&error(b))).unwrap_or(widest)
+            std::iter::once(widest).chain(others).min_by(|a, b| error(a).total_cmp(&error(b))).unwrap_or(widest)
         }
     };
     let scale = allowed(scale, goals, |scale| squared_error(block, grid, scale, 0.0));
@@ -265,6 +265,7 @@ fn power_of_two_block(block: &[f32], range: (f64, f64), goals: &Goal) -> (f32, i
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::{mixed, uniform};
     use crate::target::Accepts;
 
     fn goals(bits: u32, weights: WeightScale) -> Goal {
@@ -345,5 +346,82 @@ mod tests {
         assert_eq!((tall.scale.len(), wide.scale.len()), (6, 8));
         assert_eq!(tall.scale_shape(&[4, 3]), [2, 3]);
         assert_eq!(wide.scale_shape(&[4, 3]), [4, 2]);
+    }
+
+    /// A row of random numbers, every other one with a long tail.
+    #[expect(clippy::cast_possible_truncation, reason = "weights are f32")]
+    fn drawn(seed: u64) -> Vec<f32> {
+        let size = 2.0_f64.powi(i32::try_from(mixed(seed << 32) % 41).unwrap() - 20);
+        let weight = |i: u64| {
+            let x = 2.0 * uniform(seed << 32 | (i + 1)) - 1.0;
+            (size * if seed.is_multiple_of(2) { x } else { x.powi(5) }) as f32
+        };
+        (0..=mixed(seed) % 400).map(weight).collect()
+    }
+
+    #[test]
+    fn a_searched_scale_errs_no_more_than_that_of_the_extremes() {
+        for seed in 0..20 {
+            let row = drawn(seed);
+            for bits in 2..=8 {
+                let signed = |how: WeightScale| {
+                    let goal = goals(bits, how);
+                    squared_error(&row, goal.weight_grid, scale_of(&row, &goal), 0.0)
+                };
+                let affine = |how: WeightScale| {
+                    let scheme = Scheme { asymmetric: true, ..goals(bits, how).scheme };
+                    let goal = Goal::new(scheme, how, &Accepts::USUAL).unwrap();
+                    let (scale, zero) = affine_block(&row, &goal);
+                    squared_error(&row, goal.weight_grid, f64::from(scale), zero as f32)
+                };
+                for how in [WeightScale::Mse, WeightScale::Cfp] {
+                    assert!(signed(how) <= signed(WeightScale::MinMax), "{seed}: {bits} bits, {how:?}");
+                    assert!(affine(how) <= affine(WeightScale::MinMax), "{seed}: {bits} bits, {how:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn scales_are_normal_whatever_the_row() {
+        #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
+        let is_normal = |scale: &f64| (*scale as f32).is_normal() && *scale > 0.0;
+        let rows = [[1e-30_f32, -2e-30, 0.0, 1e-30], [0.0; 4], [1e-44, -1e-44, 0.0, 0.0], [1e30, 3.0, -1.0, 0.5]];
+        let weight = Tensor::of([4, 4], rows.concat());
+        for bits in 2..=8 {
+            for how in [WeightScale::MinMax, WeightScale::Mse, WeightScale::Cfp] {
+                for (asymmetric, power_of_two) in [(false, false), (false, true), (true, false), (true, true)] {
+                    let scheme = Scheme { asymmetric, power_of_two, ..goals(bits, how).scheme };
+                    let goal = Goal::new(scheme, how, &Accepts::USUAL).unwrap();
+                    let rows = channel_scales(&weight, 0, &goal).unwrap();
+                    assert!(rows.iter().all(is_normal), "{scheme}, {how:?}: {rows:?}");
+                    for axis in [0, 1] {
+                        let blocks = blocked(&weight, axis, 3, &goal).unwrap().scale;
+                        assert!(blocks.iter().all(|scale| scale.is_normal()), "{scheme}, {how:?}: {blocks:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
+    fn scales_that_must_be_powers_of_two_are() {
+        let is_power = |scale: f32| scale.is_normal() && scale.to_bits().trailing_zeros() >= 23;
+        for seed in 0..20 {
+            let row = drawn(seed);
+            for bits in 2..=8 {
+                for (how, asymmetric) in
+                    [(WeightScale::MinMax, true), (WeightScale::Mse, true), (WeightScale::Mse, false)]
+                {
+                    let scheme = Scheme { asymmetric, power_of_two: true, ..goals(bits, how).scheme };
+                    let goal = Goal::new(scheme, how, &Accepts::USUAL).unwrap();
+                    let block = if asymmetric { affine_block(&row, &goal).0 } else { signed_block(&row, &goal).0 };
+                    assert!(is_power(block), "{seed} {scheme} {how:?}: {block}");
+                    let channel = scale_of(&row, &goal) as f32;
+                    assert!(is_power(channel), "{seed} {scheme} {how:?}: {channel}");
+                }
+            }
+        }
     }
 }

@@ -1,0 +1,84 @@
+//! Caches of decoders in codes.
+
+use onnx_quant::import;
+use passes::ir::Graph;
+use passes::tensor::DType;
+
+use super::{text, tool, tool_ok};
+
+/// A head of attention whose keys come out of a cache.
+fn decoder(size: usize, concat: &str) -> String {
+    let weight = |name: &str, rows: usize, columns: usize| {
+        let value = |i: usize| format!("{:.3}", ((i * 31 + name.len() * 17) % 41) as f32 / 20.0 - 1.0);
+        let values: Vec<String> = (0..rows * columns).map(value).collect();
+        format!("  %{name} = const f32[{rows},{columns}] [{}]\n", values.join(", "))
+    };
+    format!(
+        "opset 21\ngraph (%x: f32[batch,seq,32], %past_keys: f32[batch,past,{size}]) -> (%y, %present_keys) {{\n{}{}  %k = MatMul(%x, %wk)\n  \
+         {concat}\n  %q = MatMul(%x, %wqq)\n  %t = Transpose(%present_keys) {{perm=[0, 2, 1]}}\n  %s = MatMul(%q, %t)\n  \
+         %y = Softmax(%s) {{axis=-1}}\n}}\n",
+        weight("wk", 32, size),
+        weight("wqq", 32, size),
+    )
+}
+
+const APPEND: &str = "%present_keys = Concat(%past_keys, %k) {axis=1}";
+
+/// The names and types of inputs and outputs.
+fn ends(graph: &Graph) -> Vec<(String, Option<DType>)> {
+    let all = graph.inputs().iter().chain(graph.outputs());
+    all.map(|value| (graph.value(*value).name.to_string(), graph.value(*value).ty.dtype())).collect()
+}
+
+#[test]
+fn caches_become_bytes_with_their_scales_beside_them_and_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("model.oq"), decoder(16, APPEND)).unwrap();
+    tool_ok(&["cat", text(&path("model.oq")), "--to", "onnx", "-o", text(&path("model.onnx"))]);
+    for (target, bits) in [("onnx-qdq", "8"), ("onnx-qdq", "4"), ("ort-cpu", "8"), ("ort-cpu", "4")] {
+        let (model, out, again) = (path("model.onnx"), path("out.onnx"), path("again.onnx"));
+        let args = ["quantize", text(&model), "-o", text(&out), "--recipe", "fast", "--scheme", "w8a16g32", "--json"];
+        let json = tool_ok(&[&args[..], &["--target", target, "--cache", bits, "--progress", "none"]].concat());
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["verify"]["passed"], true, "{target} {bits}: {json:#}");
+        let written = import::file(&out).unwrap().model;
+        let (byte, float) = (Some(DType::U8), Some(DType::F32));
+        let named = |name: &str, dtype| (name.to_owned(), dtype);
+        let want = [
+            named("x", float),
+            named("past_keys", byte),
+            named("past_keys.scale", float),
+            named("past_keys.zero_point", byte),
+            named("y", float),
+            named("present_keys", byte),
+            named("present_keys.scale", float),
+            named("present_keys.zero_point", byte),
+        ];
+        assert_eq!(ends(written.graph()), want, "{target} {bits}");
+        tool_ok(&["convert", text(&out), "-o", text(&again), "--target", target]);
+        assert_eq!(ends(import::file(&again).unwrap().model.graph()), want, "{target} {bits}: read and written again");
+    }
+}
+
+#[test]
+fn what_is_no_cache_or_does_not_fit_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let refused = |source: &str, options: &[&str]| {
+        std::fs::write(path("model.oq"), source).unwrap();
+        tool_ok(&["cat", text(&path("model.oq")), "--to", "onnx", "-o", text(&path("model.onnx"))]);
+        let (model, out) = (path("model.onnx"), path("out.onnx"));
+        let args = ["quantize", text(&model), "-o", text(&out), "--recipe", "fast", "--scheme", "w8a16g32"];
+        let output = tool(&[&args[..], &["--progress", "none"], options].concat());
+        assert!(!output.status.success() && !out.exists(), "{options:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let other = decoder(16, "%m = Mul(%past_keys, %past_keys)\n  %present_keys = Concat(%m, %k) {axis=1}");
+    let said = refused(&other, &["--target", "onnx-qdq", "--cache", "8"]);
+    assert!(said.contains("no input is a cache") && said.contains("past_keys"), "{said}");
+    let said = refused(&decoder(15, APPEND), &["--target", "onnx-qdq", "--cache", "4"]);
+    assert!(said.contains("past_keys") && said.contains("rows of 15"), "{said}");
+    let said = refused(&decoder(16, APPEND), &["--target", "onnx-qdq", "--cache", "5"]);
+    assert!(said.contains("4 or 8 bits"), "{said}");
+}
