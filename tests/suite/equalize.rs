@@ -42,15 +42,46 @@ fn smoothed(source: &str, data: &Rows) -> (Model, Model, String) {
     divided(source, data, "smooth", "w8a8")
 }
 
-/// Both float models compute the same first output from `feeds`, to 1e-5 of its largest value.
-fn check_same(before: &Model, after: &Model, executor: &dyn Executor, feeds: &[Tensor], what: &str) {
-    let [a, b] = [before, after].map(|model| {
+/// Both float models compute the same outputs from `feeds`, each to `tolerance` of its largest value.
+pub(super) fn same_within(
+    before: &Model,
+    after: &Model,
+    executor: &dyn Executor,
+    feeds: &[Tensor],
+    tolerance: f32,
+    what: &str,
+) {
+    let [before, after] = [before, after].map(|model| {
         let graph = model.graph();
         let run = Simulation::prepare(graph, &Plan::default(), executor, graph.outputs()).unwrap();
-        run.run(feeds).unwrap().remove(0).floats().unwrap().into_owned()
+        run.run(feeds).unwrap()
     });
-    let top = a.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-    assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() <= 1e-5 * top), "{what}: the function changed");
+    assert_eq!(before.len(), after.len(), "{what}: other outputs");
+    for (a, b) in before.iter().zip(&after) {
+        assert_eq!(a.shape(), b.shape(), "{what}: another shape");
+        let (a, b) = (a.floats().unwrap(), b.floats().unwrap());
+        let top = a.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+        assert!(a.iter().zip(b.iter()).all(|(x, y)| (x - y).abs() <= tolerance * top), "{what}: the function changed");
+    }
+}
+
+fn check_same(before: &Model, after: &Model, executor: &dyn Executor, feeds: &[Tensor], what: &str) {
+    same_within(before, after, executor, feeds, 1e-5, what);
+}
+
+/// The same where calibration never looked: at zeros, at a hundred times `sample`, and at other numbers.
+fn check_unseen(before: &Model, after: &Model, executor: &dyn Executor, sample: &[Tensor], what: &str) {
+    let others: [fn(usize, f32) -> f32; 3] =
+        [|_, _| 0.0, |_, value| 100.0 * value, |i, _| ((i * 6427 + 11) % 1999) as f32 / 999.5 - 1.0];
+    for other in others {
+        let mut feeds = Vec::new();
+        for tensor in sample {
+            let values = tensor.floats().unwrap();
+            let values: Vec<f32> = values.iter().enumerate().map(|(i, value)| other(i, *value)).collect();
+            feeds.push(Tensor::of(tensor.shape(), values));
+        }
+        same_within(before, after, executor, &feeds, 1e-4, what);
+    }
 }
 
 /// The model before and after `pass`, which must keep its function, and what the pass counted.
@@ -70,6 +101,7 @@ fn divided(source: &str, data: &dyn Dataset, pass: &str, scheme: &str) -> (Model
     for index in 0..data.len() {
         check_same(&plain, &after, executor.as_ref(), &data.sample(index).unwrap(), pass);
     }
+    check_unseen(&plain, &after, executor.as_ref(), &data.sample(0).unwrap(), pass);
     (plain, after, format!("{counts:?}"))
 }
 
@@ -142,6 +174,7 @@ fn equalized_layers_keep_the_function() {
         for index in 0..3 {
             check_same(&plain, &after, executor.as_ref(), &data.sample(index).unwrap(), name);
         }
+        check_unseen(&plain, &after, executor.as_ref(), &data.sample(0).unwrap(), name);
     }
 }
 
@@ -173,17 +206,26 @@ impl Dataset for Images {
 }
 
 fn regions_of(source: &str, keep: &[&str]) -> u64 {
+    regions_at("w4a8", source, keep)
+}
+
+/// How many regions are equalized for `scheme`; the function stays.
+fn regions_at(scheme: &str, source: &str, keep: &[&str]) -> u64 {
     let plain = passes::text::parse(source).unwrap();
     let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
     let kept = keep.iter().map(|name| ((*name).to_owned(), (*name).to_owned())).collect();
     let mut cx = PassContext {
         dataset: Some(&Images as &dyn Dataset),
-        scheme: passes::target::Scheme::parse("w4a8").unwrap(),
+        scheme: passes::target::Scheme::parse(scheme).unwrap(),
         keep_float: &kept,
         ..PassContext::new(targets::TARGETS[0], executor.as_ref())
     };
     let pipeline = Pipeline::parse("infer-shapes, calibrate, equalize-layers", &passes::catalogue::passes()).unwrap();
-    let (_, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain, &mut cx).unwrap();
+    let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+    for index in 0..Images.len() {
+        check_same(&plain, &after, executor.as_ref(), &Images.sample(index).unwrap(), source);
+    }
+    check_unseen(&plain, &after, executor.as_ref(), &Images.sample(0).unwrap(), source);
     trace.steps.last().unwrap().1.counts.get("regions").copied().unwrap_or(0)
 }
 
@@ -203,6 +245,61 @@ fn a_region_with_a_constant_or_with_something_kept_in_float_is_left_alone() {
     assert_eq!(regions_of(&plain, &["r"]), 0, "kept by name");
     let summed = model("  %k = Relu(%c)\n  %s = Add(%a, %k)\n  %r = Relu(%s)\n");
     assert_eq!(regions_of(&summed, &[]), 0, "a constant cannot be divided");
+}
+
+/// A convolution whose channels are of very different sizes, `middle`, and a convolution in `groups` that reads `%r`.
+fn region(outputs: &str, middle: &str, groups: usize) -> String {
+    let uneven = |name: &str| {
+        let size = |i: usize| [1.0, 8.0, 0.25, 30.0][i / 4] * (((i * 31 + name.len() * 17) % 41) as f32 / 20.0 - 1.0);
+        let values: Vec<String> = (0..16).map(|i| format!("{:.3}", size(i))).collect();
+        format!("  %{name} = const f32[4,4,1,1] [{}]\n", values.join(", "))
+    };
+    let per = 4 / groups;
+    let read: Vec<String> = (0..36 * per).map(|i| format!("{:.3}", ((i * 37 + 11) % 29) as f32 / 14.0 - 1.0)).collect();
+    format!(
+        "opset 21\ngraph (%x: f32[1,4,16,16]) -> ({outputs}) {{\n{}{}  %bias = const f32[4] [0.5, -3, 0.1, 2]\n  \
+         %wr = const f32[4,{per},3,3] [{}]\n  %a = Conv(%x, %wa, %bias)\n{middle}  \
+         %y = Conv(%r, %wr) {{pads=[1, 1, 1, 1], group={groups}}}\n}}\n",
+        uneven("wa"),
+        uneven("wbb"),
+        read.join(", ")
+    )
+}
+
+#[test]
+fn regions_keep_the_function_through_whatever_connects_them() {
+    for middle in [
+        "  %r = Relu(%a)\n",
+        "  %r = LeakyRelu(%a) {alpha=0.1}\n",
+        "  %r = MaxPool(%a) {kernel_shape=[2, 2], strides=[2, 2]}\n",
+        "  %r = AveragePool(%a) {kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]}\n",
+        "  %r = GlobalAveragePool(%a)\n",
+        "  %r = Identity(%a)\n",
+        "  %b = Conv(%x, %wbb)\n  %r = Add(%a, %b)\n",
+    ] {
+        for groups in [1, 2, 4] {
+            let source = region("%y", middle, groups);
+            regions_of(&source, &[]);
+            // Where activations have few bits, uneven channels are what costs most.
+            assert_eq!(regions_at("w8a4", &source, &[]), 1, "{middle} in groups: {groups}");
+        }
+    }
+}
+
+#[test]
+fn nothing_is_equalized_through_thresholds_or_under_other_readers() {
+    for (outputs, middle) in [
+        ("%y", "  %low = const f32[] [0]\n  %high = const f32[] [6]\n  %r = Clip(%a, %low, %high)\n"),
+        ("%y", "  %r = Sigmoid(%a)\n"),
+        ("%y", "  %r = HardSwish(%a)\n"),
+        ("%y, %r", "  %r = Relu(%a)\n"),
+        ("%y, %a", "  %r = Relu(%a)\n"),
+        ("%y, %z", "  %r = Relu(%a)\n  %z = Sigmoid(%r)\n"),
+    ] {
+        for groups in [1, 2, 4] {
+            assert_eq!(regions_at("w8a4", &region(outputs, middle, groups), &[]), 0, "{outputs}: {middle}");
+        }
+    }
 }
 
 /// A decoder of two layers with RMS norms written out both ways, biases, a scaled embedding and a head that is tied to it. 12 channels
@@ -342,7 +439,9 @@ fn for_hardware(source: &str, pass: &str) -> (Model, Model, String) {
     let (after, trace) = run(&format!("infer-shapes, {pass}"), before.clone(), &mut cx);
     let counts = trace.steps.last().map(|(_, step)| format!("{:?}", step.counts)).unwrap_or_default();
     let feed = Tensor::of([1, 2, 3, 3], (0..18).map(|i| (i as f32 - 7.0) * 0.9).collect::<Vec<f32>>());
-    check_same(&before, &after, executor.as_ref(), &[feed], pass);
+    let feeds = [feed];
+    check_same(&before, &after, executor.as_ref(), &feeds, pass);
+    check_unseen(&before, &after, executor.as_ref(), &feeds, pass);
     (before, after, counts)
 }
 
@@ -387,4 +486,44 @@ fn a_pool_behind_a_pool_keeps_the_function() {
     let (_, after, _) =
         for_hardware(&clamped("  %q = GlobalAveragePool(%r)\n  %p = GlobalAveragePool(%q)\n"), "pool-to-conv");
     assert!(!after.graph().nodes().any(|(_, node)| node.op.is("GlobalAveragePool")));
+}
+
+#[test]
+fn turned_heads_keep_the_function() {
+    let attention = |reader: &str, outputs: &str| {
+        format!(
+            "opset 21\ngraph (%x: f32[4,512,16]) -> ({outputs}) {{\n{}{}{}{}  %bias = const f32[16] [{}]\n  \
+             %split = const i64[4] [0, 0, 2, 8]\n  %join = const i64[3] [0, 0, 16]\n  \
+             %qs = MatMul(%x, %wq)\n  %qr = Reshape(%qs, %split)\n  %q = Transpose(%qr) {{perm=[0, 2, 1, 3]}}\n  \
+             %ks = MatMul(%x, %wkk)\n  %kr = Reshape(%ks, %split)\n  %k = Transpose(%kr) {{perm=[0, 2, 3, 1]}}\n  \
+             %vs = MatMul(%x, %wvvv)\n  %vb = Add(%vs, %bias)\n  %vr = Reshape(%vb, %split)\n  %v = Transpose(%vr) {{perm=[0, 2, 1, 3]}}\n  \
+             %s = MatMul(%q, %k)\n  %p = Softmax(%s) {{axis=-1}}\n  %o = MatMul(%p, %v)\n  \
+             %ot = Transpose(%o) {{perm=[0, 2, 1, 3]}}\n  %oj = Reshape(%ot, %join)\n{reader}}}\n",
+            matrix("wq", 16, 16),
+            matrix("wkk", 16, 16),
+            matrix("wvvv", 16, 16),
+            matrix("woooo", 16, 24),
+            (0..16).map(|i| format!("{}", f64::from(i) * 0.1)).collect::<Vec<_>>().join(", ")
+        )
+    };
+    let heads = |source: &str| {
+        let parsed = passes::text::parse(source).unwrap();
+        let executor = exec::find("auto").unwrap();
+        let executor = (executor.build)(&parsed.meta).unwrap();
+        let mut cx = PassContext::new(targets::find("onnx-qdq").unwrap(), executor.as_ref());
+        let pipeline = Pipeline::parse("infer-shapes, rotate-heads, drop-dead", &passes::catalogue::passes()).unwrap();
+        let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, parsed.clone(), &mut cx).unwrap();
+        let counts = &trace.steps.iter().find(|(name, _)| *name == "rotate-heads").unwrap().1.counts;
+        let values = (0..4 * 512 * 16).map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0).collect::<Vec<f32>>();
+        same_within(&parsed, &after, executor.as_ref(), &[Tensor::of([4, 512, 16], values)], 1e-5, source);
+        (counts.get("heads").copied().unwrap_or(0), after)
+    };
+    let (turned, after) = heads(&attention("  %y = MatMul(%oj, %woooo)\n", "%y"));
+    assert_eq!(turned, 1);
+    let names: Vec<String> = after.graph().value_ids().map(|v| after.graph().value(v).name.to_string()).collect();
+    assert!(names.iter().any(|name| name == "wvvv.turned") && names.iter().any(|name| name == "woooo.turned"));
+    // Something else reads what attention made of the values, or the values themselves.
+    assert_eq!(heads(&attention("  %y = MatMul(%oj, %woooo)\n  %z = Relu(%oj)\n", "%y, %z")).0, 0);
+    assert_eq!(heads(&attention("  %y = MatMul(%oj, %woooo)\n  %z = Relu(%vb)\n", "%y, %z")).0, 0);
+    assert_eq!(heads(&attention("  %r = Relu(%oj)\n  %y = MatMul(%r, %woooo)\n", "%y")).0, 0);
 }

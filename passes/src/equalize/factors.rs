@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::id::{NodeId, ValueId};
 use crate::ir::walk::{User, Users};
 use crate::ir::{Graph, Node};
-use crate::model::Patch;
+use crate::model::{Edit, Patch};
 use crate::ops;
 use crate::tensor::{DType, Tensor};
 
@@ -125,6 +125,9 @@ impl Factors {
                     patch.erase(id);
                     let value = graph.value(output);
                     let new = patch.node(copy, &format!("{}.fitted", value.name), value.ty.clone(), Some(id));
+                    if graph.outputs().contains(&output) {
+                        patch.edit(Edit::Redirect { from: output, to: new });
+                    }
                     renewed.insert(output, new);
                 }
                 None => patch.replace(id, copy),

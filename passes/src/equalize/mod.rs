@@ -9,9 +9,11 @@ mod hadamard;
 mod pool_to_conv;
 mod region;
 mod rotate;
+mod rotate_heads;
 mod rotate_inputs;
 mod scaled;
 mod smooth;
+mod smooth_caches;
 mod stream;
 
 use crate::pass::PassEntry;
@@ -22,6 +24,8 @@ pub static PASSES: &[PassEntry] = &[
     equalize_layers::ENTRY,
     awq::ENTRY,
     rotate::ENTRY,
+    rotate_heads::ENTRY,
+    smooth_caches::ENTRY,
     rotate_inputs::ENTRY,
     fit_clamps::ENTRY,
     pool_to_conv::ENTRY,

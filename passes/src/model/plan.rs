@@ -73,6 +73,14 @@ impl Plan {
         self.substitutes.get(&site)
     }
 
+    /// Whether node `id` of `graph` reads or returns something in codes, or codes in the place of a constant.
+    pub fn encodes_any_of(&self, graph: &Graph, id: NodeId) -> bool {
+        let Some(node) = graph.node(id) else { return false };
+        let uses = (0..node.inputs.len()).filter_map(|input| u16::try_from(input).ok());
+        let read = uses.into_iter().any(|input| self.encoding_of_use(graph, id, input).is_some());
+        read || node.outputs.iter().flatten().any(|value| self.encoding(Site::Value(*value)).is_some())
+    }
+
     /// A plan of one encoding.
     #[must_use]
     pub fn of(site: Site, encoding: Encoding) -> Self {

@@ -12,6 +12,7 @@ crate::declare_pass! {
     INFO {
         name: "drop-dead",
         source: "ONNX intermediate representation specification",
+        cost: "One walk over the nodes, no data; milliseconds.",
         requires: Facts::NONE,
         establishes: Facts::NONE,
         preserves: Facts::ALL,

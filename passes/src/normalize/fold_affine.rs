@@ -1,7 +1,6 @@
 //! Constant factors and terms into the linear operator before them.
 
 use super::scale_linear::Scaled;
-use crate::id::Site;
 use crate::ir::Node;
 use crate::model::Patch;
 use crate::pass::{Facts, Miss, PassEntry, PassInfo, Rewrite, RewriteSite, Sweep};
@@ -22,6 +21,7 @@ crate::declare_pass! {
     INFO {
         name: "fold-affine",
         source: "Jacob et al. 2018, arXiv:1712.05877, section 3.2",
+        cost: "One walk over the nodes; every weight that folds is written once.",
         requires: Facts::SHAPES,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,
@@ -50,11 +50,10 @@ impl Rewrite for FoldAffine {
         let (computed, constant, swapped) = operands(site).ok_or(Miss::NoMatch)?;
         let value = site.node.input(computed).ok_or(Miss::NoMatch)?;
         let (producer, _) = site.sole_producer(value).ok_or(Miss::NoMatch)?;
-        let in_codes = |input| site.model.plan().encoding(Site::Use { node: producer, input }).is_some();
-        if (0..3).any(in_codes) {
-            return Err(Miss::NoMatch); // its weight would be other codes
+        if site.model.plan().encodes_any_of(graph, site.id) {
+            return Err(Miss::NoMatch);
         }
-        let linear = Scaled::of(graph, producer).ok_or(Miss::NoMatch)?;
+        let linear = Scaled::of(site.model, producer).ok_or(Miss::NoMatch)?;
         let tensor = graph.constant_input(site.node, constant).ok_or(Miss::NoMatch)?;
         let rank = linear.fixed_rank().ok_or(Miss::NoMatch)?;
         let row = per_channel(tensor, rank, linear.channel_axis(rank), linear.channels).ok_or(Miss::NoMatch)?;

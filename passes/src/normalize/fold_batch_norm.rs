@@ -16,10 +16,12 @@ crate::declare_pass! {
     /// ```
     ///
     /// Equal over the reals; computed in f64 and rounded once. Declines when the linear result has another reader or is
-    /// a graph output, when a statistic is not constant, when the node trains, and when a factor is over 10⁶.
+    /// a graph output, when a statistic is not constant, when the node trains, when a factor is over 10⁶, and when weight, bias or
+    /// result are in codes already.
     INFO {
         name: "fold-batch-norm",
         source: "Jacob et al. 2018, arXiv:1712.05877, section 3.2",
+        cost: "One walk over the nodes; every weight that folds is written once.",
         requires: Facts::NONE,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,
@@ -47,14 +49,14 @@ impl Rewrite for FoldBatchNorm {
         let norm = site.node;
         let input = norm.input(0).ok_or(Miss::NoMatch)?;
         let (producer, _) = site.graph().producer(input).ok_or(Miss::NoMatch)?;
-        let linear = Scaled::of(site.graph(), producer).filter(Scaled::takes_bias).ok_or(Miss::NoMatch)?;
+        let linear = Scaled::of(site.model, producer).filter(Scaled::takes_bias).ok_or(Miss::NoMatch)?;
         if site.sole_producer(input).is_none() {
             return Err(Miss::Blocked("the result to be normalized has another reader".into()));
         }
         if norm.int("training_mode", 0) != 0 || norm.outputs.iter().skip(1).any(Option::is_some) {
             return Err(Miss::Blocked("the normalization is in training mode".into()));
         }
-        if patch.touches(producer) {
+        if patch.touches(producer) || site.model.plan().encodes_any_of(site.graph(), site.id) {
             return Err(Miss::NoMatch);
         }
         let (scale, shift) = affine(site.graph(), norm, linear.channels)?;

@@ -21,6 +21,7 @@ crate::declare_pass! {
     INFO {
         name: "fold-constants",
         source: "ONNX operator specification",
+        cost: "What is constant is computed once, each result at most 64 MiB.",
         requires: Facts::NONE,
         establishes: Facts::NONE,
         preserves: Facts::ALL,
@@ -56,6 +57,7 @@ impl Pass for FoldConstants {
             let is_output = |v: &ValueId| users.of_value(*v).contains(&User::Output);
             let stays = !node.bodies.is_empty()
                 || ops::laws(&node.op).contains(Laws::RANDOM)
+                || model.plan().encodes_any_of(graph, id)
                 || node.outputs.iter().flatten().any(is_output);
             if stays {
                 continue;

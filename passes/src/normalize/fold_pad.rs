@@ -13,6 +13,7 @@ crate::declare_pass! {
     INFO {
         name: "fold-pad",
         source: "ONNX operator specification, Conv-22 and Pad-21",
+        cost: "One walk over the nodes.",
         requires: Facts::NONE,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,
@@ -40,7 +41,7 @@ impl Rewrite for FoldPad {
         let conv = site.node;
         let input = conv.input(0).ok_or(Miss::NoMatch)?;
         let (pad_id, pad) = site.sole_producer(input).filter(|(_, node)| node.op.is("Pad")).ok_or(Miss::NoMatch)?;
-        if patch.touches(pad_id) {
+        if patch.touches(pad_id) || site.model.plan().encoding_of_use(site.graph(), site.id, 0).is_some() {
             return Err(Miss::NoMatch);
         }
         if conv.text("auto_pad", "NOTSET") != "NOTSET" {

@@ -11,6 +11,7 @@ crate::declare_pass! {
     INFO {
         name: "one-sample",
         source: "qonnx 1.0.0 and hls4ml 1.3.0, which run graphs of fixed shapes only",
+        cost: "One walk over the nodes, no data; milliseconds.",
         requires: Facts::NONE,
         establishes: Facts::NONE,
         preserves: Facts::NONE,

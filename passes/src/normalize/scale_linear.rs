@@ -2,7 +2,7 @@
 
 use crate::id::NodeId;
 use crate::ir::{Graph, Node};
-use crate::model::Patch;
+use crate::model::{Model, Patch};
 use crate::ops::{self, Linear};
 use crate::tensor::{DType, Tensor};
 
@@ -16,10 +16,15 @@ pub(super) struct Scaled<'a> {
 }
 
 impl<'a> Scaled<'a> {
-    /// The node `id`, when it is linear with an f32 weight (and bias) on the right, one channel axis and no factors of its own.
-    pub(super) fn of(graph: &'a Graph, id: NodeId) -> Option<Self> {
+    /// The node `id`, when it is linear with an f32 weight (and bias) on the right, one channel axis and no factors of its own; and not in
+    /// codes already, which would become others.
+    pub(super) fn of(model: &'a Model, id: NodeId) -> Option<Self> {
+        let graph = model.graph();
         let node = graph.node(id)?;
         let roles = ops::linear(graph, id)?;
+        if model.plan().encodes_any_of(graph, id) {
+            return None;
+        }
         let weight = graph.constant_input(node, roles.weight.into())?;
         let f32_weight = weight.dtype() == DType::F32;
         let plain_bias = match roles.bias {

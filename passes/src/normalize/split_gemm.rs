@@ -20,6 +20,7 @@ crate::declare_pass! {
     INFO {
         name: "split-gemm",
         source: "ONNX operator specification, Gemm-13",
+        cost: "One walk over the nodes; every weight that is turned is written once.",
         requires: Facts::NONE,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,
@@ -43,7 +44,8 @@ impl Pass for SplitGemm {
         let mut patch = Patch::on(model);
         // A weight that several nodes read is turned once.
         let mut turned = BTreeMap::new();
-        for (id, node) in model.graph().nodes().filter(|(_, node)| node.op.is("Gemm")) {
+        let in_float = |id: NodeId| !model.plan().encodes_any_of(model.graph(), id);
+        for (id, node) in model.graph().nodes().filter(|(id, node)| node.op.is("Gemm") && in_float(*id)) {
             match split(model.graph(), id, node, &mut turned, &mut patch) {
                 Ok(()) => patch.count("split", 1),
                 Err(Miss::NoMatch) => {}
