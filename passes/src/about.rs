@@ -32,6 +32,7 @@ macro_rules! declare_pass {
         INFO {
             name: $name:literal,
             source: $source:literal,
+            cost: $cost:literal,
             requires: $requires:expr,
             establishes: $establishes:expr,
             preserves: $preserves:expr,
@@ -46,6 +47,7 @@ macro_rules! declare_pass {
                 doc: concat!($($doc, "\n"),+),
                 source: $source,
             },
+            cost: $cost,
             requires: $requires,
             establishes: $establishes,
             preserves: $preserves,

@@ -140,6 +140,7 @@ fn page(about: &About) -> String {
     let _ = writeln!(text, "\nSource: {}", about.source);
     if let Some(entry) = passes::catalogue::passes().into_iter().find(|e| e.info.about.name == about.name) {
         let info = entry.info;
+        let _ = writeln!(text, "Costs: {}", info.cost);
         let _ = writeln!(
             text,
             "Requires: {}. Establishes: {}. Fidelity: {:?}.",
@@ -148,6 +149,17 @@ fn page(about: &About) -> String {
         for option in info.options {
             let _ = writeln!(text, "Option {}: {}.", option.name, option.doc);
         }
+    }
+    if let Some(method) = rounding::find(about.name) {
+        let _ = writeln!(text, "Costs: {}", method.cost());
+    }
+    if let Some(learned) = reconstruct::PARAMETERIZATIONS.iter().find(|p| p.about().name == about.name) {
+        let _ = writeln!(
+            text,
+            "Costs: per step of `batch` samples, a block forward and back, three times the products of running it; {} bytes per weight of the \
+             block for parameters and their optimizer, beside the tape of a sample per thread.",
+            learned.bytes_per_weight()
+        );
     }
     if let Some(target) =
         targets::find(about.name).filter(|target| std::ptr::from_ref(&target.info().about) == std::ptr::from_ref(about))

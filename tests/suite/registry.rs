@@ -91,3 +91,16 @@ fn every_lint_has_a_source_a_way_out_and_a_fixture() {
         assert!(super::tool_ok(&["explain", lint.code.0]).contains(lint.title));
     }
 }
+
+#[test]
+fn everything_that_takes_time_says_what_it_costs() {
+    for entry in catalogue::passes() {
+        assert!(entry.info.cost.len() > 15, "{} does not say what it costs", entry.info.about.name);
+    }
+    for method in rounding::ROUNDINGS {
+        assert!(method.cost().len() > 15, "{} does not say what it costs", method.about().name);
+    }
+    for learned in reconstruct::PARAMETERIZATIONS {
+        assert!(learned.bytes_per_weight() > 0, "{} does not say what it costs", learned.about().name);
+    }
+}

@@ -67,6 +67,8 @@ pub enum Wish {
 pub struct PassInfo {
     /// Name, documentation, source.
     pub about: About,
+    /// What it takes: work, passes over the data, memory.
+    pub cost: &'static str,
     /// Must hold before.
     pub requires: Facts,
     /// Hold after.
