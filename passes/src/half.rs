@@ -31,6 +31,7 @@ crate::declare_pass! {
     INFO {
         name: "round-to-half",
         source: "IEEE 754 binary16; TensorRT documentation: the type of a scale is the type that is dequantized to",
+        cost: "One walk over the constants.",
         requires: Facts::NONE,
         establishes: Facts::NONE,
         preserves: Facts::ALL,

@@ -220,4 +220,58 @@ mod tests {
         // The expectation of the product of two such forms is ⟨A, B⟩ + (tr A tr B + ⟨A, B⟩ − …) / k: near, not equal.
         assert!(mean > 0.8 * exact && mean < 3.0 * exact, "{mean} {exact}");
     }
+
+    /// Small whole numbers, of which a mean over sixteen is exact.
+    fn drawn(seed: u64) -> Vec<Vec<f32>> {
+        let value = |i: u64| (seed::mixed(seed << 32 | i) % 9) as f32 - 4.0;
+        (0..16).map(|at| (0..3).map(|k| value(3 * at + k)).collect()).collect()
+    }
+
+    /// The same picks from their definition.
+    fn by_definition(features: &[Vec<f32>], n: usize) -> Vec<usize> {
+        let mean = |k: usize| features.iter().map(|f| f64::from(f[k])).sum::<f64>() / features.len() as f64;
+        let mut picked: Vec<usize> = Vec::new();
+        for _ in 0..n {
+            let gap = |at: usize| {
+                let of = |k: usize| {
+                    let sum: f64 = picked.iter().chain([&at]).map(|&i| f64::from(features[i][k])).sum();
+                    (sum - (picked.len() + 1) as f64 * mean(k)).powi(2)
+                };
+                (0..features[0].len()).map(of).sum::<f64>()
+            };
+            let open = (0..features.len()).filter(|at| !picked.contains(at));
+            let best = open.min_by(|a, b| gap(*a).total_cmp(&gap(*b))).unwrap();
+            picked.push(best);
+        }
+        picked.sort_unstable();
+        picked
+    }
+
+    #[test]
+    fn picks_are_those_of_trying_all_and_more_keep_the_fewer() {
+        for seed in 0..40 {
+            let features = drawn(seed);
+            let mut fewer: Vec<usize> = Vec::new();
+            for n in 1..=16 {
+                let picked = herd(&features, n);
+                assert_eq!(picked, by_definition(&features, n), "{seed}");
+                assert!(
+                    picked.len() == n && fewer.iter().all(|at| picked.contains(at)),
+                    "{seed}: {fewer:?} {picked:?}"
+                );
+                fewer = picked;
+            }
+        }
+    }
+
+    #[test]
+    fn features_of_nothing_are_taken_in_order() {
+        for mut features in [vec![Vec::new(); 5], vec![vec![0.0; 3]; 5]] {
+            balance(&mut features, 3);
+            assert!(features.iter().flatten().all(|v| *v == 0.0));
+            assert_eq!(herd(&features, 3), [0, 1, 2]);
+        }
+        balance(&mut [], 3);
+        assert!(herd(&[], 3).is_empty());
+    }
 }

@@ -179,6 +179,7 @@ fn probabilities(logits: &[f32], chosen: &[usize]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::mixed;
 
     #[test]
     fn equal_outputs_lose_nothing_and_others_do() {
@@ -203,5 +204,36 @@ mod tests {
             assert!((relative_error(&a, &b) - WORTHLESS).abs() < 1e-9, "{a:?} {b:?}");
         }
         assert!(relative_error(&[f32::INFINITY, 1.0], &[f32::INFINITY, 1.0]) == 0.0);
+    }
+
+    /// Rows of logits in whole multiples of 1/64, of which some are so unlikely that they are not finite.
+    fn drawn(seed: u64, n: usize) -> Vec<f32> {
+        let at = |i: u64| match mixed(seed << 32 | i) % 1025 {
+            0 => f32::NEG_INFINITY,
+            number => number as f32 / 64.0 - 8.0,
+        };
+        (0..n as u64).map(at).collect()
+    }
+
+    #[test]
+    fn divergences_of_logits_are_never_negative_and_blind_to_shifts_and_order() {
+        for seed in 0..40 {
+            for classes in [1, 5, 40, 100] {
+                let (a, b) = (drawn(2 * seed, 3 * classes), drawn(2 * seed + 1, 3 * classes));
+                let (loss, rows) = kl_top(&a, &b, classes);
+                assert!(loss >= 0.0 && loss.is_finite() && (rows - 3.0).abs() < 1e-12, "{seed} {classes}: {loss}");
+                let shifted: Vec<f32> = a.iter().map(|v| v + 3.0).collect();
+                let (zero, _) = kl_top(&a, &shifted, classes);
+                assert!((0.0..1e-12).contains(&zero), "{seed} {classes}: {zero}");
+                assert!(classes == 1 || loss > 1e-6, "{seed} {classes}: {loss}");
+                // Classes in another order, where all of them are told apart.
+                if classes <= TOP {
+                    let turned =
+                        |x: &[f32]| x.chunks(classes).flat_map(|row| row.iter().rev().copied()).collect::<Vec<_>>();
+                    let (again, _) = kl_top(&turned(&a), &turned(&b), classes);
+                    assert!((again - loss).abs() < 1e-9 * (1.0 + loss), "{seed} {classes}: {again} {loss}");
+                }
+            }
+        }
     }
 }

@@ -30,6 +30,7 @@ crate::declare_pass! {
         name: "allocate-bits",
         source: "output probes and hull allocation as in Dong et al. 2019 (HAWQ), arXiv:1905.03696, and Xiao et al. 2025 (TaCQ), \
                  arXiv:2504.07389",
+        cost: "With probes: one forward pass of `samples` samples (4) for every weight. With metric=fisher: one forward pass and one back of 32 samples in all, and 4 bytes per weight.",
         requires: Facts::ENCODED,
         establishes: Facts::NONE,
         preserves: Facts::ALL,

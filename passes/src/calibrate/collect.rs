@@ -26,6 +26,7 @@ crate::declare_pass! {
     INFO {
         name: "calibrate",
         source: "analysis after DDSketch, arXiv:1908.10693; bucketing by bit pattern ours",
+        cost: "One forward pass of the float model per sample; a second one where later passes wish for Gram matrices, with T d² multiply-adds for each of d columns over T rows, and 8 d² bytes per worker. Tensors wait for no other: memory holds one sample per worker.",
         requires: Facts::SHAPES,
         establishes: Facts::CALIBRATED,
         preserves: Facts::ALL,

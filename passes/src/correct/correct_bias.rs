@@ -27,6 +27,7 @@ crate::declare_pass! {
     INFO {
         name: "correct-bias",
         source: "Nagel et al. 2019, arXiv:1906.04721, section 4.2; coverage of padding ours",
+        cost: "m d multiply-adds per weight; means come from `calibrate`.",
         requires: Facts::ROUNDED,
         establishes: Facts::NONE,
         preserves: Facts::ALL,
@@ -172,4 +173,156 @@ fn coverage(graph: &crate::ir::Graph, node: &Node, kernel: &[usize]) -> Vec<f64>
         taps = taps.iter().flat_map(|t| along.iter().map(move |a| t * a)).collect();
     }
     taps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::{Attr, Attrs, Builder, Graph, OpKey, TensorType, Type};
+    use crate::seed::{mixed, uniform};
+    use crate::tensor::DType;
+
+    /// A graph of one `op` that reads a tensor of `shape`, and `weight`.
+    fn graph(op: &str, attrs: Attrs, shape: &[usize], weight: &Tensor) -> Graph {
+        let mut builder = Builder::new("one", "");
+        let x = builder.input("x", Type::Tensor(TensorType::known(DType::F32, shape))).unwrap();
+        let w = builder.constant("w", Arc::new(weight.clone())).unwrap();
+        let node = Node {
+            name: "node".into(),
+            op: OpKey { domain: "".into(), name: op.into(), opset: 21 },
+            inputs: vec![Some(x), Some(w)],
+            outputs: vec![Some(builder.value("y"))],
+            attrs,
+            bodies: Vec::new(),
+            notes: None,
+        };
+        builder.node(node).unwrap();
+        builder.output("y");
+        builder.finish().unwrap()
+    }
+
+    /// What the pass says that `error` in `weight` does.
+    fn shift(graph: &Graph, weight: &Tensor, error: &[f64], means: &[f64]) -> Vec<f64> {
+        let (id, node) = graph.nodes().next().unwrap();
+        let roles = ops::linear(graph, id).unwrap();
+        output_shift(graph, node, &roles, weight, error, means).unwrap()
+    }
+
+    fn random(seed: u64, n: usize) -> Vec<f64> {
+        (0..n as u64).map(|i| 2.0 * uniform(seed << 32 | i) - 1.0).collect()
+    }
+
+    fn assert_near(got: &[f64], want: &[f64], what: &dyn std::fmt::Debug) {
+        assert_eq!(got.len(), want.len(), "{what:?}");
+        assert!(got.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-9), "{what:?}: {got:?} {want:?}");
+    }
+
+    /// Zero error shifts nothing, and errors add up.
+    fn assert_linear(graph: &Graph, weight: &Tensor, means: &[f64]) {
+        let (a, b) = (random(8, weight.len()), random(9, weight.len()));
+        let of = |error: &[f64]| shift(graph, weight, error, means);
+        assert!(of(&vec![0.0; weight.len()]).iter().all(|shift| *shift == 0.0));
+        let both: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a - 3.0 * b).collect();
+        let want: Vec<f64> = of(&a).iter().zip(of(&b)).map(|(a, b)| a - 3.0 * b).collect();
+        assert_near(&of(&both), &want, weight);
+    }
+
+    /// The geometry of a convolution over two axes.
+    #[derive(Debug)]
+    struct Conv {
+        groups: usize,
+        shape: [usize; 4],
+        weight: [usize; 4],
+        strides: [usize; 2],
+        dilations: [usize; 2],
+        pads: [usize; 4],
+    }
+
+    impl Conv {
+        /// A random one; `None` where the kernel is larger than what it reads.
+        fn drawn(seed: u64) -> Option<Self> {
+            let below = |at: u64, n: u64| usize::try_from(mixed(seed << 32 | at) % n).unwrap();
+            let (groups, inputs) = (1 + below(0, 3), 1 + below(1, 3));
+            let made = Self {
+                groups,
+                shape: [2, groups * inputs, 1 + below(2, 8), 1 + below(3, 8)],
+                weight: [groups * (1 + below(4, 2)), inputs, 1 + below(5, 3), 1 + below(6, 3)],
+                strides: [1 + below(7, 3), 1 + below(8, 3)],
+                dilations: [1 + below(9, 2), 1 + below(10, 2)],
+                pads: [below(11, 3), below(12, 3), below(13, 3), below(14, 3)],
+            };
+            (made.outputs(0).is_some() && made.outputs(1).is_some()).then_some(made)
+        }
+
+        fn outputs(&self, axis: usize) -> Option<usize> {
+            let reach = self.dilations[axis] * (self.weight[axis + 2] - 1) + 1;
+            let padded = self.shape[axis + 2] + self.pads[axis] + self.pads[axis + 2];
+            Some(padded.checked_sub(reach)? / self.strides[axis] + 1)
+        }
+
+        fn attrs(&self) -> Attrs {
+            let ints = |values: &[usize]| Attr::Ints(values.iter().map(|&v| i64::try_from(v).unwrap()).collect());
+            Attrs::from([
+                ("group".into(), Attr::Int(i64::try_from(self.groups).unwrap())),
+                ("strides".into(), ints(&self.strides)),
+                ("dilations".into(), ints(&self.dilations)),
+                ("pads".into(), ints(&self.pads)),
+            ])
+        }
+
+        /// The mean, over all positions, of the convolution with `error` of a tensor whose channels are `means`.
+        fn by_definition(&self, error: &[f64], means: &[f64]) -> Vec<f64> {
+            let [outputs, inputs, height, width] = self.weight;
+            let (lines, columns) = (self.outputs(0).unwrap(), self.outputs(1).unwrap());
+            let is_inside = |axis: usize, at: usize, tap: usize| {
+                let read = (at * self.strides[axis] + tap * self.dilations[axis]).checked_sub(self.pads[axis]);
+                read.is_some_and(|read| read < self.shape[axis + 2])
+            };
+            let of = |o: usize| {
+                let mut sum = 0.0;
+                for (line, column) in (0..lines).flat_map(|line| (0..columns).map(move |column| (line, column))) {
+                    for at in 0..inputs * height * width {
+                        let (j, tap) = (at / (height * width), at % (height * width));
+                        if is_inside(0, line, tap / width) && is_inside(1, column, tap % width) {
+                            let channel = o / (outputs / self.groups) * inputs + j;
+                            sum += error[o * inputs * height * width + at] * means[channel];
+                        }
+                    }
+                }
+                sum / (lines * columns) as f64
+            };
+            (0..outputs).map(of).collect()
+        }
+    }
+
+    #[test]
+    fn shifts_of_convolutions_are_those_of_a_constant_input() {
+        let mut tested = 0;
+        for (seed, conv) in (0..120).filter_map(|seed| Some((seed, Conv::drawn(seed)?))) {
+            tested += 1;
+            let weight = Tensor::of(conv.weight, vec![0.0_f32; conv.weight.iter().product()]);
+            let graph = graph("Conv", conv.attrs(), &conv.shape, &weight);
+            let (error, means) = (random(2 * seed, weight.len()), random(2 * seed + 1, conv.shape[1]));
+            assert_near(&shift(&graph, &weight, &error, &means), &conv.by_definition(&error, &means), &conv);
+            assert_linear(&graph, &weight, &means);
+        }
+        assert!(tested > 60, "{tested}");
+    }
+
+    #[test]
+    fn shifts_of_products_are_those_of_a_constant_input() {
+        for transposed in [0, 1] {
+            let (outputs, inputs) = (3, 5);
+            let shape = if transposed == 1 { [outputs, inputs] } else { [inputs, outputs] };
+            let weight = Tensor::of(shape, vec![0.0_f32; 15]);
+            let attrs = Attrs::from([("transB".into(), Attr::Int(transposed))]);
+            let graph = graph("Gemm", attrs, &[4, inputs], &weight);
+            let (error, means) = (random(1, 15), random(2, inputs));
+            let at = |o: usize, j: usize| if transposed == 1 { o * inputs + j } else { j * outputs + o };
+            let of = |o: usize| (0..inputs).map(|j| error[at(o, j)] * means[j]).sum::<f64>();
+            let want: Vec<f64> = (0..outputs).map(of).collect();
+            assert_near(&shift(&graph, &weight, &error, &means), &want, &transposed);
+            assert_linear(&graph, &weight, &means);
+        }
+    }
 }

@@ -400,6 +400,7 @@ fn packed(storage: DType, shape: &[usize], bytes: Vec<u8>) -> Tensor {
 mod tests {
     use super::*;
     use crate::grid;
+    use crate::seed::{mixed, uniform};
 
     #[test]
     fn encode_then_decode_is_simulate() {
@@ -431,5 +432,65 @@ mod tests {
         assert!(encoding.encode(&[0.0; 8], &[2, 4]).is_err());
         assert!(encoding.encode(&[0.0; 8], &[8]).is_err());
         assert!(encoding.encode(&[], &[0, 3]).is_ok());
+    }
+
+    /// An encoding with `grid`, a shape, and values: ragged blocks, scales of both signs, mixed zero points.
+    #[expect(clippy::cast_possible_truncation, reason = "zero points are whole numbers; any f32 will do")]
+    fn drawn(seed: u64, grid: &'static dyn Grid) -> (Encoding, Vec<usize>, Vec<f32>) {
+        let random = |at: u64| uniform(seed << 32 | at);
+        let below = |at: u64, n: u64| usize::try_from(mixed(seed << 32 | at) % n).unwrap();
+        let rank = 1 + mixed(seed << 32) % 4;
+        let shape: Vec<usize> = (0..rank).map(|axis| 1 + below(10 + axis, 7)).collect();
+        let (axis, size) = (below(1, rank), 1 + below(2, 5));
+        let blocks = |(i, d): (usize, &usize)| if i == axis { d.div_ceil(size) } else { *d };
+        let (granularity, groups) = match below(3, 3) {
+            0 => (Granularity::Tensor, 1),
+            1 => (Granularity::Axis(axis), shape[axis]),
+            _ => (Granularity::Block { axis, size }, shape.iter().enumerate().map(blocks).product::<usize>()),
+        };
+        let (low, high) = grid.range();
+        let sign = |at: u64| if random(at) < 0.2 { -1.0 } else { 1.0 };
+        let scale = |at: u64| (sign(at) * (0.01 + random(at + 1))) as f32;
+        let zero = |at: u64| if grid.info().integer { (low + (high - low) * random(at)).round() as i32 } else { 0 };
+        let value = |at: u64| (1.5 * (high - low) * (2.0 * random(at) - 1.0) * random(at + 1).powi(3)) as f32;
+        let groups = groups as u64;
+        let encoding = Encoding {
+            grid,
+            granularity,
+            scale: (0..groups).map(|group| scale(100 + 3 * group)).collect(),
+            zero_point: (0..groups).map(|group| zero(102 + 3 * group)).collect(),
+        };
+        let n: usize = shape.iter().product();
+        (encoding, shape, (0..n as u64).map(|i| value(100_000 + 2 * i)).collect())
+    }
+
+    #[test]
+    fn encode_then_decode_is_simulate_for_any_shape() {
+        for grid in grid::all().filter(|grid| grid.info().bits <= 16) {
+            for seed in 0..24 {
+                let (encoding, shape, values) = drawn(seed, grid);
+                let mut simulated = values.clone();
+                encoding.simulate(&mut simulated, &shape).unwrap();
+                let codes = encoding.encode(&values, &shape).unwrap();
+                assert_eq!(encoding.decode(&codes).unwrap(), simulated, "{encoding:?} {shape:?}");
+            }
+        }
+    }
+
+    /// A power of two is an exact change of units.
+    #[test]
+    fn twice_the_values_at_twice_the_scale_are_twice_as_much() {
+        for grid in grid::all() {
+            for seed in 0..12 {
+                let (encoding, shape, mut values) = drawn(seed, grid);
+                let scale = encoding.scale.iter().map(|scale| 2.0 * scale).collect();
+                let double = Encoding { scale, ..encoding.clone() };
+                let mut doubled: Vec<f32> = values.iter().map(|v| 2.0 * v).collect();
+                encoding.simulate(&mut values, &shape).unwrap();
+                double.simulate(&mut doubled, &shape).unwrap();
+                let same = |(v, twice): (&f32, &f32)| (2.0 * v).to_bits() == twice.to_bits();
+                assert!(values.iter().zip(&doubled).all(same), "{encoding:?} {shape:?}");
+            }
+        }
     }
 }

@@ -26,6 +26,7 @@ crate::declare_pass! {
     INFO {
         name: "awq",
         source: "Lin et al. 2023, arXiv:2306.00978; rms for the mean magnitude, and the diagonal of the error, ours",
+        cost: "One forward pass for powers; then every weight is rounded once per candidate exponent, 20 of them.",
         requires: Facts::CALIBRATED,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,
@@ -128,6 +129,7 @@ fn row_error(row: &[f32], divisor: &[f64], powers: &[f64], grid: &dyn Grid, bloc
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::{mixed, uniform};
 
     #[test]
     fn divisors_grow_with_the_power_and_mean_nothing_at_zero() {
@@ -142,5 +144,23 @@ mod tests {
         assert!(divisors(&[0.0; 3], 0.5).iter().all(|s| (s - 1.0).abs() < 1e-12));
         let even = divisors(&[9.0; 4], 0.7);
         assert!(even.iter().all(|s| (s - 1.0).abs() < 1e-12), "equal channels need nothing: {even:?}");
+    }
+
+    #[test]
+    fn divisors_are_positive_within_reach_and_grow_with_the_power() {
+        for seed in 0..200_u64 {
+            let random = |at: u64| uniform(seed << 32 | at);
+            let power = |at: u64| if random(at) < 0.2 { 0.0 } else { 10.0_f64.powf(30.0 * random(at + 1) - 15.0) };
+            let powers: Vec<f64> = (0..=mixed(seed) % 20).map(|j| power(10 + 2 * j)).collect();
+            let found = divisors(&powers, random(0));
+            assert_eq!(found.len(), powers.len());
+            assert!(found.iter().all(|s| (9.99e-5..=1.001e4).contains(s)), "{seed}: {found:?}");
+            let least = found.iter().copied().fold(f64::INFINITY, f64::min);
+            for (p, s) in powers.iter().zip(&found) {
+                let grows = powers.iter().zip(&found).all(|(q, t)| p > q || *s <= t * (1.0 + 1e-12));
+                assert!(grows, "{seed}: {powers:?} {found:?}");
+                assert!(*p > 0.0 || (s - least).abs() < 1e-12, "{seed}: {powers:?} {found:?}");
+            }
+        }
     }
 }

@@ -30,6 +30,7 @@ crate::declare_pass! {
     INFO {
         name: "equalize-layers",
         source: "Nagel et al. 2019, arXiv:1906.04721, section 4.1; regions after Brevitas; choice by expected error ours",
+        cost: "One forward pass for peaks; then every weight of a region is measured once per candidate exponent. No more data.",
         requires: Facts::SHAPES,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,
@@ -247,4 +248,32 @@ fn scaled(tensor: &Tensor, factor: impl Fn(usize) -> f64) -> Option<Tensor> {
     let values = tensor.floats()?;
     let scaled = values.iter().enumerate().map(|(index, v)| (f64::from(*v) * factor(index)) as f32).collect();
     Some(Tensor::of(tensor.shape(), scaled))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_weight_is_multiplied_by_the_factor_of_the_channel_that_it_reads() {
+        for (groups, per_group, inputs, kernel) in
+            [(1, 3, 2, [1, 1]), (2, 2, 3, [3, 2]), (4, 1, 1, [3, 3]), (3, 2, 1, [1, 5]), (2, 1, 2, [2, 1])]
+        {
+            let s: Vec<f64> = (0..groups * inputs).map(|j| 1.0 + j as f64).collect();
+            let shape = [groups * per_group, inputs, kernel[0], kernel[1]];
+            let weight = Tensor::of(shape, vec![0.0_f32; shape.iter().product()]);
+            let columns = Columns::of(&weight, &s).unwrap();
+            let taps = kernel[0] * kernel[1];
+            for o in 0..groups * per_group {
+                for j in 0..inputs {
+                    // A filter reads the channels of its own group.
+                    let want = s[o / per_group * inputs + j];
+                    for tap in 0..taps {
+                        let found = columns.factor((o * inputs + j) * taps + tap);
+                        assert!((found - want).abs() < 1e-12, "{shape:?} in {groups}: {o} {j} {tap}");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -202,4 +202,40 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn matrices_of_every_order_that_there_is_are_signs_and_orthogonal() {
+        let mut orders = Vec::new();
+        for (k, h) in (1..=LARGEST).filter_map(|k| Some((k, paley(k)?))) {
+            orders.push(k);
+            let is_sign = |v: &f64| (v.abs() - 1.0).abs() < 1e-12;
+            assert!(h.len() == k && h.iter().all(|row| row.len() == k && row.iter().all(is_sign)), "{k}");
+            for (i, row) in h.iter().enumerate() {
+                for other in &h[..i] {
+                    let dot: f64 = row.iter().zip(other).map(|(a, b)| a * b).sum();
+                    assert!(dot.abs() < 1e-9, "{k}: row {i} gives {dot}");
+                }
+            }
+        }
+        assert!([1, 4, 8, 12, 20, 24, 28, 36, 60, 252].iter().all(|k| orders.contains(k)), "{orders:?}");
+    }
+
+    #[test]
+    fn norms_and_angles_stay_at_any_length() {
+        for draw in 0..100 {
+            let n = 1 + usize::try_from(seed::mixed(draw) % 300).unwrap();
+            let vector = |at: u64| -> Vec<f64> {
+                (0..n as u64).map(|i| 2.0 * seed::uniform(draw << 32 | at << 16 | i) - 1.0).collect()
+            };
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            let (x, y) = (vector(1), vector(2));
+            for q in [Hadamard::new(n, draw), Hadamard::separable(n, draw)] {
+                let (mut turned, mut other) = (x.clone(), y.clone());
+                q.apply(&mut turned);
+                q.apply(&mut other);
+                assert!((dot(&turned, &turned) - dot(&x, &x)).abs() < 1e-9, "{n}");
+                assert!((dot(&turned, &other) - dot(&x, &y)).abs() < 1e-9, "{n}");
+            }
+        }
+    }
 }

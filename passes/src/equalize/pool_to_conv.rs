@@ -17,6 +17,7 @@ crate::declare_pass! {
     INFO {
         name: "pool-to-conv",
         source: "hls4ml 1.3.0, whose GlobalAveragePool differs from QONNX's reference executor while a depthwise Conv does not",
+        cost: "One walk over the nodes.",
         requires: Facts::SHAPES,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,

@@ -27,6 +27,7 @@ crate::declare_pass! {
     INFO {
         name: "rotate",
         source: "Ashkboos et al. 2024, arXiv:2404.00456 (R1); Liu et al. 2024, arXiv:2405.16406",
+        cost: "m d (a + b) multiply-adds for a weight of m × d, a · b = d the two factors of the Hadamard matrix; no data. A head that was tied to the embedding becomes a weight of its own.",
         requires: Facts::NONE,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,

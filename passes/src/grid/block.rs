@@ -154,6 +154,7 @@ impl BlockFormat {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::mixed;
 
     #[test]
     fn scales_of_mx_are_powers_of_two_that_the_specification_asks_for() {
@@ -185,5 +186,52 @@ mod tests {
         assert!(BlockFormat::factored(&[1.0, 1.03], 0.0).is_none());
         // The largest block reaches the largest code: 10 / 6 = 448 · factor.
         assert!((format.scale_of(10.0, 10.0) - 10.0 / 6.0).abs() < 1e-5);
+    }
+
+    /// Magnitudes of all sizes, from 0 to the largest.
+    fn magnitudes() -> Vec<f32> {
+        let ends = [0.0, f32::from_bits(1), 1e-40, f32::MIN_POSITIVE, 1.0, 6.0, 448.0, f32::MAX];
+        let drawn = (0..60).map(|i| f32::from_bits(u32::try_from(mixed(i) % 0x7f80_0000).unwrap()));
+        ends.into_iter().chain(drawn).collect()
+    }
+
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "codes of 8 bits are exact in f32")]
+    fn scales_are_positive_and_of_their_format_whatever_the_block() {
+        let codes: Vec<f32> = (1..=0x7e).map(|code| super::super::float::FLOAT8_E4M3FN.decode(code) as f32).collect();
+        for format in BLOCKS {
+            for top in magnitudes() {
+                let factor = BlockFormat::tensor_factor(top);
+                for peak in magnitudes().into_iter().filter(|peak| *peak <= top) {
+                    let [first, second] = format.candidates(peak, top);
+                    for scale in [format.scale_of(peak, top), first, second, format.measured(peak, factor)] {
+                        let name = format.about.name;
+                        assert!(scale.is_finite() && scale > 0.0, "{name} {peak} {top}: {scale}");
+                        let fits = match format.scale {
+                            BlockScale::PowerOfTwo { .. } => {
+                                scale.is_normal() && scale.to_bits().trailing_zeros() >= 23
+                            }
+                            BlockScale::Float8 => codes.iter().any(|c| (c * factor).to_bits() == scale.to_bits()),
+                        };
+                        assert!(fits, "{name} {peak} {top}: {scale}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn measured_powers_of_two_clip_nothing_and_the_next_finer_ones_do() {
+        for format in BLOCKS {
+            let BlockScale::PowerOfTwo { largest } = format.scale else { continue };
+            let end = format.element.range().1;
+            assert!((end.log2().floor() - f64::from(largest)).abs() < 1e-9, "{}", format.about.name);
+            for peak in magnitudes().into_iter().filter(|peak| *peak > 0.0) {
+                let scale = format.measured(peak, 1.0);
+                let codes = f64::from(peak) / f64::from(scale);
+                assert!(codes <= end, "{} {peak}: {scale}", format.about.name);
+                assert!(2.0 * codes > end || scale <= f32::MIN_POSITIVE, "{} {peak}: {scale}", format.about.name);
+            }
+        }
     }
 }

@@ -65,6 +65,8 @@ pub(super) static BIPOLAR: CodebookGrid = CodebookGrid {
 impl CodebookGrid {
     /// The position of the nearest level; of two as near, the even one.
     fn place(&self, x: f64) -> usize {
+        // Far outside both distances would round alike.
+        let x = x.clamp(self.level(0), self.level(self.levels.len() - 1));
         let above = self.levels.partition_point(|&level| f64::from(level) < x).min(self.levels.len() - 1);
         let below = above.saturating_sub(1);
         let (down, up) = (x - f64::from(self.levels[below]), f64::from(self.levels[above]) - x);

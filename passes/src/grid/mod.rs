@@ -28,7 +28,8 @@ pub trait Grid: Debug + Send + Sync {
     /// The smallest point at or over `x`, or the largest point where there is none.
     fn above(&self, x: f64) -> f64;
     /// Replaces every `x` by the point of the grid shifted by `-zero` that ONNX's `QuantizeLinear` picks: the value is
-    /// rounded first and `zero`, a whole number for integer grids and 0 otherwise, is added after.
+    /// rounded first and `zero`, a whole number for integer grids and 0 otherwise, is added after. NaN gives the lowest point of integers of up to 16 bits, as
+    /// in ONNX Runtime's kernels for x86.
     fn snap(&self, xs: &mut [f32], zero: f32);
     /// How its numbers are laid out, where they are floating-point numbers.
     fn float_format(&self) -> Option<FloatFormat> {
@@ -156,6 +157,7 @@ pub fn find(name: &str) -> Option<&'static dyn Grid> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::uniform;
 
     /// Exhaustive up to 16 bits: codes and points map onto each other, `nearest` is idempotent and truly nearest.
     #[test]
@@ -196,6 +198,116 @@ mod tests {
             let want: Vec<f64> = xs.iter().map(|&x| grid.nearest(f64::from(x))).collect();
             grid.snap(&mut xs, 0.0);
             assert!(xs.iter().zip(&want).all(|(x, w)| (f64::from(*x) - w).abs() < 1e-9), "{grid:?}");
+        }
+    }
+
+    /// The points of a grid of up to 16 bits, ascending.
+    fn points(grid: &dyn Grid) -> Vec<f64> {
+        let (low, high) = grid.range();
+        let bits = if grid.info().integer { grid.info().storage.bits() } else { grid.info().bits };
+        let decoded = (0..1_u32 << bits).map(|code| grid.decode(code));
+        let mut points: Vec<f64> = decoded.filter(|point| (low..=high).contains(point)).collect();
+        points.sort_by(f64::total_cmp);
+        points.dedup();
+        points
+    }
+
+    /// Shows `check` neighbors on every grid of up to 16 bits: all of them up to 8 bits, some of the others.
+    fn each_pair(mut check: impl FnMut(&dyn Grid, f64, f64)) {
+        for grid in all().filter(|grid| grid.info().bits <= 16) {
+            let step = if grid.info().bits <= 8 { 1 } else { 97 };
+            points(grid).windows(2).step_by(step).for_each(|pair| check(grid, pair[0], pair[1]));
+        }
+    }
+
+    #[test]
+    fn of_two_neighbors_the_nearer_one_is_taken() {
+        let same = |a: f64, b: f64| (a - b).abs() < 1e-30;
+        each_pair(|grid, a, b| {
+            let (middle, near) = (f64::midpoint(a, b), (b - a) * 1e-9);
+            for (x, want) in [(a, a), (a + near, a), (middle - near, a), (middle + near, b), (b - near, b), (b, b)] {
+                let (below, above) = if same(x, want) { (want, want) } else { (a, b) };
+                assert!(same(grid.nearest(x), want), "{grid:?}: {x} goes to {}", grid.nearest(x));
+                assert!(same(grid.below(x), below), "{grid:?}: below {x} is {}", grid.below(x));
+                assert!(same(grid.above(x), above), "{grid:?}: above {x} is {}", grid.above(x));
+            }
+            let tie = grid.nearest(middle);
+            assert!(same(tie, a) || same(tie, b), "{grid:?}: {middle} goes to {tie}");
+        });
+    }
+
+    /// At points and at the middles between them, and one step of f32 beside; around 0 those steps are subnormal.
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "any f32 will do")]
+    fn snap_agrees_with_nearest_where_it_is_close() {
+        each_pair(|grid, a, b| {
+            let beside = |x: f64| [(x as f32).next_down(), x as f32, (x as f32).next_up()];
+            let xs = [a, f64::midpoint(a, b), b].map(beside).concat();
+            let mut snapped = xs.clone();
+            grid.snap(&mut snapped, 0.0);
+            for (x, snapped) in xs.iter().zip(&snapped) {
+                let want = grid.nearest(f64::from(*x));
+                assert!((f64::from(*snapped) - want).abs() < 1e-30, "{grid:?}: {x} goes to {snapped}, not {want}");
+            }
+        });
+        for grid in all() {
+            let xs = [f32::from_bits(1), 1e-40, f32::MIN_POSITIVE, -f32::from_bits(1), -1e-40, -f32::MIN_POSITIVE];
+            let mut snapped = xs;
+            grid.snap(&mut snapped, 0.0);
+            let same = |(x, snapped): (&f32, &f32)| f64::from(*snapped) - grid.nearest(f64::from(*x)) == 0.0;
+            assert!(xs.iter().zip(&snapped).all(same), "{grid:?}: {snapped:?}");
+        }
+    }
+
+    #[test]
+    fn what_lies_outside_saturates() {
+        for grid in all() {
+            let (low, high) = grid.range();
+            let same = |a: f64, b: f64| (a - b).abs() <= 1e-6 * b.abs();
+            for (x, want) in [(low - 1.0, low), (-1e30, low), (f64::NEG_INFINITY, low)] {
+                let got = [grid.nearest(x), grid.below(x), grid.above(x)];
+                assert!(got.iter().all(|&got| same(got, want)), "{grid:?}: {x} goes to {got:?}");
+            }
+            for (x, want) in [(high + 1.0, high), (1e30, high), (f64::INFINITY, high)] {
+                let got = [grid.nearest(x), grid.below(x), grid.above(x)];
+                assert!(got.iter().all(|&got| same(got, want)), "{grid:?}: {x} goes to {got:?}");
+            }
+            let mut xs = [f32::NEG_INFINITY, f32::MIN, f32::MAX, f32::INFINITY];
+            grid.snap(&mut xs, 0.0);
+            let ends = [low, low, high, high];
+            assert!(xs.iter().zip(ends).all(|(x, end)| same(f64::from(*x), end)), "{grid:?}: {xs:?}");
+        }
+    }
+
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "any f32 will do; zero points of up to 16 bits are exact")]
+    fn integers_saturate_at_their_ends_less_the_zero_point() {
+        for grid in all().filter(|grid| grid.info().integer && grid.info().bits <= 16) {
+            let (low, high) = grid.range();
+            for seed in 0..20 {
+                let zero = (low + (high - low) * uniform(seed)).round();
+                let x = |i: u64| (3.0 * (high - low) * (uniform(seed << 32 | i) - 0.5)) as f32;
+                let xs: Vec<f32> = (0..50).map(x).collect();
+                let mut snapped = xs.clone();
+                grid.snap(&mut snapped, zero as f32);
+                for (x, snapped) in xs.iter().zip(&snapped) {
+                    let want = (f64::from(*x).round_ties_even() + zero).clamp(low, high) - zero;
+                    assert!((f64::from(*snapped) - want).abs() < 1e-9, "{grid:?} {zero}: {x} goes to {snapped}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_goes_where_it_is_said_to_go() {
+        for grid in all().filter(|grid| grid.info().bits <= 16) {
+            let nearest = grid.nearest(f64::NAN) - grid.nearest(0.0);
+            assert!(nearest == 0.0, "{grid:?}: {nearest}");
+            let zero = if grid.info().integer { 1.0 } else { 0.0 };
+            let want = if grid.info().integer { grid.range().0 - 1.0 } else { grid.nearest(0.0) };
+            let mut snapped = [f32::NAN];
+            grid.snap(&mut snapped, zero);
+            assert!((f64::from(snapped[0]) - want).abs() < 1e-9, "{grid:?}: {snapped:?}");
         }
     }
 }

@@ -22,6 +22,7 @@ crate::declare_pass! {
         name: "distill",
         source: "divergence of the whole model: Chee et al. 2025 (DiscQuant), arXiv:2501.06417, section 4; scales end to end: Chen et \
                  al. 2024 (EfficientQAT), arXiv:2407.11062, section 3.3; blocks as segments ours",
+        cost: "Per step of `batch` samples: the model forward twice and back once, in float. Memory: parameters of all weights, and the tape of one block at a time.",
         requires: Facts::ROUNDED,
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,

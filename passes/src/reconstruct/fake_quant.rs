@@ -160,4 +160,43 @@ mod tests {
         assert!((400..600).contains(&kept), "{kept}");
         assert_eq!(run(&x, 1000).0, x);
     }
+
+    /// Results, and the gradient of their sum by the logarithm of what the scale is multiplied with.
+    fn by_step(x: &[f32], share: i64, step: f32) -> (Vec<f32>, f32) {
+        let encoding = Encoding::per_tensor(crate::grid::find("uint8").unwrap(), 0.1, 128);
+        let mut tape = Tape::default();
+        let (input, drop, scale): (Slot, Slot, Slot) = (tape.leaf(false), tape.leaf(false), tape.leaf(true));
+        let inputs = vec![Some(input), Some(drop), Some(scale)];
+        let output = tape.push("q", Box::new(FakeQuant { encoding }), inputs, 1)[0];
+        let array = |values: &[f32]| Array::from_shape_vec(vec![values.len()], values.to_vec()).unwrap();
+        let list = Array::from_shape_vec(vec![2], vec![share, 5]).unwrap();
+        let leaves = [(input, Value::Real(array(x))), (drop, Value::Whole(list)), (scale, Value::Real(array(&[step])))];
+        let values = tape.forward::<f32>(leaves).unwrap();
+        let ones = array(&vec![1.0; x.len()]);
+        let grads = tape.backward(&values, [(output, ones)], &[scale]).unwrap();
+        let rounded = values.real(output).unwrap().iter().copied().collect();
+        (rounded, grads[0].as_ref().unwrap().iter().sum())
+    }
+
+    /// x̂ − x where a number is rounded, x̂ where it is cut, nothing where it passes as it is.
+    #[test]
+    fn a_step_is_moved_by_what_is_rounded_and_what_is_cut() {
+        for step in [0.0_f32, 0.3, -0.4] {
+            let (low, high) = (-12.8 * step.exp(), 12.7 * step.exp());
+            let mut all = 0.0;
+            let numbers = [0.04_f32, 0.57, -3.33, 40.0, -40.0];
+            for x in numbers {
+                let (rounded, got) = by_step(&[x], 0, step);
+                let end = x.clamp(low, high);
+                let inside = (x - end).abs() < 1e-6;
+                let want = if inside { rounded[0] - x } else { rounded[0] };
+                assert!((got - want).abs() < 1e-5, "{x} at {step}: {got} {want}");
+                assert!(inside || (rounded[0] - end).abs() < 1e-4, "{x} at {step}: {rounded:?} {end}");
+                assert!(by_step(&[x], 1000, step).1.abs() < 1e-9, "{x} at {step}");
+                all += want;
+            }
+            let got = by_step(&numbers, 0, step).1;
+            assert!((got - all).abs() < 1e-4, "at {step}: {got} {all}");
+        }
+    }
 }

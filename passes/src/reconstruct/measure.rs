@@ -356,4 +356,40 @@ mod tests {
         assert!(Measure::Rows(1e-9).error(&sample, 0, Some(&got)).unwrap().0 < 1e-12);
         assert!(Measure::Square(1.0).gradient(&sample, 0, Some(&got)).unwrap().iter().all(|g| *g == 0.0));
     }
+
+    fn of_rows(values: Vec<f32>) -> Array<f32> {
+        Array::from_shape_vec(vec![1, 3, values.len() / 3], values).unwrap()
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "numbers drawn at random")]
+    fn logits(seed: u64) -> Vec<f32> {
+        (0..24_u64).map(|at| (120.0 * seed::uniform(seed::mixed(seed) ^ at) - 60.0) as f32).collect()
+    }
+
+    /// Σ p ln (p / q) of the softmax of two rows.
+    fn divergence(target: &[f32], got: &[f32]) -> f64 {
+        let logarithms = |row: &[f32]| -> Vec<f64> {
+            let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let apart = |z: &f32| f64::from(*z) - f64::from(top);
+            let sum: f64 = row.iter().map(|z| apart(z).exp()).sum();
+            row.iter().map(|z| apart(z) - sum.ln()).collect()
+        };
+        logarithms(target).iter().zip(logarithms(got)).map(|(p, q)| p.exp() * (p - q)).sum()
+    }
+
+    #[test]
+    fn what_hits_the_target_has_no_error_and_nothing_has_less() {
+        for seed in 0..200 {
+            let (target, got) = (logits(seed), logits(seed + 1000));
+            let sample = Sample { feeds: Vec::new(), targets: vec![of_rows(target.clone())], words: vec![None] };
+            for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Divergence] {
+                let error = |got: &[f32]| measure.error(&sample, 0, Some(&of_rows(got.to_vec()))).unwrap().0;
+                assert!(error(&target).abs() < 1e-9, "{measure:?}: {}", error(&target));
+                assert!(error(&got) >= 0.0, "{measure:?}: {}", error(&got));
+            }
+            let found = Measure::Divergence.error(&sample, 0, Some(&of_rows(got.clone()))).unwrap().0;
+            let want: f64 = target.chunks(8).zip(got.chunks(8)).map(|(target, got)| divergence(target, got)).sum();
+            assert!((found - want).abs() < 1e-3 * (1.0 + want), "{found} {want}");
+        }
+    }
 }

@@ -25,6 +25,7 @@ crate::declare_pass! {
     INFO {
         name: "descend",
         source: "coordinate descent on the layer quadratic; as in CDQuant, arXiv:2406.17542",
+        cost: "m d² multiply-adds per sweep over a weight of m × d, as a matrix product of its size costs for d rows.",
         requires: Facts::ROUNDED,
         establishes: Facts::NONE,
         preserves: Facts::ALL,

@@ -47,6 +47,8 @@ pub static ROUNDINGS: &[&dyn Method] =
 pub trait Method: Debug + Send + Sync {
     /// Name, documentation, source.
     fn about(&self) -> &'static About;
+    /// What it takes.
+    fn cost(&self) -> &'static str;
     /// What can be done once for all rows that share `q`; `None` leaves them to nearest.
     fn prepare(&self, q: &Quadratic) -> Option<Box<dyn Prepared>>;
     /// Whether it needs to know what the weight is multiplied with.
@@ -65,4 +67,107 @@ pub trait Prepared: Send + Sync {
 /// The method called `name`.
 pub fn find(name: &str) -> Option<&'static dyn Method> {
     ROUNDINGS.iter().copied().find(|method| method.about().name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::tile::tests::{exact_losses, random_case};
+    use super::tile::{LANES, Lanes};
+    use super::*;
+
+    /// The slowest method takes a while on each.
+    const CASES: u64 = 24;
+
+    /// What `method` makes of `tile`, or nearest where it leaves that to it.
+    fn rounded(method: &dyn Method, tile: &Tile, grid: &dyn Grid, q: &Quadratic) -> Tile {
+        let mut tile = tile.clone();
+        match method.prepare(q) {
+            Some(prepared) => prepared.round(&mut tile, grid, q),
+            None => tile.nearest(grid),
+        }
+        tile
+    }
+
+    fn moved(columns: &[Lanes]) -> Vec<Lanes> {
+        columns.iter().map(|lanes| std::array::from_fn(|lane| lanes[(5 * lane + 3) % LANES])).collect()
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_its_place_in_the_tile() {
+        for seed in 0..CASES {
+            let (tile, q, grid) = random_case(seed);
+            let elsewhere = Tile {
+                weights: moved(&tile.weights),
+                points: moved(&tile.points),
+                scales: moved(&tile.scales),
+                zeros: moved(&tile.zeros),
+                block: tile.block,
+            };
+            for &method in ROUNDINGS {
+                let (here, there) = (rounded(method, &tile, grid, &q), rounded(method, &elsewhere, grid, &q));
+                assert_eq!(moved(&here.points), there.points, "{} on case {seed}", method.about().name);
+            }
+        }
+    }
+
+    /// Four times as much is exact in every step.
+    #[test]
+    fn the_unit_of_inputs_does_not_matter() {
+        for seed in 0..CASES {
+            let (tile, q, grid) = random_case(seed);
+            let d = q.columns;
+            let h: Vec<f32> = (0..d * d).map(|at| 4.0 * q.h.at(at / d, at % d)).collect();
+            let larger = Quadratic::new(&h, d);
+            for &method in ROUNDINGS {
+                let (one, other) = (rounded(method, &tile, grid, &q), rounded(method, &tile, grid, &larger));
+                assert_eq!(one.points, other.points, "{} on case {seed}", method.about().name);
+            }
+        }
+    }
+
+    #[test]
+    fn no_row_loses_on_nearest_or_leaves_the_grid() {
+        for seed in 0..CASES {
+            let (tile, q, grid) = random_case(seed);
+            let mut nearest = tile.clone();
+            nearest.nearest(grid);
+            let most = exact_losses(&nearest, &q);
+            for &method in ROUNDINGS {
+                let name = method.about().name;
+                let found = rounded(method, &tile, grid, &q);
+                let losses = exact_losses(&found, &q);
+                assert!(losses.iter().zip(&most).all(|(a, b)| a.is_at_most(b)), "{name} on case {seed}");
+                let mut again = found.points.clone();
+                for (column, points) in again.iter_mut().enumerate() {
+                    let zeros = &tile.zeros[column / tile.block];
+                    points.iter_mut().zip(zeros).for_each(|(x, zero)| grid.snap(std::slice::from_mut(x), *zero));
+                }
+                assert_eq!(again, found.points, "{name} on case {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_no_input_tells_apart_is_left_to_nearest() {
+        for seed in 0..CASES {
+            let (tile, q, grid) = random_case(seed);
+            let mut nearest = tile.clone();
+            nearest.nearest(grid);
+            let dead: Vec<usize> = (0..q.columns).filter(|&j| (0..q.columns).all(|k| q.h.at(j, k) == 0.0)).collect();
+            let empty = |lane: &usize| tile.weights.iter().all(|column| column[*lane] == 0.0);
+            let empty: Vec<usize> = (0..LANES).filter(empty).collect();
+            for &method in ROUNDINGS {
+                let name = method.about().name;
+                let found = rounded(method, &tile, grid, &q);
+                for &j in &dead {
+                    let mut pairs = found.points[j].iter().zip(&nearest.points[j]);
+                    assert!(pairs.all(|(a, b)| (a - b).abs() < 1e-6), "{name} on case {seed}, column {j}");
+                }
+                for &lane in &empty {
+                    let mut points = found.points.iter().map(|column| column[lane]);
+                    assert!(points.all(|point| point == 0.0), "{name} on case {seed}, lane {lane}");
+                }
+            }
+        }
+    }
 }

@@ -20,6 +20,10 @@ impl Method for Nearest {
         &ABOUT
     }
 
+    fn cost(&self) -> &'static str {
+        "One division and one rounding per weight; no data."
+    }
+
     fn prepare(&self, _: &Quadratic) -> Option<Box<dyn Prepared>> {
         Some(Box::new(Self))
     }

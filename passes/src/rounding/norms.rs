@@ -232,6 +232,7 @@ fn fitted((variance, covariance): (f64, f64), rows: f64) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::{mixed, uniform};
 
     #[test]
     fn a_channel_that_was_halved_is_doubled_and_noise_shrinks() {
@@ -241,5 +242,28 @@ mod tests {
         assert!((fitted((1.1, 1.0), 1e9).unwrap() - 1.0 / 1.1).abs() < 1e-6);
         assert_eq!(fitted((0.0, 0.0), 1e3), None);
         assert_eq!(fitted((1.0, 3.0), 1e3), None);
+    }
+
+    #[test]
+    fn what_did_not_change_stays() {
+        for (variance, rows) in [(0.3, 256.0), (1e-6, 1e4), (50.0, 1e9)] {
+            assert!((fitted((variance, variance), rows).unwrap() - 1.0).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn what_is_fitted_never_loses_on_what_was() {
+        let mut found = 0;
+        for seed in 0..500_u64 {
+            let draw = |at: u64| uniform(mixed(seed) ^ at);
+            let (variance, rows) = (0.01 + 4.0 * draw(0), 256.0 + 10_000.0 * draw(1));
+            let covariance = 3.0 * variance * draw(2);
+            let Some(a) = fitted((variance, covariance), rows) else { continue };
+            let ridge = 2.0 * variance / rows;
+            let loss = |a: f64| a * a * variance - 2.0 * a * covariance + ridge * (a - 1.0).powi(2);
+            assert!(loss(a) <= loss(1.0) + 1e-12, "{variance} {covariance} {rows}: {a}");
+            found += 1;
+        }
+        assert!(found > 100, "{found}");
     }
 }

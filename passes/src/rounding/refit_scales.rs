@@ -25,6 +25,7 @@ crate::declare_pass! {
     INFO {
         name: "refit-scales",
         source: "least squares on the layer quadratic",
+        cost: "m d² multiply-adds per round, and two sweeps of `descend`.",
         requires: Facts::ROUNDED,
         establishes: Facts::NONE,
         preserves: Facts::ALL,

@@ -20,6 +20,7 @@ crate::declare_pass! {
     INFO {
         name: "round",
         source: "ONNX operator specification, QuantizeLinear-21; the methods name theirs",
+        cost: "What the method costs (`explain METHOD`), rows in parallel. By data it reads Gram matrices that `calibrate` has summed.",
         requires: Facts::ENCODED,
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,

@@ -26,6 +26,10 @@ impl Method for Stochastic {
         &ABOUT
     }
 
+    fn cost(&self) -> &'static str {
+        "Sixteen draws of every weight, each judged by the layer's quadratic: 16 m d² multiply-adds for a weight of m × d."
+    }
+
     fn prepare(&self, _: &Quadratic) -> Option<Box<dyn Prepared>> {
         Some(Box::new(Self))
     }
@@ -39,6 +43,10 @@ impl Prepared for Stochastic {
             for lane in 0..LANES {
                 let mut state = hash(tile, lane, draw);
                 self::draw(&mut drawn, lane, grid, &mut state);
+            }
+            // Where nothing is multiplied, nothing tells points apart: nearest.
+            for dead in (0..q.columns).filter(|&j| q.h.at(j, j) <= 0.0) {
+                drawn.points[dead] = tile.points[dead];
             }
             tile.keep_better(&drawn, q);
         }

@@ -241,6 +241,7 @@ impl Tile {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::seed::{mixed, uniform};
 
     pub(in super::super) fn grid(name: &str) -> &'static dyn Grid {
         crate::grid::find(name).unwrap()
@@ -322,6 +323,202 @@ pub(super) mod tests {
                 let mut other = tile.clone();
                 other.points[column][0] = (other.points[column][0] + step).clamp(-8.0, 7.0);
                 assert!(other.losses(&q)[0] >= best - 1e-5);
+            }
+        }
+    }
+
+    /// Numbers drawn one after the other from a seed.
+    struct Draws {
+        seed: u64,
+        count: u64,
+    }
+
+    impl Draws {
+        fn new(seed: u64) -> Self {
+            Self { seed: mixed(seed), count: 0 }
+        }
+
+        fn below(&mut self, n: usize) -> usize {
+            self.count += 1;
+            usize::try_from(mixed(self.seed ^ self.count) % n as u64).unwrap()
+        }
+
+        #[expect(clippy::cast_possible_truncation, reason = "numbers drawn at random")]
+        fn between(&mut self, low: f64, high: f64) -> f32 {
+            self.count += 1;
+            (low + (high - low) * uniform(self.seed ^ self.count)) as f32
+        }
+
+        fn scale(&mut self) -> f32 {
+            let size = self.between(0.05, 0.3);
+            if self.below(4) == 0 { -size } else { size }
+        }
+
+        /// `n` correlated rows of `d` numbers.
+        fn rows(&mut self, d: usize, n: usize) -> Vec<Vec<f32>> {
+            let row = |_: usize| {
+                let common = self.between(-1.0, 1.0);
+                (0..d).map(|_| common + self.between(-1.0, 1.0)).collect::<Vec<f32>>()
+            };
+            (0..n).map(row).collect()
+        }
+    }
+
+    /// E[x xᵀ] of `rows`.
+    fn moments(rows: &[Vec<f32>]) -> Vec<f32> {
+        let d = rows[0].len();
+        let entry = |at: usize| rows.iter().map(|x| x[at / d] * x[at % d]).sum::<f32>() / rows.len() as f32;
+        (0..d * d).map(entry).collect()
+    }
+
+    /// A tile, a form and a grid of any kind: blocks that do not fill the row, few rows measured or many, at times a
+    /// column that nothing is multiplied with, at times a lane of zeros.
+    pub(in super::super) fn random_case(seed: u64) -> (Tile, Quadratic, &'static dyn Grid) {
+        let mut draws = Draws::new(seed);
+        let d = 1 + draws.below(24);
+        let (block, n) = (1 + draws.below(d), 1 + draws.below(3 * d));
+        let grid = grid(["int2", "int4", "uint4", "float4e2m1", "nf4"][draws.below(5)]);
+        let mut rows = draws.rows(d, n);
+        if draws.below(3) == 0 {
+            let dead = draws.below(d);
+            rows.iter_mut().for_each(|row| row[dead] = 0.0);
+        }
+        let blocks = d.div_ceil(block);
+        let (low, high) = grid.range();
+        let scales: Vec<Lanes> = (0..blocks).map(|_| std::array::from_fn(|_| draws.scale())).collect();
+        let mut zero = || if low < 0.0 { 0.0 } else { draws.below(16) as f32 };
+        let zeros: Vec<Lanes> = (0..blocks).map(|_| std::array::from_fn(|_| zero())).collect();
+        // Some lie beyond what the grid reaches.
+        let beyond = 0.1 * (high - low);
+        let mut weight = |j: usize, l: usize| {
+            let unit = draws.between(low - beyond, high + beyond);
+            (unit - zeros[j / block][l]) * scales[j / block][l]
+        };
+        let mut weights: Vec<Lanes> = (0..d).map(|j| std::array::from_fn(|l| weight(j, l))).collect();
+        if draws.below(3) == 0 {
+            let lane = draws.below(LANES);
+            weights.iter_mut().for_each(|column| column[lane] = 0.0);
+        }
+        let q = Quadratic::new(&moments(&rows), d);
+        (Tile { weights, points: vec![[0.0; LANES]; d], scales, zeros, block }, q, grid)
+    }
+
+    /// What a lane loses, in f64, and what it would lose if no two terms had opposite signs: f32 is off by a share of
+    /// that.
+    #[derive(Debug)]
+    pub(in super::super) struct Exact {
+        pub(in super::super) loss: f64,
+        pub(in super::super) size: f64,
+    }
+
+    impl Exact {
+        pub(in super::super) fn is_at_most(&self, other: &Self) -> bool {
+            self.loss <= other.loss + 1e-5 * (self.size + other.size) + 1e-8
+        }
+    }
+
+    /// The loss of every lane.
+    pub(in super::super) fn exact_losses(tile: &Tile, q: &Quadratic) -> Vec<Exact> {
+        let d = q.columns;
+        let error = |j: usize, lane: usize| {
+            let scale = f64::from(tile.scales[j / tile.block][lane]);
+            f64::from(tile.points[j][lane]) * scale - f64::from(tile.weights[j][lane])
+        };
+        let of_lane = |lane: usize| {
+            let mut exact = Exact { loss: 0.0, size: 0.0 };
+            for at in 0..d * d {
+                let term = error(at / d, lane) * f64::from(q.h.at(at / d, at % d)) * error(at % d, lane);
+                exact.loss += term;
+                exact.size += term.abs();
+            }
+            exact
+        };
+        (0..LANES).map(of_lane).collect()
+    }
+
+    fn all_at_most(these: &[Exact], those: &[Exact]) -> bool {
+        these.iter().zip(those).all(|(this, that)| this.is_at_most(that))
+    }
+
+    #[test]
+    fn no_step_raises_the_loss_of_any_lane_whatever_the_case() {
+        for seed in 0..200 {
+            let (mut tile, q, grid) = random_case(seed);
+            tile.nearest(grid);
+            let mut last = exact_losses(&tile, &q);
+            let mut settled = false;
+            for _ in 0..60 {
+                let mut errors = tile.errors();
+                let moved = tile.descend(grid, &q, &mut errors);
+                let next = exact_losses(&tile, &q);
+                assert!(all_at_most(&next, &last), "case {seed}: {next:?} {last:?}");
+                // f32 may break a tie either way, every time.
+                settled = !moved || all_at_most(&last, &next);
+                last = next;
+                if settled {
+                    break;
+                }
+            }
+            assert!(settled, "case {seed}");
+            let scales = tile.scales.clone();
+            let mut errors = tile.errors();
+            tile.refit_scales(&q, &mut errors);
+            let next = exact_losses(&tile, &q);
+            assert!(all_at_most(&next, &last), "case {seed}, scales: {next:?} {last:?}");
+            let mut pairs = scales.iter().flatten().zip(tile.scales.iter().flatten());
+            assert!(pairs.all(|(before, after)| before * after > 0.0), "case {seed}");
+        }
+    }
+
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "points of grids of up to 4 bits are exact in f32")]
+    fn a_fixed_point_has_no_better_point_anywhere_on_the_grid() {
+        for seed in 0..40 {
+            let (mut tile, q, grid) = random_case(seed);
+            tile.nearest(grid);
+            crate::rounding::descend::descend(&mut tile, grid, &q, 60);
+            let best = exact_losses(&tile, &q);
+            for column in 0..q.columns {
+                for point in (0..16).map(|code| grid.decode(code) as f32) {
+                    let mut other = tile.clone();
+                    other.points[column] = tile.zeros[column / tile.block].map(|zero| point - zero);
+                    assert!(all_at_most(&best, &exact_losses(&other, &q)), "case {seed}, column {column}: {point}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nearest_is_a_fixed_point_where_inputs_do_not_correlate() {
+        for seed in 0..24 {
+            let (mut tile, correlated, grid) = random_case(seed);
+            let d = correlated.columns;
+            let entry = |at: usize| {
+                let (i, j) = (at / d, at % d);
+                if i == j && i % 4 < 3 { correlated.h.at(i, j) } else { 0.0 }
+            };
+            let q = Quadratic::new(&(0..d * d).map(entry).collect::<Vec<f32>>(), d);
+            tile.nearest(grid);
+            let mut errors = tile.errors();
+            assert!(!tile.descend(grid, &q, &mut errors), "case {seed}");
+        }
+    }
+
+    #[test]
+    fn a_loss_is_the_mean_square_of_what_the_output_is_off_by() {
+        for d in [1, 2, 3, 5, 7, 10, 13, 23] {
+            let rows = Draws::new(d as u64).rows(d, 2 * d + 1);
+            let q = Quadratic::new(&moments(&rows), d);
+            let mut tile = random_tile(d, 3, 9);
+            tile.nearest(grid("int4"));
+            for (lane, loss) in tile.losses(&q).into_iter().enumerate() {
+                let error = |j: usize| {
+                    let scale = f64::from(tile.scales[j / tile.block][lane]);
+                    f64::from(tile.points[j][lane]) * scale - f64::from(tile.weights[j][lane])
+                };
+                let output = |row: &Vec<f32>| (0..d).map(|j| f64::from(row[j]) * error(j)).sum::<f64>();
+                let want = rows.iter().map(|row| output(row).powi(2)).sum::<f64>() / rows.len() as f64;
+                assert!((loss - want).abs() < 1e-4 * want + 1e-6, "{d} columns: {loss} {want}");
             }
         }
     }

@@ -57,7 +57,8 @@ pub(super) fn allocate(rows: &[Row], limits: Limits) -> Result<Vec<usize>, f64> 
     for (choice, row) in chosen.iter_mut().zip(rows) {
         let usual = limits.usual.min(row.0.len() - 1);
         let more = row.0[usual].0 - row.0[*choice].0;
-        if *choice < usual && limits.loss.is_none() && cost + more <= most {
+        let idle = row.0[0].1 <= 0.0;
+        if idle && *choice < usual && limits.loss.is_none() && cost + more <= most {
             *choice = usual;
             cost += more;
         }
@@ -85,6 +86,7 @@ fn lower_hull(points: &[(f64, f64)]) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seed::{mixed, uniform};
 
     fn rows() -> Vec<Row> {
         vec![
@@ -130,5 +132,42 @@ mod tests {
     fn spending_stops_when_little_is_lost() {
         let limits = Limits { loss: Some(10.5), ..Limits::default() };
         assert_eq!(spent(&allocate(&rows(), limits).unwrap()), (26.0, 10.5));
+    }
+
+    /// Rows whose costs ascend and whose losses fall, stay, or are nothing at all.
+    fn drawn(seed: u64) -> Vec<Row> {
+        let row = |row: u64| {
+            let random = |at: u64| uniform(seed << 32 | row << 16 | at);
+            let mut point = (0.0, if random(0) < 0.3 { 0.0 } else { 10.0 * random(1) });
+            let next = |i: u64| {
+                let kept = if random(3 * i + 5) < 0.3 { 1.0 } else { random(3 * i + 4) };
+                point = (point.0 + (1.0 + 9.0 * random(3 * i + 3)).floor(), point.1 * kept);
+                point
+            };
+            Row((0..=mixed(seed ^ row << 8) % 5).map(next).collect())
+        };
+        (0..=mixed(seed) % 6).map(row).collect()
+    }
+
+    #[test]
+    fn whatever_the_rows_budgets_hold_and_more_never_loses_more() {
+        for seed in 0..100 {
+            let rows = drawn(seed);
+            let least: f64 = rows.iter().map(|row| row.0[0].0).sum();
+            let most: f64 = rows.iter().map(|row| row.0[row.0.len() - 1].0).sum();
+            for usual in 0..6 {
+                let mut last = f64::INFINITY;
+                for step in 0..=20 {
+                    let budget = least + (most - least) * f64::from(step) / 20.0;
+                    let chosen = allocate(&rows, Limits { cost: Some(budget), loss: None, usual }).unwrap();
+                    let points = || rows.iter().zip(&chosen).map(|(row, &at)| row.0[at]);
+                    let (cost, loss): (f64, f64) = (points().map(|p| p.0).sum(), points().map(|p| p.1).sum());
+                    assert!(cost <= budget * (1.0 + 1e-9), "{seed}: {cost} over {budget} for {rows:?}");
+                    assert!(loss <= last + 1e-9, "{seed}: {loss} after {last} within {budget} for {rows:?}");
+                    last = loss;
+                }
+            }
+            assert_eq!(allocate(&rows, Limits { cost: Some(least - 1.0), ..Limits::default() }), Err(least));
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! Divisors before rounding: ŵ = round(w / S), learned by their logarithms.
+//! Divisors before rounding: ŵ = round(w / S), learned by their logarithms. w is moved so near to the point that was chosen that it rounds
+//! to that while S is 1, and no sign changes.
 
 use super::low_rank::LowRank;
 use super::{Learned, Weight};
@@ -53,16 +54,15 @@ pub(super) struct Divisors {
     lines: Lines,
 }
 
-/// What rounds to the points that were chosen while every divisor is 1: (what is divided, what is added after).
+/// What rounds to the points that were chosen while every divisor is 1.
 fn divided(weight: &Weight, logs: &[f32]) -> Vec<f32> {
-    let parts = weight.within_reach().into_iter().zip(&weight.float).zip(logs);
-    parts.map(|((start, w), log)| w * ((-log.clamp(-REACH, REACH)).exp() - 1.0) + start).collect()
+    let parts = weight.within_reach().into_iter().zip(logs);
+    parts.map(|(w, log)| w * (-log.clamp(-REACH, REACH)).exp()).collect()
 }
 
 /// The gradient by the logarithms of divisors: −w / S each.
 fn by_logs(weight: &Weight, logs: &[f32], gradient: &[f32]) -> Vec<f32> {
-    let each = gradient.iter().zip(&weight.float).zip(logs);
-    each.map(|((g, w), log)| -g * w * (-log.clamp(-REACH, REACH)).exp()).collect()
+    gradient.iter().zip(divided(weight, logs)).map(|(g, w)| -g * w).collect()
 }
 
 impl Divisors {
@@ -102,5 +102,60 @@ impl Learned for Divisors {
 
     fn hard(&self, weight: &Weight) -> Vec<f32> {
         weight.rounded(&divided(weight, &self.logs(weight.points.len())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::weight;
+    use super::*;
+    use crate::seed::{mixed, uniform};
+
+    #[expect(clippy::cast_possible_truncation, reason = "numbers drawn at random")]
+    fn drawn(seed: u64, reach: f64) -> Vec<f32> {
+        (0..24_u64).map(|at| (reach * (2.0 * uniform(mixed(seed) ^ at) - 1.0)) as f32).collect()
+    }
+
+    #[test]
+    fn no_weight_changes_its_sign() {
+        for grid in ["int2", "int3", "int4", "int8", "int4-narrow"] {
+            let weight = weight(grid, 0);
+            for seed in 0..50 {
+                let points = weight.rounded(&divided(&weight, &drawn(seed, 3.0)));
+                for (point, float) in points.iter().zip(&weight.float) {
+                    assert!(point * float >= 0.0, "{grid}: {float} became {point}");
+                }
+            }
+        }
+    }
+
+    /// Central differences of the sum of products of a gradient with what is divided.
+    #[test]
+    fn gradients_are_those_of_what_is_divided() {
+        let step = 0.01_f32;
+        for grid in ["int2", "int4", "float4e2m1"] {
+            let weight = weight(grid, 0);
+            for seed in 0..20 {
+                let (logs, gradient) = (drawn(seed, 2.9), drawn(seed + 1000, 1.0));
+                let at = |by: f32| divided(&weight, &logs.iter().map(|log| log + by).collect::<Vec<f32>>());
+                let (above, below) = (at(step), at(-step));
+                for (i, got) in by_logs(&weight, &logs, &gradient).into_iter().enumerate() {
+                    let want = gradient[i] * (above[i] - below[i]) / (2.0 * step);
+                    assert!((got - want).abs() < 2e-3 * (1.0 + want.abs()), "{grid}, {i}: {got} {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn divisors_of_any_size_stay_finite() {
+        let weight = weight("int4", 0);
+        for log in [1e6_f32, -1e6, f32::MAX, f32::MIN] {
+            let logs = [log; 24];
+            let units = divided(&weight, &logs);
+            let finite = |values: &[f32]| values.iter().all(|v| v.is_finite());
+            assert!(finite(&units) && finite(&weight.rounded(&units)), "{log}");
+            assert!(finite(&by_logs(&weight, &logs, &[1.0; 24])), "{log}");
+        }
     }
 }

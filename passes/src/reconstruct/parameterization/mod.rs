@@ -140,8 +140,9 @@ pub(super) trait Learned: Debug + Send + Sync {
 mod tests {
     use super::*;
     use crate::grid;
+    use crate::seed::{mixed, uniform};
 
-    fn weight(grid: &str, zero: i32) -> Weight {
+    pub(super) fn weight(grid: &str, zero: i32) -> Weight {
         let grid = grid::find(grid).unwrap();
         let n = 24_u16;
         let float: Vec<f32> = (0..n).map(|i| (f32::from(i) - 11.3) * 0.137).collect();
@@ -199,6 +200,48 @@ mod tests {
         for i in 0..24 {
             let (point, next) = (weight.points[i], weight.neighbor(i));
             assert!(((point - next).abs() - 1.0).abs() < 1e-6 && (-2.0..=1.0).contains(&next), "{point} {next}");
+        }
+    }
+
+    /// Some methods have forces of their own: none leads away from points that are nearest.
+    #[test]
+    fn without_gradients_nothing_leaves_its_nearest_point() {
+        for (grid, zero) in GRIDS {
+            let weight = weight(grid, zero);
+            for method in PARAMETERIZATIONS {
+                let mut learned = method.start(&weight, 7);
+                for step in 0..50_u8 {
+                    let progress = f32::from(step) / 50.0;
+                    assert_eq!(learned.soft(progress, &weight).len(), 24);
+                    learned.step(&[0.0; 24], progress, 100.0, &weight);
+                }
+                assert_eq!(learned.hard(&weight), weight.points, "{} on {grid}", method.about().name);
+            }
+        }
+    }
+
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "numbers drawn at random")]
+    fn methods_between_two_points_end_at_one_of_them() {
+        for (grid, zero) in GRIDS {
+            let weight = weight(grid, zero);
+            for name in ["brecq", "lora-rounding", "discquant"] {
+                for seed in 0..10_u64 {
+                    let mut learned = find(name).unwrap().start(&weight, seed);
+                    for step in 0..50_u8 {
+                        let progress = f32::from(step) / 50.0;
+                        let draw = |at: u64| uniform(mixed(seed << 8 | u64::from(step)) ^ at) - 0.5;
+                        let gradient: Vec<f32> = (0..24).map(|at| draw(at) as f32).collect();
+                        assert_eq!(learned.soft(progress, &weight).len(), 24);
+                        learned.step(&gradient, progress, 100.0, &weight);
+                    }
+                    for (i, end) in learned.hard(&weight).into_iter().enumerate() {
+                        let (point, neighbor) = (weight.points[i], weight.neighbor(i));
+                        let apart = (end - point).abs().min((end - neighbor).abs());
+                        assert!(apart < 1e-6, "{name} on {grid}: {end} is neither {point} nor {neighbor}");
+                    }
+                }
+            }
         }
     }
 }
