@@ -174,3 +174,30 @@ fn weights_alone_need_no_samples_and_say_what_that_costs() {
     let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && said.contains("OQ3004"), "{said}");
 }
+
+/// Of small floats with as many bits every weight gets the one that fits it best.
+#[test]
+fn small_floats_that_fit_better_are_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let formats = |how: &str| {
+        let out = folder.path().join("q.onnx");
+        let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+        let pipeline = format!(
+            "infer-shapes, fold-constants, *(eliminate-identity, fold-batch-norm, fold-affine, fold-constants, infer-shapes, drop-dead), \
+             calibrate, assign-encodings{{formats={how}}}, round"
+        );
+        let args = ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--scheme", "we4m1a8", "--json"];
+        let json =
+            tool_ok(&[&args[..], &["--target", "onnx-qdq", "--pipeline", &pipeline, "--progress", "none"]].concat());
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["verify"]["passed"], true, "{json:#}");
+        let layers = json["layers"].as_array().unwrap().clone();
+        let names = layers.iter().filter_map(|layer| layer["weight"]["format"].as_str().map(str::to_owned));
+        (names.collect::<std::collections::BTreeSet<String>>(), json["fidelity"]["sqnr_db"].as_f64().unwrap())
+    };
+    let (asked, before) = formats("asked");
+    let (found, after) = formats("search");
+    assert_eq!(asked.into_iter().collect::<Vec<_>>(), ["e4m1"]);
+    assert!(!found.contains("e4m1") && found.iter().all(|name| name.len() == 4), "{found:?}");
+    assert!(after > before + 3.0, "{before} {after}");
+}

@@ -1,6 +1,7 @@
 //! Which nodes run on codes, and how each of their tensors is written.
 
 mod encode;
+mod formats;
 mod select;
 mod tables;
 mod weights;
@@ -43,6 +44,10 @@ crate::declare_pass! {
             OptionInfo { name: "keep", doc: "the share that percentile keeps, 0.9999 by default" },
             OptionInfo { name: "least-db", doc: "matrix products whose activation would keep fewer decibels of its usual values stay in float; off by default" },
             OptionInfo { name: "reach", doc: "the share of a token's range that its codes span, in schemes of `tok`: 0.9 for 4 bits and fewer, else 1" },
+            OptionInfo {
+                name: "formats",
+                doc: "asked (default): that of the scheme; search: of all small floats of as many bits the one that fits each weight best",
+            },
             OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max, mse (default), or cfp, which cuts outliers off long rows" },
         ],
     }
@@ -62,6 +67,8 @@ struct AssignEncodings {
     least: Option<f64>,
     /// What share of a token's range its codes span.
     reach: Option<f64>,
+    /// Whether every weight has the small float that fits it best.
+    search: bool,
 }
 
 /// That share for integers of 4 bits and fewer: what is cut off costs less than finer steps gain. Source: Ashkboos et al. 2024,
@@ -91,11 +98,21 @@ impl AssignEncodings {
         if reach.is_some_and(|reach| !(0.1..=1.0).contains(&reach)) {
             return Err(OptionError { option: "reach".into(), problem: "it must lie between 0.1 and 1".into() });
         }
-        Ok(Self { observer, products, weights: WeightScale::of(options)?, least: options.number("least-db")?, reach })
+        let search = match options.text("formats", "asked") {
+            "asked" => false,
+            "search" => true,
+            other => {
+                let problem = format!("`{other}` is none of asked, search");
+                return Err(OptionError { option: "formats".into(), problem });
+            }
+        };
+        let weights = WeightScale::of(options)?;
+        Ok(Self { observer, products, weights, least: options.number("least-db")?, reach, search })
     }
 }
 
 /// How a node is to be written.
+#[derive(Clone, Copy)]
 struct Goal {
     scheme: Scheme,
     weights: WeightScale,
@@ -107,6 +124,8 @@ struct Goal {
 struct Goals {
     base: Goal,
     by_node: BTreeMap<NodeId, Goal>,
+    /// Those whose format was searched for, which come before the others.
+    found: BTreeMap<NodeId, Goal>,
 }
 
 impl Goals {
@@ -125,11 +144,11 @@ impl Goals {
                 by_node.insert(id, goal(*scheme)?);
             }
         }
-        Ok(Self { base: goal(cx.scheme)?, by_node })
+        Ok(Self { base: goal(cx.scheme)?, by_node, found: BTreeMap::new() })
     }
 
     fn of(&self, node: NodeId) -> &Goal {
-        self.by_node.get(&node).unwrap_or(&self.base)
+        self.found.get(&node).or_else(|| self.by_node.get(&node)).unwrap_or(&self.base)
     }
 }
 
@@ -216,7 +235,10 @@ impl Pass for AssignEncodings {
                 "the model is quantized already ({n} tensors are): give the float model it was made from"
             )));
         }
-        let goals = Goals::new(model, cx, self.weights)?;
+        let mut goals = Goals::new(model, cx, self.weights)?;
+        if self.search {
+            goals.found = formats::search(model, cx, &goals);
+        }
         let observers = encode::Observers { usual: self.observer.as_ref(), products: self.products.as_ref() };
         let select = |coarse: &select::Coarse| {
             if cx.scheme.fixes_ranges() {
@@ -251,6 +273,10 @@ impl Pass for AssignEncodings {
             let mut reason = choice.reason();
             if let Some(goal) = goals.by_node.get(node).filter(|_| quantized) {
                 let _ = write!(reason, "; {} by `--set`", goal.scheme);
+            }
+            if let Some(goal) = goals.found.get(node).filter(|_| quantized) {
+                let _ = write!(reason, "; {} fits its weight best", goal.weight_grid.info().about.name);
+                patch.count("formats found", 1);
             }
             patch.edit(Edit::Decide { node: *node, decision: Decision { quantized, reason } });
         }
