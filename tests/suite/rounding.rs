@@ -9,7 +9,7 @@ use passes::sensitivity::{Metric, Probe};
 use passes::target::Scheme;
 
 use super::equalize::{Rows, matrix};
-use super::fixture;
+use super::{fixture, text, tool_ok};
 
 fn plain(model: &str) -> Model {
     import::file(&fixture(&format!("models/{model}.onnx"))).unwrap().model
@@ -148,4 +148,27 @@ fn norms_take_part_of_the_loss_back() {
         assert_eq!((without.0, with.0), (0, rows));
         assert!(with.1 < without.1, "{} is not below {}", with.1, without.1);
     }
+}
+
+/// Rows weigh what is at stake: other codes than without, the same on any number of threads.
+#[test]
+fn stakes_change_codes_and_depend_on_no_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let quantized = |stakes: &str, threads: &str| {
+        let out = folder.path().join(format!("{stakes}-{threads}.onnx"));
+        let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+        let pipeline = format!(
+            "infer-shapes, fold-constants, *(eliminate-identity, fold-batch-norm, fold-affine, fold-constants, infer-shapes, drop-dead), \
+             calibrate, assign-encodings, round-in-order{{stakes={stakes}, refit=1}}"
+        );
+        let args =
+            ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--scheme", "w3a8", "--samples", "24"];
+        let more = ["--pipeline", &pipeline, "--threads", threads, "--progress", "none", "--json"];
+        let json: serde_json::Value = serde_json::from_str(&tool_ok(&[&args[..], &more].concat())).unwrap();
+        assert_eq!(json["verify"]["passed"], true, "{json:#}");
+        std::fs::read(out).unwrap()
+    };
+    let weighed = quantized("1", "1");
+    assert!(weighed == quantized("1", "2"), "other bytes on two threads");
+    assert!(weighed != quantized("0", "1"), "weights change nothing");
 }

@@ -50,7 +50,10 @@ pub(crate) fn stakes(
         Err(reason) => return Ok(Err(reason)),
     };
     if chain.samples() < samples {
-        let reason = format!("memory holds what {} of {samples} samples need", chain.samples());
+        let reason = format!(
+            "memory holds what {} of {samples} samples need: allow more with --max-memory, or pass fewer with --samples",
+            chain.samples()
+        );
         return Ok(Err(reason));
     }
     let all: Vec<usize> = (0..samples).collect();
@@ -74,6 +77,9 @@ pub(crate) fn stakes(
             if cx.progress.cancelled() {
                 return Err(PassError::Interrupted);
             }
+            if let Some(reason) = crowded(&stakes, samples, cx) {
+                return Ok(Err(reason));
+            }
             if let Err(error) = chain.trace(batch, seed::mixed(SEED ^ draw), &see) {
                 return Ok(Err(error.to_string()));
             }
@@ -83,6 +89,23 @@ pub(crate) fn stakes(
     cx.progress.end();
     let stakes = stakes.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     Ok(Ok(stakes.into_iter().filter(|(_, samples)| tells(samples)).collect()))
+}
+
+/// Why memory does not hold a number per row of all layers and `samples`, by those that there are.
+fn crowded(stakes: &Mutex<Stakes>, samples: usize, cx: &PassContext<'_>) -> Option<String> {
+    let stakes = stakes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let seen = stakes.values().map(|all| all.iter().filter(|rows| !rows.is_empty()).count()).max().unwrap_or(0);
+    let numbers: usize = stakes.values().flatten().map(Vec::len).sum();
+    // They are kept twice while roots are made of them.
+    let needed = 8 * (numbers / seen.max(1)) as u64 * samples as u64;
+    let left = cx.state_budget.saturating_add(cx.pair_budget);
+    (needed > left).then(|| {
+        format!(
+            "a number per row of all layers takes {} MB for {samples} samples, and {} MB are left: pass fewer with --samples",
+            needed / 1_000_000,
+            left / 1_000_000
+        )
+    })
 }
 
 /// Whether there is something for every sample, all of it numbers and not all 0.

@@ -9,6 +9,7 @@ use super::norms::{self, Norm};
 use super::prefix::{self, Inputs, Measured, Reading, Roots};
 use super::refit_scales::refit;
 use super::{Method, round, work};
+use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::exec::Dataset;
 use crate::id::{NodeId, Site};
 use crate::ir::Graph;
@@ -41,7 +42,7 @@ crate::declare_pass! {
         name: "round-in-order",
         source: "order: Frantar et al. 2022, arXiv:2210.17323, section 5; target: Zhong et al. 2024 (ERQ), arXiv:2407.06794, \
                  section 3.2; norms: Li et al. 2023, arXiv:2309.02784, in closed form; the sum's error ours",
-        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `stakes` adds two runs forward and back; `learn` what the parameterization costs.",
+        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs.",
         requires: Facts::ENCODED,
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,
@@ -141,13 +142,26 @@ impl RoundInOrder {
     }
 
     /// What rows weigh.
-    fn roots(&self, model: &Model, cx: &PassContext<'_>, patch: &mut Patch) -> Result<Roots, PassError> {
+    fn roots(
+        &self,
+        model: &Model,
+        layers: &[Inputs],
+        cx: &PassContext<'_>,
+        patch: &mut Patch,
+    ) -> Result<Roots, PassError> {
         if self.stakes <= 0.0 {
             return Ok(Roots::default());
         }
         match stakes(model, cx, DRAWS, "stakes")? {
             Ok(stakes) => {
                 patch.count("layers weighed by what is at stake", stakes.len() as u64);
+                let without = layers.iter().filter(|layer| !stakes.contains_key(&layer.node));
+                for node in without.filter_map(|layer| model.graph().node(layer.node)) {
+                    let message =
+                        "no gradients arrive from the outputs, or they are no numbers: its rows weigh the same";
+                    let place = Place::Node(Arc::clone(&node.name));
+                    patch.note(Diagnostic::new(diag::NO_MOMENTS, Severity::Note, place, message));
+                }
                 Ok(Roots::of_stakes(stakes, self.stakes))
             }
             Err(reason) => Err(PassError::Model(format!("stakes={}: gradients do not tell: {reason}", self.stakes))),
@@ -238,7 +252,7 @@ impl Pass for RoundInOrder {
         let mut work = model.clone();
         let users = Users::of(model.graph());
         let mut layers = layers(model, &users);
-        let roots = self.roots(model, cx, &mut patch)?;
+        let roots = self.roots(model, &layers, cx, &mut patch)?;
         for layer in &mut layers {
             layer.reading.weighed_for = Some(layer.node).filter(|node| roots.weigh(*node));
         }
