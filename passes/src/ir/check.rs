@@ -30,6 +30,7 @@ pub fn check(graph: &Graph) -> Result<(), CheckError> {
     let fail = |place: &str, problem: String| Err(CheckError { place: place.into(), problem });
     let mut names = BTreeSet::new();
     let mut ready = vec![false; graph.n_values()];
+    let inputs: BTreeSet<ValueId> = graph.inputs.iter().copied().collect();
     for id in graph.value_ids() {
         let value = graph.value(id);
         if value.name.is_empty() || !names.insert(&value.name) {
@@ -41,7 +42,9 @@ pub fn check(graph: &Graph) -> Result<(), CheckError> {
                     return fail(&value.name, format!("says it is output {index} of a node that does not say so"));
                 }
             }
-            Def::Input | Def::Const(_) | Def::Capture(_) => ready[id.index()] = true,
+            // What was an input once is nothing any more.
+            Def::Input => ready[id.index()] = inputs.contains(&id),
+            Def::Const(_) | Def::Capture(_) => ready[id.index()] = true,
         }
     }
     for (id, node) in graph.nodes() {

@@ -40,7 +40,8 @@ impl Rewrite for EliminateIdentity {
     fn rewrite(&self, site: &RewriteSite<'_>, patch: &mut Patch) -> Result<(), Miss> {
         let (graph, node) = (site.graph(), site.node);
         let (from, to) = node.output(0).zip(node.input(0)).ok_or(Miss::NoMatch)?;
-        if !does_nothing(graph, node) || !can_redirect(graph, from, to) {
+        let in_codes = site.model.plan().encodes_any_of(graph, site.id);
+        if !does_nothing(graph, node) || !can_redirect(graph, from, to) || in_codes {
             return Err(Miss::NoMatch);
         }
         // An output changes hands once a round: a chain is seen again when its first link is done.

@@ -41,7 +41,11 @@ impl Rewrite for FoldPad {
         let conv = site.node;
         let input = conv.input(0).ok_or(Miss::NoMatch)?;
         let (pad_id, pad) = site.sole_producer(input).filter(|(_, node)| node.op.is("Pad")).ok_or(Miss::NoMatch)?;
-        if patch.touches(pad_id) || site.model.plan().encoding_of_use(site.graph(), site.id, 0).is_some() {
+        let plan = site.model.plan();
+        if patch.touches(pad_id)
+            || plan.encodes_any_of(site.graph(), pad_id)
+            || site.model.plan().encoding_of_use(site.graph(), site.id, 0).is_some()
+        {
             return Err(Miss::NoMatch);
         }
         if conv.text("auto_pad", "NOTSET") != "NOTSET" {
