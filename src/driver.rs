@@ -20,7 +20,7 @@ use crate::recipe::{pipeline_text, pipelines};
 pub use crate::request::{Error, Kept, Request, Rest, Select};
 use crate::resume::{keep_budget, open_journal, paused, resumed};
 use crate::verify::{self, Fidelity, Verdict};
-use crate::{exec, import, lint, samples, stats};
+use crate::{exec, import, lint, samples, stats, targets};
 
 /// A stage and the time it took.
 #[derive(Clone, Debug)]
@@ -292,6 +292,15 @@ fn check_request(request: &Request) -> Result<(), Error> {
         } else {
             format!("--cache {bits}: numbers in a cache have 4 or 8 bits")
         }));
+    }
+    if let Some(bits) = request.cache.filter(|_| !request.target.accepts().caches) {
+        let take =
+            targets::TARGETS.iter().filter(|target| target.accepts().caches).map(|target| target.info().about.name);
+        return Err(Error::Target(format!(
+            "--cache {bits}: {} takes no caches in codes; {} do",
+            request.target.info().about.name,
+            take.collect::<Vec<_>>().join(" and ")
+        )));
     }
     if let Some(method) = request.learn.as_ref().filter(|_| !pipeline_text(request).contains("round-in-order")) {
         return Err(Error::Input(format!(

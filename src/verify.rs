@@ -155,9 +155,12 @@ pub fn fidelity(
     }
     let of = |value: &ValueId| taps.binary_search(value).map(|at| noise[at]).unwrap_or_default();
     let end = |value: &ValueId| ends.noise.get(value).copied().unwrap_or_else(|| of(value));
-    // What caches hold that are apart is in a basis of their own.
+    // What smoothed caches hold is in a basis of their own.
     let caches = passes::caches::find(graph).0;
-    let is_own = |value: &ValueId| caches.iter().any(|cache| cache.is_apart && cache.present == *value);
+    let is_own = |value: &ValueId| {
+        let before = given.and_then(|given| given.find(&graph.value(*value).name));
+        before.is_some_and(|before| before != *value) && caches.iter().any(|cache| cache.present == *value)
+    };
     let returned = graph.outputs().iter().filter(|value| is_f32(graph, **value) && !is_own(value));
     let outputs: Vec<Noise> = returned.map(end).collect();
     let mut total = Noise::default();

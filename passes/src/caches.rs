@@ -89,7 +89,10 @@ fn at(graph: &Graph, users: &Users, past: ValueId) -> Result<Cache, String> {
     };
     let (new, present) = ends(graph, node).ok_or("what its Concat gives is not returned")?;
     let is_apart = other.is_some();
-    if is_apart && users.of_value(present).iter().any(|user| matches!(user, User::Input { .. })) {
+    if new == past {
+        return Err("it is put behind itself".into());
+    }
+    if is_apart && !users.of_value(present).iter().all(|user| matches!(user, User::Output)) {
         return Err(format!("its Concat is read in the model, and {}", reason()));
     }
     let (node_of_site, input) = other.map_or((append, 0), |(id, input, _)| (id, input));
@@ -107,7 +110,8 @@ fn at(graph: &Graph, users: &Users, past: ValueId) -> Result<Cache, String> {
 /// What `concat` puts behind its first input, and its result, if it is a `Concat` of two that the graph returns.
 fn ends(graph: &Graph, concat: &Node) -> Option<(ValueId, ValueId)> {
     (concat.op.is("Concat") && concat.inputs.len() == 2).then_some(())?;
-    let present = concat.output(0).filter(|present| graph.outputs().contains(present))?;
+    let present = concat.output(0)?;
+    (graph.outputs().iter().filter(|output| **output == present).count() == 1).then_some(())?;
     Some((concat.input(1).filter(|new| graph.constant(*new).is_none())?, present))
 }
 

@@ -86,6 +86,8 @@ pub struct Accepts {
     pub products_of_activations: bool,
     /// Whether what stays in float may be written in 16 bits.
     pub half: bool,
+    /// Whether caches of decoders may be codes whose scales come in beside them.
+    pub caches: bool,
     /// Whether it runs one sample at a time: an open leading extent is written as 1.
     pub one_sample: bool,
 }
@@ -102,6 +104,7 @@ impl Accepts {
         whole_blocks: false,
         products_of_activations: true,
         half: false,
+        caches: false,
         one_sample: false,
     };
 

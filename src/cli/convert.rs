@@ -45,17 +45,15 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let imported = import::in_f32(&args.model).map_err(Error::input)?;
     driver::guard_inputs(&emit::main_file(target, &args.output), &args.model, &imported.external)?;
     samples::refuse_herding(&request)?;
-    let dataset = samples::open(&request, Slot::of(imported.model.graph()))?;
     let executor = driver::executor(&request.executor, &imported.model)?;
     let progress = Shown::new(args.data.progress);
-    let mut cx = PassContext {
-        dataset: dataset.as_ref().map(|data| data as &dyn Dataset),
-        threads: request.threads,
-        progress: &progress,
-        ..PassContext::new(target, executor.as_ref())
-    };
+    let mut cx =
+        PassContext { threads: request.threads, progress: &progress, ..PassContext::new(target, executor.as_ref()) };
     let pipeline = Pipeline::parse(PIPELINE, &passes::catalogue::passes()).map_err(Error::input)?;
     let (model, trace) = PassManager::default().run(&pipeline, imported.model, &mut cx)?;
+    // Caches in codes have become float inputs.
+    let dataset = samples::open(&request, Slot::of(model.graph()))?;
+    cx.dataset = dataset.as_ref().map(|data| data as &dyn Dataset);
     trace.notes.iter().for_each(|note| eprint(&format!("{note}\n")));
     if model.plan().is_empty() {
         return Err(Error::Input(format!(

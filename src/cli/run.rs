@@ -35,12 +35,9 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let imported = import::in_f32(&args.model).map_err(Error::input)?;
     driver::guard_inputs(&args.output, &args.model, &imported.external)?;
     samples::refuse_herding(&request)?;
-    let dataset = samples::open(&request, Slot::of(imported.model.graph()))?;
-    let dataset = dataset.ok_or_else(|| Error::Input("samples are needed: pass them with --data".into()))?;
     let executor = driver::executor(&request.executor, &imported.model)?;
     let progress = Shown::new(args.data.progress);
     let mut cx = PassContext {
-        dataset: Some(&dataset),
         threads: request.threads,
         progress: &progress,
         ..PassContext::new(target_named("ort-cpu")?, executor.as_ref())
@@ -51,6 +48,9 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     );
     let (model, _) = PassManager::default().run(&pipeline.map_err(Error::input)?, imported.model, &mut cx)?;
     let graph = model.graph();
+    // Caches in codes have become float inputs.
+    let dataset = samples::open(&request, Slot::of(graph))?;
+    let dataset = dataset.ok_or_else(|| Error::Input("samples are needed: pass them with --data".into()))?;
     let simulation =
         Simulation::prepare(graph, model.plan(), executor.as_ref(), graph.outputs()).map_err(Error::input)?;
     let mut outputs: Vec<Joined> = graph.outputs().iter().map(|_| Joined::default()).collect();

@@ -28,6 +28,7 @@ static INFO: TargetInfo = TargetInfo {
 };
 
 static ACCEPTS: Accepts = Accepts {
+    caches: false,
     activations: Activations::BySign,
     per_channel: PerChannel::Only(&["Conv"]),
     bias: Bias::Int32,

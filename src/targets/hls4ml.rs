@@ -26,6 +26,7 @@ static INFO: TargetInfo = TargetInfo {
 };
 
 pub(super) static ACCEPTS: Accepts = Accepts {
+    caches: false,
     activations: Activations::BySign,
     per_channel: PerChannel::Only(&[]),
     bias: Bias::Int32,

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use passes::about::About;
 use passes::lower::Dialect;
 use passes::model::Model;
-use passes::target::{Goal, LowerError, Lowered, RangesOf, Rule, Scheme, Target, TargetInfo};
+use passes::target::{Accepts, Goal, LowerError, Lowered, RangesOf, Rule, Scheme, Target, TargetInfo};
 
 use super::ort_cpu;
 
@@ -31,6 +31,10 @@ impl Target for OnnxQdq {
 
     fn rules(&self) -> &'static [Rule] {
         ort_cpu::RULES
+    }
+
+    fn accepts(&self) -> &'static Accepts {
+        &ort_cpu::ACCEPTS
     }
 
     fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {

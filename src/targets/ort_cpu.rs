@@ -7,7 +7,7 @@ use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::ir::Node;
 use passes::lower::Dialect;
 use passes::model::Model;
-use passes::target::{Goal, LowerError, Lowered, Outcome, RangesOf, Rule, Scheme, Target, TargetInfo};
+use passes::target::{Accepts, Goal, LowerError, Lowered, Outcome, RangesOf, Rule, Scheme, Target, TargetInfo};
 
 use super::NORMALIZE;
 
@@ -25,6 +25,9 @@ static INFO: TargetInfo = TargetInfo {
     },
     version: "1.31.1",
 };
+
+/// Nodes of ours compute with caches in codes.
+pub(super) static ACCEPTS: Accepts = Accepts { caches: true, ..Accepts::USUAL };
 
 /// What fuses. Everything else runs in float between dequantize and quantize, where those nodes would only cost time.
 pub(super) static RULES: &[Rule] = &[
@@ -62,6 +65,10 @@ impl Target for OrtCpu {
 
     fn rules(&self) -> &'static [Rule] {
         RULES
+    }
+
+    fn accepts(&self) -> &'static Accepts {
+        &ACCEPTS
     }
 
     fn pipeline(&self, goal: Goal, scheme: &Scheme) -> Cow<'static, str> {

@@ -26,6 +26,7 @@ static INFO: TargetInfo = TargetInfo {
 };
 
 static ACCEPTS: Accepts = Accepts {
+    caches: false,
     activations: Activations::BySign,
     per_channel: PerChannel::Everywhere,
     bias: Bias::Int32,

@@ -26,6 +26,7 @@ static INFO: TargetInfo = TargetInfo {
 };
 
 static ACCEPTS: Accepts = Accepts {
+    caches: false,
     activations: Activations::Symmetric,
     per_channel: PerChannel::Only(&[]),
     bias: Bias::Int32,

@@ -27,7 +27,7 @@ class Reader(CalibrationDataReader):
 start = time.perf_counter()
 q = MatMulNBitsQuantizer(model, block_size=32, is_symmetric=True, algo_config=GPTQWeightOnlyQuantConfig(calibration_data_reader=Reader()))
 q.process()
-print(time.perf_counter() - start, flush=True)
+print(); print(time.perf_counter() - start, flush=True)
 m = q.model.model if hasattr(q.model, "model") else q.model
 onnx.save(m, out)
 '''
@@ -49,7 +49,7 @@ def main():
             for what, options in ours.items():
                 times[what].append(run([*common, *options, '-o', tmp / f'{what}.onnx']) or sys.exit(f'ours, {what}: it fails'))
             try:
-                peer = subprocess.run([o.peer, '-c', PEER, model, feeds, tmp / 'peer.onnx', o.samples], capture_output=True, text=True, timeout=o.limit)
+                peer = subprocess.run([o.peer, '-c', PEER, model, feeds, tmp / 'peer.onnx', o.samples], capture_output=True, text=True, timeout=o.limit, cwd=model.parent)
                 if peer.returncode: sys.exit(peer.stderr[-2000:])
                 theirs.append(float(peer.stdout.splitlines()[-1]))
             except subprocess.TimeoutExpired:

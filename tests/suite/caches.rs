@@ -69,8 +69,9 @@ fn what_is_no_cache_or_does_not_fit_is_refused_by_name() {
         std::fs::write(path("model.oq"), source).unwrap();
         tool_ok(&["cat", text(&path("model.oq")), "--to", "onnx", "-o", text(&path("model.onnx"))]);
         let (model, out) = (path("model.onnx"), path("out.onnx"));
-        let args = ["quantize", text(&model), "-o", text(&out), "--recipe", "fast", "--scheme", "w8a16g32"];
-        let output = tool(&[&args[..], &["--progress", "none"], options].concat());
+        let args = ["quantize", text(&model), "-o", text(&out), "--recipe", "fast", "--progress", "none"];
+        let scheme = if options.contains(&"tensorrt") { "w4a16g128" } else { "w8a16g32" };
+        let output = tool(&[&args[..], &["--scheme", scheme], options].concat());
         assert!(!output.status.success() && !out.exists(), "{options:?}");
         String::from_utf8(output.stderr).unwrap()
     };
@@ -79,6 +80,58 @@ fn what_is_no_cache_or_does_not_fit_is_refused_by_name() {
     assert!(said.contains("no input is a cache") && said.contains("past_keys"), "{said}");
     let said = refused(&decoder(15, APPEND), &["--target", "onnx-qdq", "--cache", "4"]);
     assert!(said.contains("past_keys") && said.contains("rows of 15"), "{said}");
+    let said = refused(&decoder(16, APPEND), &["--target", "tensorrt", "--cache", "8"]);
+    assert!(said.contains("tensorrt") && said.contains("ort-cpu and onnx-qdq"), "{said}");
     let said = refused(&decoder(16, APPEND), &["--target", "onnx-qdq", "--cache", "5"]);
     assert!(said.contains("4 or 8 bits"), "{said}");
+}
+
+/// Graphs that look like caches and are none: nothing panics, and what cannot be written says so.
+#[test]
+fn near_misses_of_caches_are_carried_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, out) = (folder.path().join("model.onnx"), folder.path().join("out.onnx"));
+    for concat in [
+        "%present_keys = Concat(%past_keys, %past_keys) {axis=1}",
+        "%present_keys = Concat(%k, %past_keys) {axis=1}",
+        "%present_keys = Concat(%past_keys, %k) {axis=2}",
+        "%present_keys = Concat(%past_keys, %k, %k) {axis=1}",
+        "%present_keys = Concat(%past_keys, %k) {axis=9}",
+    ] {
+        let source = folder.path().join("model.oq");
+        std::fs::write(&source, decoder(16, concat)).unwrap();
+        if !tool(&["cat", text(&source), "--to", "onnx", "-o", text(&model)]).status.success() {
+            continue; // refused before
+        }
+        let args = ["quantize", text(&model), "-o", text(&out), "--recipe", "fast", "--scheme", "w8a16g32"];
+        let output = tool(&[&args[..], &["--target", "onnx-qdq", "--cache", "8", "--progress", "none"]].concat());
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && !said.contains("panicked") && !said.contains("a bug"), "{concat}: {said}");
+    }
+}
+
+/// What a file with caches in codes computes by our own arithmetic, from float samples.
+#[test]
+fn files_with_caches_in_codes_run_on_float_samples() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("model.oq"), decoder(16, APPEND)).unwrap();
+    tool_ok(&["cat", text(&path("model.oq")), "--to", "onnx", "-o", text(&path("model.onnx"))]);
+    std::fs::create_dir(path("data")).unwrap();
+    let floats =
+        |n: usize| (0..n).flat_map(|i| (((i * 37) % 19) as f32 / 9.0 - 1.0).to_le_bytes()).collect::<Vec<u8>>();
+    let (x, past) = (floats(2 * 32), floats(3 * 16));
+    let view =
+        |shape: Vec<usize>, bytes| safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, bytes).unwrap();
+    let views = [("x", view(vec![1, 2, 32], &x)), ("past_keys", view(vec![1, 3, 16], &past))];
+    std::fs::write(path("data/0.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    let (model, out, data) = (path("model.onnx"), path("out.onnx"), path("data"));
+    let args = ["quantize", text(&model), "-o", text(&out), "--data", text(&data), "--scheme", "w8a16g32", "--json"];
+    let json = tool_ok(&[&args[..], &["--target", "onnx-qdq", "--cache", "8", "--progress", "none"]].concat());
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["verify"]["passed"], true, "{json:#}");
+    assert!(json["fidelity"]["sqnr_db"].as_f64().unwrap() > 25.0, "{json:#}");
+    let results = path("results.safetensors");
+    tool_ok(&["run", text(&out), "--data", text(&data), "-o", text(&results), "--progress", "none"]);
+    tool_ok(&["convert", text(&out), "--data", text(&data), "-o", text(&path("again.onnx")), "--target", "onnx-qdq"]);
 }

@@ -47,7 +47,7 @@ impl Pass for EncodeCaches {
         &INFO
     }
 
-    fn run(&self, model: &Model, _: &PassContext<'_>) -> Result<Patch, PassError> {
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         let mut patch = Patch::on(model);
         let graph = model.graph();
         let (caches, others) = caches::find(graph);
@@ -66,9 +66,15 @@ impl Pass for EncodeCaches {
         }
         for cache in caches {
             let name = &graph.value(cache.past).name;
+            let append = graph.node(cache.append).map(|node| &*node.name);
+            let names = [Some(&**name), Some(&*graph.value(cache.present).name), append];
+            if names.into_iter().flatten().any(|name| cx.keep_float.contains_key(name)) {
+                patch.count("kept float", 1);
+                continue;
+            }
             let encoding = cache.encoding(self.bits).ok_or_else(|| {
                 PassError::Model(format!(
-                    "cache `{name}`: two codes of 4 bits do not fill bytes in rows of {}",
+                    "cache `{name}`: two codes of 4 bits do not fill bytes in rows of {}: leave it in float with --keep-float",
                     cache.row.1
                 ))
             })?;

@@ -19,7 +19,8 @@ crate::declare_pass! {
     ///
     /// A row of codes has one range for all of its channels; where those are of one size, few bits go further. What the model computes
     /// with stays as it was, and so does what it returns but for the caches, which only it reads. Two operations per number of the past and
-    /// two per new one, when the model runs. Samples must come without a past, which would be in the old basis.
+    /// two per new one, when the model runs. Samples must come without a past, which would be in the old basis: otherwise, and without
+    /// samples, caches stay as they are.
     INFO {
         name: "smooth-caches",
         source: "Yue et al. 2024 (WKVQuant), arXiv:2402.12065, section 3.2, the static part of its two-dimensional quantization",
@@ -57,7 +58,19 @@ impl Pass for SmoothCaches {
         };
         let mut outputs = graph.outputs().to_vec();
         let mut names = Vec::new();
-        for (cache, ranges) in caches.iter().zip(measure(graph, cx, dataset, &caches)?) {
+        let measured = match measure(graph, cx, dataset, &caches)? {
+            Ok(measured) => measured,
+            Err((past, sample)) => {
+                let place = Place::Value(graph.value(past).name.clone());
+                let message = format!(
+                    "smooth-caches: {sample} brings a past, whose numbers would mean something else: caches stay as they are; give samples \
+                     with none"
+                );
+                patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, place, message));
+                return Ok(patch);
+            }
+        };
+        for (cache, ranges) in caches.iter().zip(measured) {
             let Some(shape) =
                 constants_shape(graph, cache).filter(|shape| shape.iter().product::<usize>() == ranges.len())
             else {
@@ -85,13 +98,13 @@ fn constants_shape(graph: &Graph, cache: &Cache) -> Option<Vec<usize>> {
     shape.iter().enumerate().map(extent).collect()
 }
 
-/// The ranges of the channels of what every cache takes in.
+/// The ranges of the channels of what every cache takes in; or the past that a sample brings, and which.
 fn measure(
     graph: &Graph,
     cx: &PassContext<'_>,
     dataset: &dyn Dataset,
     caches: &[Cache],
-) -> Result<Vec<Ranges>, PassError> {
+) -> Result<Result<Vec<Ranges>, (ValueId, String)>, PassError> {
     let taps: Vec<ValueId> = caches.iter().map(|cache| cache.new).collect();
     let float = Simulation::prepare(graph, &Plan::default(), cx.executor, &taps)?;
     let mut ranges: Vec<Ranges> = vec![Vec::new(); caches.len()];
@@ -104,27 +117,22 @@ fn measure(
         for cache in caches {
             let at = graph.inputs().iter().position(|input| *input == cache.past);
             if at.and_then(|at| feeds.get(at)).is_some_and(|past| !past.is_empty()) {
-                let name = &graph.value(cache.past).name;
-                return Err(PassError::Model(format!(
-                    "sample {} has a past in `{name}`, whose numbers would mean something else: give samples without one, or leave \
-                     smooth-caches out",
-                    dataset.name(index)
-                )));
+                return Ok(Err((cache.past, dataset.name(index))));
             }
         }
         for ((cache, ranges), new) in caches.iter().zip(&mut ranges).zip(float.run(&feeds)?) {
-            widen(ranges, &new, cache.axis);
+            widen(ranges, &new, cache);
         }
         cx.progress.step();
     }
     cx.progress.end();
-    Ok(ranges)
+    Ok(Ok(ranges))
 }
 
-/// Widens `ranges`, one per index of all axes but the first and `axis`, by the numbers of `tensor`.
-fn widen(ranges: &mut Ranges, tensor: &Tensor, axis: usize) {
-    let shape = tensor.shape();
-    let Some(values) = tensor.values::<f32>() else { return };
+/// Widens `ranges`, one per index of all axes but the first and the one along which `cache` grows, by the numbers of `tensor`.
+fn widen(ranges: &mut Ranges, tensor: &Tensor, cache: &Cache) {
+    let (shape, axis) = (tensor.shape(), cache.axis);
+    let Some(values) = tensor.values::<f32>().filter(|_| shape.len() == cache.row.0 + 1) else { return };
     let inner: usize = shape[axis + 1..].iter().product();
     let outer: usize = shape[1..axis].iter().product();
     let extent = shape[axis];
@@ -147,7 +155,12 @@ fn smooth(model: &Model, cache: &Cache, shape: &[usize], ranges: &Ranges, patch:
     let graph = model.graph();
     let one = |(low, high): &(f32, f32)| {
         let (half, middle) = ((high - low) / 2.0, f32::midpoint(*low, *high));
-        if half.is_normal() && middle.is_finite() { (half, middle) } else { (1.0, 0.0) }
+        match (half.is_normal(), middle.is_finite()) {
+            (true, true) => (half, middle),
+            // A constant.
+            (false, true) => (1.0, middle),
+            (_, false) => (1.0, 0.0),
+        }
     };
     let (halves, middles): (Vec<f32>, Vec<f32>) = ranges.iter().map(one).unzip();
     let name = &graph.value(cache.past).name;

@@ -71,7 +71,7 @@ impl Lowering<'_> {
             place: format!("cache `{name}`"),
             problem: "a bug in onnx-quant: a cache of integers without zero points".into(),
         })?;
-        let bytes = if is_packed(encoding) { self.packed_rows(&new, cache, codes)? } else { codes };
+        let bytes = if is_packed(encoding) { self.packed_rows(&new, (cache, encoding), codes)? } else { codes };
         let types = self.types(cache, encoding, cache.present);
         for (((part, old), added), ty) in PARTS.into_iter().zip(past).zip([bytes, scale, zero_point]).zip(types) {
             let result = if part.is_empty() { name.to_string() } else { self.fresh(&format!("{name}{part}")) };
@@ -113,9 +113,13 @@ impl Lowering<'_> {
     }
 
     /// `codes`, two in a byte.
-    fn packed_rows(&mut self, name: &str, cache: &Cache, codes: ValueId) -> Result<ValueId, LowerError> {
-        let [half, ..] =
-            self.types(cache, &cache.encoding(4).unwrap_or_else(|| unreachable!("it has 4 bits")), cache.new);
+    fn packed_rows(
+        &mut self,
+        name: &str,
+        (cache, encoding): (&Cache, &Encoding),
+        codes: ValueId,
+    ) -> Result<ValueId, LowerError> {
+        let [half, ..] = self.types(cache, encoding, cache.new);
         let (low, high) =
             (self.typed(&format!("{name}.low"), half.clone()), self.typed(&format!("{name}.high"), half.clone()));
         let size = i64::try_from(cache.row.1 / 2).unwrap_or(i64::MAX);

@@ -99,8 +99,6 @@ fn at(graph: &Graph, users: &Users, id: NodeId, node: &Node) -> Option<Found> {
     let (reader, input) = walk.only_reader(float)?;
     let axis = |node: &Node| positive_axis(node.int("axis", 0), rank).filter(|axis| axis + 1 < rank);
     let grown = axis(graph.node(walk.append(bytes)?)?)?;
-    let concat = graph.node(reader).filter(|node| node.op.is("Concat") && node.inputs.len() == 2 && input == 0);
-    let concat = concat.filter(|node| axis(node) == Some(grown));
     let mut present = past;
     let mut added = past;
     for (end, added) in present.iter_mut().zip(&mut added) {
@@ -122,12 +120,44 @@ fn at(graph: &Graph, users: &Users, id: NodeId, node: &Node) -> Option<Found> {
     let same =
         rows.encoding == Encoding::dynamic_rows(grid, row, size, 1.0) && graph.value(new).ty.rank() == Some(rank);
     walk.seen.extend(rows.makers);
+    // What is computed with is the past with the same rows behind it, maybe rounded, or something of its own.
+    let reads = graph.node(reader)?;
+    let is_both = reads.op.is("Concat") && reads.inputs.len() == 2 && input == 0 && axis(reads) == Some(grown);
+    let both = if is_both && leads_to(graph, reads.input(1)?, new) { Ok(reader) } else { Err((grown, new)) };
+    walk.is_alone(&past, float, &present).then_some(())?;
     let site = Site::Use { node: reader, input };
-    let both = concat.map(|_| reader).ok_or((grown, new));
     same.then_some(Found { past, float, site, both, encoding: rows.encoding, present, makers: walk.seen })
 }
 
+/// Whether `value` is `source`, or what a pair makes of it.
+fn leads_to(graph: &Graph, mut value: ValueId, source: ValueId) -> bool {
+    const LONGEST: usize = 5;
+    for _ in 0..LONGEST {
+        if value == source {
+            return true;
+        }
+        let pair = ["Reshape", "DequantizeLinear", "Clip", "QuantizeLinear"];
+        let made = graph.producer(value).filter(|(_, node)| pair.iter().any(|op| node.op.is(op)));
+        let Some(before) = made.and_then(|(_, node)| node.input(0)) else { return false };
+        value = before;
+    }
+    false
+}
+
 impl<'a> Walk<'a> {
+    /// Whether the inputs in `past` and all that was walked, but for the past in `float`, serve this cache alone, and what is `present` the
+    /// caller alone, once.
+    fn is_alone(&self, past: &[ValueId], float: ValueId, present: &[ValueId]) -> bool {
+        let seen = |user: &User| matches!(user, User::Input { node, .. } if self.seen.contains(node));
+        let makes =
+            |id: &NodeId| self.graph.node(*id).into_iter().flat_map(|node| node.outputs.iter().flatten().copied());
+        let inner = self.seen.iter().flat_map(makes).filter(|value| *value != float && !present.contains(value));
+        let mut own = past.iter().copied().chain(inner);
+        own.all(|value| self.users.of_value(value).iter().all(seen))
+            && present.iter().all(|value| matches!(self.users.of_value(*value), [User::Output]))
+            && present.iter().all(|value| self.graph.outputs().iter().filter(|output| *output == value).count() == 1)
+    }
+
     /// The node that computes `value`, if it is an `op`.
     fn node(&mut self, value: ValueId, op: &str) -> Option<&'a Node> {
         let (id, node) = self.graph.producer(value).filter(|(_, node)| node.op.is(op))?;

@@ -202,8 +202,11 @@ impl Selector<'_> {
         if let Some(option) = self.keep_float.get(&*node.name) {
             return Some(format!("kept in float by `{option}`"));
         }
-        let past = |input: u16| self.model.plan().encoding(Site::Use { node: id, input }).is_some();
-        if (0..2).any(past) {
+        let past = |input: usize| {
+            let input = u16::try_from(input).unwrap_or(u16::MAX);
+            self.model.plan().encoding(Site::Use { node: id, input }).is_some()
+        };
+        if (0..node.inputs.len()).any(past) {
             return Some("it reads a cache in codes".into());
         }
         for &value in node.inputs.iter().chain(&node.outputs).flatten() {
