@@ -7,10 +7,10 @@ PYTHON is one with onnxruntime, onnx and PyTorch, which ONNX Runtime's `GPTQWeig
 its own time without imports. Ours: GPTQ alone (`--recipe balanced`), and `best`, whole runs of the program. A peer that is not done after
 --limit seconds is stopped, and the ratio is then a lower bound. The model is minilm, or with --language-model what smollm2.py wrote to DIR.
 """
-import argparse, statistics, subprocess, sys, tempfile
+import argparse, json, statistics, subprocess, sys, tempfile
 from pathlib import Path
 
-from peers import run, score
+from peers import run
 
 PEER = '''
 import copy, glob, sys, time
@@ -33,16 +33,21 @@ onnx.save(m, out)
 '''
 
 
+def score(zoo, name, model, float_model):
+    r = subprocess.run([sys.executable, zoo / 'zoo.py', 'score', name, model, '--json', '--float', float_model], capture_output=True, text=True)
+    return {k: round(v, 4) for k, v in json.loads(r.stdout).items() if k not in ('bytes', 'seconds')} if r.returncode == 0 else 'does not load or run'
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--tool', required=True); p.add_argument('--zoo', required=True); p.add_argument('--peer', required=True); p.add_argument('--language-model')
     p.add_argument('--samples', default='128'); p.add_argument('--limit', type=float, default=900); p.add_argument('--repeat', type=int, default=1)
     o = p.parse_args(); zoo = Path(o.zoo).resolve()
-    name, model, head = ('smollm2', Path(o.language_model) / 'smollm2-135m.onnx', []) if o.language_model else ('minilm', zoo / 'models/minilm-l6.onnx', [])
+    name, model = ('smollm2', Path(o.language_model).resolve() / 'smollm2-135m.onnx') if o.language_model else ('minilm', zoo / 'models/minilm-l6.onnx')
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp); feeds = tmp / 'feeds'
         subprocess.run([sys.executable, zoo / 'zoo.py', 'feeds', name, '--out', feeds], check=True, stdout=subprocess.DEVNULL)
-        common = [o.tool, 'quantize', model, '--scheme', 'w4a16g32', '--data', feeds, '--samples', o.samples, '--progress', 'none', *head]
+        common = [o.tool, 'quantize', model, '--scheme', 'w4a16g32', '--data', feeds, '--samples', o.samples, '--progress', 'none']
         ours = {'gptq': ['--recipe', 'balanced'], 'best': ['--recipe', 'best']}
         times, theirs, stopped = {what: [] for what in ours}, [], False
         for _ in range(o.repeat):  # in turn, so that the machine's mood is shared
@@ -56,9 +61,9 @@ def main():
                 stopped = True; theirs.append(o.limit)
         for what in ours:
             wall, cpu, memory = (statistics.median(x) for x in zip(*times[what]))
-            print(f'ours, {what}: {wall:.1f} s wall, {cpu:.1f} s CPU, {memory:.0f} MB, score {score(zoo, name, tmp / f"{what}.onnx")}', flush=True)
+            print(f'ours, {what}: {wall:.1f} s wall, {cpu:.1f} s CPU, {memory:.0f} MB, score {score(zoo, name, tmp / f"{what}.onnx", model)}', flush=True)
         wall, mine = statistics.median(theirs), statistics.median(t[0] for t in times['gptq'])
-        end = 'stopped unfinished' if stopped else f'score {score(zoo, name, tmp / "peer.onnx")}'
+        end = 'stopped unfinished' if stopped else f'score {score(zoo, name, tmp / "peer.onnx", model)}'
         print(f'ONNX Runtime: {wall:.1f} s wall = {"at least " if stopped else ""}{wall / mine:.1f} x, {end}', flush=True)
 
 
