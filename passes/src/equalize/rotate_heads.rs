@@ -174,9 +174,39 @@ fn turns(tensor: &Arc<Tensor>, n: usize, size: usize) -> bool {
     tensor.dtype() == DType::F32 && tensor.shape().len() <= 2 && n > 0 && n.is_multiple_of(size)
 }
 
-/// The known extent of the last axis of `value`.
+/// The extent of the last axis of `value`: as its type has it, or as the nodes that make it say.
 fn last(graph: &Graph, value: ValueId) -> Option<usize> {
-    graph.value(value).ty.tensor()?.shape.as_ref()?.last()?.known()
+    /// So many nodes are asked.
+    const FURTHEST: usize = 8;
+    let mut value = value;
+    for _ in 0..FURTHEST {
+        let known = graph.value(value).ty.tensor().and_then(|ty| ty.shape.as_ref()?.last()?.known());
+        if known.is_some() {
+            return known;
+        }
+        let (_, node) = graph.producer(value)?;
+        value = match &*node.op.name {
+            "Reshape" => return reshaped(graph, node),
+            "Expand" | "Identity" => node.input(0)?,
+            "Transpose" if keeps_last(node) => node.input(0)?,
+            "MatMul" => node.input(1)?,
+            _ => return None,
+        };
+    }
+    None
+}
+
+/// The last extent that `reshape` is asked for, where that alone is constant.
+fn reshaped(graph: &Graph, reshape: &Node) -> Option<usize> {
+    let (_, joined) = graph.producer(reshape.input(1)?).filter(|(_, node)| node.op.is("Concat"))?;
+    let tail = graph.constant(joined.inputs.last().copied().flatten()?)?.integers()?;
+    tail.last().and_then(|n| usize::try_from(*n).ok()).filter(|n| *n > 0)
+}
+
+/// Whether `transpose` leaves the last axis where it is.
+fn keeps_last(transpose: &Node) -> bool {
+    let perm = transpose.ints("perm").unwrap_or_default();
+    perm.last().is_some_and(|last| usize::try_from(*last).is_ok_and(|last| last + 1 == perm.len()))
 }
 
 /// Whether `node` hands runs of `size` numbers along the last axis on as they are.
@@ -188,10 +218,7 @@ fn keeps_runs(graph: &Graph, node: &Node, size: usize) -> bool {
     match &*node.op.name {
         // The order of numbers stays, so whole runs do.
         "Reshape" | "Unsqueeze" | "Squeeze" => whole(node.input(0)) && whole(node.output(0)),
-        "Transpose" => {
-            let perm = node.ints("perm").unwrap_or_default();
-            perm.last().is_some_and(|last| usize::try_from(*last).is_ok_and(|last| last + 1 == perm.len()))
-        }
+        "Transpose" => keeps_last(node),
         // Only extents of 1 grow.
         "Expand" => whole(node.input(0)),
         "Identity" => true,
