@@ -1,14 +1,13 @@
 //! Caches of decoders: tensors that a model reads from its last run, extends, and returns for the next.
 //!
 //! A cache is a float input that a `Concat` puts what is new behind, and whose result the model returns; what the model computes with is that
-//! result, or what one other node makes of the past. Written as codes, the input is
-//! codes with a scale and a zero point per row, the rows of this run are read as they are, and only what is returned of them is rounded:
+//! result, or what one other node makes of the past. Written as codes, the input is codes with a scale and a zero point per row, the rows of this run are read as they are, and only what is returned of them is rounded:
 //! codes that lie in the cache are never rounded again.
 //!
 //! Source: Yue et al. 2024 (`WKVQuant`), arXiv:2402.12065, section 3.1, past-only quantization; Liu et al. 2024 (`KIVI`),
 //! arXiv:2402.02750, for ranges per token.
 
-use crate::encoding::{Encoding, Granularity};
+use crate::encoding::Encoding;
 use crate::grid;
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::walk::{User, Users};
@@ -119,11 +118,8 @@ fn ends(graph: &Graph, concat: &Node) -> Option<(ValueId, ValueId)> {
 pub fn encoded(graph: &Graph, plan: &Plan) -> Vec<(Cache, Encoding)> {
     let of = |cache: Cache| {
         let encoding = plan.encoding(cache.site)?;
-        let Granularity::DynamicRows { axis, size } = encoding.granularity else { return None };
-        let known = [8, 4].into_iter().any(|bits| {
-            cache.encoding(bits).is_some_and(|known| known.grid.info().about.name == encoding.grid.info().about.name)
-        });
-        (known && (axis, size) == cache.row).then(|| (cache, encoding.clone()))
+        let known = [8, 4].into_iter().any(|bits| cache.encoding(bits).as_ref() == Some(encoding));
+        known.then(|| (cache, encoding.clone()))
     };
     find(graph).0.into_iter().filter_map(of).collect()
 }

@@ -85,13 +85,15 @@ impl Path {
     fn through(graph: &Graph, users: &Users, id: NodeId, node: &Node) -> Option<Self> {
         let (shares, values) = (node.input(0)?, node.input(1)?);
         (graph.constant(shares).is_none() && graph.constant(values).is_none() && shares != values).then_some(())?;
+        // A row alone would be summed over itself.
+        graph.value(values).ty.rank().filter(|rank| *rank > 1)?;
         let size = last(graph, values).filter(|size| *size > 1)?;
         let mut steps = vec![(id, None)];
         let mut value = values;
         loop {
             let (_, reads) = users.only_input(value)?;
             let (producer, made) = graph.producer(value)?;
-            let in_place = reads == 0 || producer_is_product(graph, users, value);
+            let in_place = reads == 0 || takes_right_operand(graph, users, value);
             in_place.then_some(())?;
             match &*made.op.name {
                 "MatMul" if made.op.domain.is_empty() => {
@@ -163,8 +165,8 @@ impl Path {
     }
 }
 
-/// Whether only a product reads `value`, as its right operand.
-fn producer_is_product(graph: &Graph, users: &Users, value: ValueId) -> bool {
+/// Whether a product alone reads `value`, as its right operand, or a sum.
+fn takes_right_operand(graph: &Graph, users: &Users, value: ValueId) -> bool {
     let reader = users.only_input(value).and_then(|(id, input)| Some((graph.node(id)?, input)));
     reader.is_some_and(|(node, input)| node.op.is("MatMul") && input == 1 || node.op.is("Add"))
 }

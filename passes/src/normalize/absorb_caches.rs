@@ -115,8 +115,6 @@ fn at(graph: &Graph, users: &Users, id: NodeId, node: &Node) -> Option<Found> {
     let parameters = quantize.input(1) == Some(added[1]) && quantize.input(2) == Some(added[2]);
     let new = quantize.input(0)?;
     let rows = absorb_rows::of(graph, quantize, grid).filter(|_| parameters)?;
-    // What is put behind the past as read may itself be read through a pair.
-    let Granularity::DynamicRows { .. } = rows.encoding.granularity else { return None };
     let same =
         rows.encoding == Encoding::dynamic_rows(grid, row, size, 1.0) && graph.value(new).ty.rank() == Some(rank);
     walk.seen.extend(rows.makers);

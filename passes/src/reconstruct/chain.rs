@@ -61,8 +61,8 @@ struct Carried {
 pub(super) enum Pull {
     /// Gradients of its errors.
     Errors,
-    /// Gradients [drawn](Measure::drawn) from this seed, squared sample by sample; at most [`LANES`] samples at once.
-    Squares(u64),
+    /// Gradients [drawn](Measure::drawn) from this seed. [`Chain::sweep`] squares them sample by sample, of at most [`LANES`] at once.
+    Drawn(u64),
 }
 
 /// All activations in float, in thousandths.
@@ -335,7 +335,7 @@ impl Chain {
                 let sums = total.iter_mut().zip(lane?).filter(|(_, sum)| !sum.is_empty());
                 match pull {
                     Pull::Errors => sums.for_each(|(total, sum)| add(total, sum.into_iter())),
-                    Pull::Squares(_) => sums.for_each(|(total, sum)| add(total, sum.into_iter().map(|g| g * g))),
+                    Pull::Drawn(_) => sums.for_each(|(total, sum)| add(total, sum.into_iter().map(|g| g * g))),
                 }
             }
             see(at, link.program.gradients(total))?;
@@ -376,8 +376,7 @@ impl Chain {
         for link in self.links.iter().rev() {
             let leaves = link.program.float_leaves();
             let back = |(state, i): (&mut Carried, &usize)| {
-                let grads =
-                    self.back((link, Pull::Squares(drawn)), &leaves, *i, state, FLOAT, &link.program.results)?;
+                let grads = self.back((link, Pull::Drawn(drawn)), &leaves, *i, state, FLOAT, &link.program.results)?;
                 see(link, *i, grads);
                 Ok(())
             };
@@ -404,7 +403,7 @@ impl Chain {
         for (slot, place) in self.returned(link) {
             let (measure, targets) = (self.measures[place], self.targets(i)?);
             let grad = match pull {
-                Pull::Squares(seed) => measure.drawn(
+                Pull::Drawn(seed) => measure.drawn(
                     &targets,
                     place,
                     values.real(slot),

@@ -88,7 +88,7 @@ fn squares(chain: &Chain, cx: &PassContext<'_>, all: &[usize]) -> Result<Vec<Vec
             weights.for_each(|(sum, square)| add(sum, square.into_iter()));
             Ok(())
         };
-        chain.sweep(batch, FLOAT, Pull::Squares(seed::mixed(SEED)), &mut leaves, &mut see)?;
+        chain.sweep(batch, FLOAT, Pull::Drawn(seed::mixed(SEED)), &mut leaves, &mut see)?;
         cx.progress.step();
     }
     Ok(sums)
