@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::exec::{Dataset, Executor, Progress};
+use passes::imagine::Remembered;
 use passes::ir::Graph;
 use passes::model::Model;
 use passes::pass::{Instrument, Pass, PassContext, PassManager, Pipeline, Trace};
@@ -121,6 +122,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let mut manager = PassManager::new(instruments, false);
     // Statistics go by the names that tensors have once the graph is plain.
     let (plain, rest) = pipeline.split_at_calibration();
+    let remembered = Remembered::of(imported.model.graph());
     let (mut model, mut trace) = manager.run(&plain, imported.model, &mut cx)?;
     let given = model.graph().clone();
     if let Some(files) = dataset.as_mut().filter(|_| request.select == Select::Herding) {
@@ -129,8 +131,8 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         let chosen = samples::herded(request, &model, files, &pool)?;
         files.keep(&chosen);
     }
-    let varied = samples::augmented(request, &model, dataset.as_ref(), executor.as_ref(), progress)?;
-    let fitted_to = samples::all(varied.as_ref(), dataset.as_ref());
+    let varied = samples::augmented(request, (&model, &remembered), dataset.as_ref(), executor.as_ref(), progress)?;
+    let fitted_to = samples::all(varied.as_deref(), dataset.as_ref());
     let journal = open_journal(request, &text, &external)?;
     let mut cx = context(request, executor.as_ref(), fitted_to, &overrides, progress);
     let estimated_bytes = fit_memory(request, &model, &mut cx, rest.passes().any(Pass::keeps_samples))?;

@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use passes::exec::{Dataset, Executor, Progress};
+use passes::imagine::Remembered;
 use passes::model::Model;
 use passes::pass::{PassContext, RunError};
 
-use crate::dataset::{Augmented, Files, Slot};
+use crate::dataset::{Augmented, Files, Imagined, Slot};
 use crate::driver::{Error, Request, Select};
 
 /// The samples of a request, when it names any.
@@ -44,31 +45,36 @@ pub(crate) fn hold_out(request: &Request, files: Option<&mut Files>) -> Result<O
     Ok(Some(judge))
 }
 
-/// The samples of `files` and the variants of them that `request` asks for.
+/// The samples of `files` and the others that `request` asks for: variants where `model` takes token ids; made by it where its batch norms
+/// remembered `remembered`.
 ///
 /// # Errors
-/// [`Error::Input`] where there are no samples, or `model` takes no token ids.
+/// [`Error::Input`] where there are no samples, or `model` has neither.
 pub(crate) fn augmented<'a>(
     request: &Request,
-    model: &Model,
+    (model, remembered): (&Model, &[Remembered]),
     files: Option<&'a Files>,
     executor: &dyn Executor,
     progress: &dyn Progress,
-) -> Result<Option<Augmented<'a>>, Error> {
-    match (request.augment, files) {
-        (0, _) => Ok(None),
-        (_, None) => Err(Error::Input("--augment makes variants of the samples of --data, and there are none".into())),
-        (times, Some(files)) => {
-            let augmented = Augmented::new(files, model.graph(), times).map_err(Error::input)?;
-            let spoken = augmented.spoken(model.graph(), executor, progress);
-            if progress.cancelled() { Err(Error::Interrupted) } else { Ok(Some(spoken)) }
-        }
+) -> Result<Option<Box<dyn Dataset + 'a>>, Error> {
+    let times = request.augment;
+    if times == 0 {
+        return Ok(None);
     }
+    let nothing = || Error::Input("--augment makes samples like those of --data, and there are none".into());
+    let (files, graph) = (files.ok_or_else(nothing)?, model.graph());
+    let made: Option<Box<dyn Dataset + 'a>> = match Augmented::new(files, graph, times).map_err(Error::input)? {
+        Some(words) => Some(Box::new(words.spoken(graph, executor, progress))),
+        None => Imagined::new(files, (graph, remembered), times, executor, progress)
+            .map_err(Error::input)?
+            .map(|made| Box::new(made) as Box<dyn Dataset + 'a>),
+    };
+    if progress.cancelled() { Err(Error::Interrupted) } else { Ok(made) }
 }
 
 /// What a run is fitted to.
-pub(crate) fn all<'a>(varied: Option<&'a Augmented<'a>>, given: Option<&'a Files>) -> Option<&'a dyn Dataset> {
-    varied.map(|all| all as &dyn Dataset).or(given.map(|files| files as &dyn Dataset))
+pub(crate) fn all<'a>(varied: Option<&'a dyn Dataset>, given: Option<&'a Files>) -> Option<&'a dyn Dataset> {
+    varied.or(given.map(|files| files as &dyn Dataset))
 }
 
 /// Refuses what only `quantize` can do with samples.

@@ -24,6 +24,7 @@ pub mod grid;
 pub mod half;
 pub mod herding;
 pub mod id;
+pub mod imagine;
 pub mod ir;
 pub mod journal;
 mod lockstep;

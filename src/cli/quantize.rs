@@ -32,7 +32,7 @@ pub(crate) struct Args {
     /// Leave so many samples, spread over all, out of everything but judging: the summary's fidelity and --max-drop go by them.
     #[arg(long, value_name = "N", default_value_t = 0)]
     hold_out: usize,
-    /// Fit to so many variants of every sample as well, with half of its token ids drawn anew: for text models of few samples.
+    /// Fit to so many more samples per sample as well, where there are few: half of the token ids drawn anew; for models with batch norms, inputs for which these see what they saw in training.
     #[arg(long, value_name = "N", default_value_t = 0)]
     augment: usize,
     /// Use statistics measured by `onnx-quant stats` instead of samples.

@@ -46,19 +46,17 @@ pub struct Augmented<'a> {
 impl<'a> Augmented<'a> {
     /// `files`, followed by `times` variants of every sample for the model `graph`.
     ///
+    /// `None` where no input of it holds token ids, which index tables of [`LEAST_ROWS`] rows or more.
+    ///
     /// # Errors
-    /// [`DataError`] where no input of `graph` holds token ids, or a sample cannot be read.
-    pub fn new(files: &'a Files, graph: &Graph, times: usize) -> Result<Self, DataError> {
+    /// [`DataError`] where a sample cannot be read.
+    pub fn new(files: &'a Files, graph: &Graph, times: usize) -> Result<Option<Self>, DataError> {
         let tokens = find_tokens(graph);
         if tokens.is_empty() {
-            let problem = format!(
-                "--augment draws token ids anew, and no input of the model indexes a table of {LEAST_ROWS} rows or more: give more \
-                 samples instead"
-            );
-            return Err(DataError { sample: "every sample".into(), problem });
+            return Ok(None);
         }
         let marks = marks(files, &tokens)?;
-        Ok(Self { files, tokens, marks, times, drawn: None })
+        Ok(Some(Self { files, tokens, marks, times, drawn: None }))
     }
 
     /// The same, with words drawn by the model `graph` itself where it is a decoder.
@@ -219,7 +217,7 @@ mod tests {
         let ids = written(folder.path());
         let model = passes::text::parse(MODEL).unwrap();
         let files = Files::open(folder.path(), Slot::of(model.graph()), None, None).unwrap();
-        let augmented = Augmented::new(&files, model.graph(), 3).unwrap();
+        let augmented = Augmented::new(&files, model.graph(), 3).unwrap().unwrap();
         assert_eq!((files.len(), augmented.len()), (30, 120));
         let (mut words, mut changed) = (0, 0);
         for index in 0..120 {
@@ -240,19 +238,18 @@ mod tests {
         assert!(changed * 100 > words * 42 && changed * 100 < words * 58, "{changed} of {words}");
         let backwards: Vec<usize> = (0..30).rev().collect();
         let turned = files.only(&backwards);
-        let turned = Augmented::new(&turned, model.graph(), 3).unwrap();
+        let turned = Augmented::new(&turned, model.graph(), 3).unwrap().unwrap();
         assert_eq!(turned.sample(30 + 29).unwrap(), augmented.sample(30).unwrap(), "in whatever order samples come");
         assert_ne!(augmented.sample(30).unwrap(), augmented.sample(60).unwrap(), "variants differ");
         assert!(augmented.name(45).contains("variant 1"));
     }
 
     #[test]
-    fn a_model_without_a_vocabulary_is_refused() {
+    fn a_model_without_a_vocabulary_has_no_variants() {
         let folder = tempfile::tempdir().unwrap();
         written(folder.path());
         let model = passes::text::parse(&MODEL.replace("2000", "999")).unwrap();
         let files = Files::open(folder.path(), Slot::of(model.graph()), None, None).unwrap();
-        let error = Augmented::new(&files, model.graph(), 1).unwrap_err();
-        assert!(error.to_string().contains("a table of 1000 rows"), "{error}");
+        assert!(Augmented::new(&files, model.graph(), 1).unwrap().is_none());
     }
 }

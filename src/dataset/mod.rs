@@ -9,6 +9,7 @@ mod drawn;
 mod files;
 mod fit;
 mod images;
+mod imagined;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +20,7 @@ use passes::tensor::Tensor;
 
 pub use augment::Augmented;
 pub use images::{ImageError, ImageOptions};
+pub use imagined::Imagined;
 
 /// Feeds kept in memory: workers ask for neighbors.
 const KEPT: usize = 2;

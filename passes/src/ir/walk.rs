@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Def, Graph, Node};
+use super::{Def, Graph, Node, TensorType};
 use crate::id::{NodeId, ValueId};
 
 /// One reader of a value.
@@ -126,4 +126,12 @@ pub fn extract(graph: &Graph, inputs: &[ValueId], outputs: &[ValueId]) -> Graph 
     part.inputs = inputs.iter().copied().chain(missing).collect();
     part.outputs = outputs.to_vec();
     part
+}
+
+/// `graph` with its input `value` declared as of `shape`.
+pub(crate) fn with_input_of(mut graph: Graph, value: ValueId, shape: &[usize]) -> Graph {
+    if let Some(dtype) = graph.value(value).ty.dtype() {
+        graph.values[value.index()].ty = super::Type::Tensor(TensorType::known(dtype, shape));
+    }
+    graph
 }

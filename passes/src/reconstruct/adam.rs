@@ -4,7 +4,7 @@
 ///
 /// Source: Kingma and Ba 2015, arXiv:1412.6980, algorithm 1.
 #[derive(Clone, Debug)]
-pub(super) struct Adam {
+pub(crate) struct Adam {
     first: Vec<f32>,
     second: Vec<f32>,
     steps: i32,
@@ -14,12 +14,12 @@ const DECAY: (f32, f32) = (0.9, 0.999);
 const EPSILON: f32 = 1e-12;
 
 impl Adam {
-    pub(super) fn new(n: usize) -> Self {
+    pub(crate) fn new(n: usize) -> Self {
         Self { first: vec![0.0; n], second: vec![0.0; n], steps: 0 }
     }
 
     /// Moves `parameters` against `gradient`, each by `rate` where its gradient always had the same sign.
-    pub(super) fn step(&mut self, parameters: &mut [f32], gradient: &[f32], rate: f32) {
+    pub(crate) fn step(&mut self, parameters: &mut [f32], gradient: &[f32], rate: f32) {
         self.steps += 1;
         let unbiased = (1.0 - DECAY.0.powi(self.steps), 1.0 - DECAY.1.powi(self.steps));
         let (first, second) = (&mut self.first, &mut self.second);

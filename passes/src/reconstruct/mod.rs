@@ -26,6 +26,7 @@ mod steps;
 mod teacher;
 mod train;
 
+pub(crate) use adam::Adam;
 pub use blocks::{Block, all_weights, blocks, boundary};
 pub use parameterization::{PARAMETERIZATIONS, Parameterization};
 
