@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use crate::about::About;
 use crate::exec::Executor;
 use crate::ir::Graph;
 use crate::model::Plan;
 use crate::parallel;
 use crate::pass::{PassContext, PassError};
+use crate::reconstruct::SALIENCIES;
 use crate::simulate::Simulation;
 use crate::tensor::{DType, Tensor};
 
@@ -26,7 +28,30 @@ pub enum Metric {
 }
 
 /// The metrics by name.
-pub static METRICS: &[(&str, Metric)] = &[("error", Metric::Error), ("kl-top", Metric::KlTop)];
+pub static METRICS: &[(Metric, About)] = &[
+    (
+        Metric::Error,
+        About {
+            name: "error",
+            doc: "Squared error of the outputs over their square, with one weight rounded after the other: a run of the model for each.",
+            source: "output probes as in Dong et al. 2019 (HAWQ), arXiv:1905.03696",
+        },
+    ),
+    (
+        Metric::KlTop,
+        About {
+            name: "kl-top",
+            doc: "Divergence of the likeliest 32 classes, all others taken as one, with one weight rounded after the other: a run of the model \
+                  for each.",
+            source: "output probes as in Dong et al. 2019 (HAWQ), arXiv:1905.03696",
+        },
+    ),
+];
+
+/// What tells which weights need bits: the metrics, and what gradients say of all weights at once.
+pub fn all() -> impl Iterator<Item = &'static About> {
+    METRICS.iter().map(|(_, about)| about).chain(SALIENCIES.iter().map(|saliency| &saliency.about))
+}
 
 /// A float model with its outputs for some samples.
 pub struct Probe<'a> {

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use passes::about::About;
 use passes::target::{Goal, Scheme};
-use passes::{diag, grid, observe, reconstruct, rounding};
+use passes::{diag, grid, observe, reconstruct, rounding, sensitivity};
 
 use super::{Ended, print};
 use crate::driver::Error;
@@ -16,6 +16,7 @@ enum Kind {
     Passes,
     Roundings,
     Parameterizations,
+    Sensitivities,
     Observers,
     Formats,
     Targets,
@@ -65,6 +66,7 @@ fn abouts(kind: Kind) -> Vec<&'static About> {
         Kind::Passes => passes::catalogue::passes().into_iter().map(|entry| &entry.info.about).collect(),
         Kind::Roundings => rounding::ROUNDINGS.iter().map(|method| method.about()).collect(),
         Kind::Parameterizations => reconstruct::PARAMETERIZATIONS.iter().map(|p| p.about()).collect(),
+        Kind::Sensitivities => sensitivity::all().collect(),
         Kind::Observers => observe::OBSERVERS.iter().map(|entry| entry.about).collect(),
         Kind::Formats => grid::all()
             .map(|grid| &grid.info().about)
@@ -119,6 +121,7 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
         Kind::Executors,
         Kind::Roundings,
         Kind::Parameterizations,
+        Kind::Sensitivities,
     ];
     let found: Vec<&About> = kinds.into_iter().flat_map(abouts).filter(|about| about.name == args.name).collect();
     if found.is_empty() {

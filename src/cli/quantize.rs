@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use clap::builder::PossibleValuesParser;
+use passes::sensitivity;
 use passes::target::{Container, Goal, Scheme};
 use serde::Deserialize;
 
@@ -95,9 +97,9 @@ pub(crate) struct Args {
     /// Mixed precision: the mean bits of a weight, spent where they lower the loss most.
     #[arg(long, value_name = "BITS", value_parser = share)]
     budget: Option<f64>,
-    /// What tells `--budget` which weights need bits: error or kl-top, runs of the model with one weight rounded after the other;
-    /// fisher, gradients of all weights at once [default: error]
-    #[arg(long, value_name = "METRIC", value_parser = ["error", "kl-top", "fisher"])]
+    /// What tells `--budget` which weights need bits, any of `list sensitivities`: error or kl-top, runs of the model with one weight
+    /// rounded after the other; fisher, tacq or gradient-l1, gradients of all weights at once [default: error]
+    #[arg(long, value_name = "METRIC", value_parser = PossibleValuesParser::new(sensitivity::all().map(|about| about.name)))]
     sensitivity: Option<String>,
     /// The loss allowed: squared error of the outputs over their square, 0.01 or 1% being 20 dB. Weights get more bits and nodes
     /// stay in float until it holds, the cheapest change first.

@@ -97,6 +97,29 @@ fn gradients_find_the_layers_that_probes_find() {
     }
 }
 
+/// Gradients by size, with or without the weight: whatever a budget gives, a larger one gives too.
+#[test]
+fn larger_budgets_never_give_a_weight_fewer_bits() {
+    for metric in ["tacq", "gradient-l1"] {
+        let mut last = [0.0; WEIGHTS.len()];
+        for budget in ["4", "4.6", "5.5", "7"] {
+            let summary = done(&["--scheme", "w4a8", "--budget", budget, "--sensitivity", metric]);
+            let mean = mean_bits(&summary);
+            assert!(mean <= budget.parse::<f64>().unwrap(), "{metric} {budget}: {mean}");
+            let given = WEIGHTS.map(|(name, _)| bits(&summary, name));
+            assert!(
+                given.iter().zip(&last).all(|(now, before)| now >= before),
+                "{metric} {budget}: {given:?} after {last:?}"
+            );
+            last = given;
+        }
+        assert!(last.iter().any(|bits| *bits > 4.0), "{metric}: {last:?}");
+        let budget =
+            |threads: &str| done(&["--scheme", "w4a8", "--budget", "5", "--sensitivity", metric, "--threads", threads]);
+        assert_eq!(budget("1")["layers"], budget("3")["layers"], "{metric} on any number of threads");
+    }
+}
+
 #[test]
 fn a_budget_that_cannot_be_met_names_the_least() {
     let (code, _, error) = run(&["--scheme", "w4a8", "--budget", "3"]);

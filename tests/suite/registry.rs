@@ -6,7 +6,7 @@ use onnx_quant::{exec, targets};
 use passes::about::About;
 use passes::pass::Pipeline;
 use passes::target::Goal;
-use passes::{catalogue, grid, observe, reconstruct, rounding};
+use passes::{catalogue, grid, observe, reconstruct, rounding, sensitivity};
 
 fn everything() -> Vec<&'static About> {
     let passes = catalogue::passes().into_iter().map(|entry| &entry.info.about);
@@ -15,7 +15,7 @@ fn everything() -> Vec<&'static About> {
     let places = targets::TARGETS.iter().map(|target| &target.info().about);
     let methods = rounding::ROUNDINGS.iter().map(|m| m.about());
     let learned = reconstruct::PARAMETERIZATIONS.iter().map(|p| p.about());
-    let passes = passes.chain(methods).chain(learned);
+    let passes = passes.chain(methods).chain(learned).chain(sensitivity::all());
     passes.chain(observers).chain(grids).chain(places).chain(exec::EXECUTORS.iter().map(|e| e.about)).collect()
 }
 

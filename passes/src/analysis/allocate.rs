@@ -11,7 +11,7 @@ use crate::id::{NodeId, Site};
 use crate::ir::walk::Users;
 use crate::model::{Decision, Edit, Model, Patch, Plan};
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
-use crate::reconstruct::{self, Fisher};
+use crate::reconstruct::{Gradient, SALIENCIES, Saliency};
 use crate::sensitivity::{METRICS, Metric, Probe};
 use crate::target::Scheme;
 use crate::{ops, parallel};
@@ -21,16 +21,16 @@ crate::declare_pass! {
     /// enough.
     ///
     /// Every weight is rounded alone, to nearest in the fewest bits there are to choose, and what that does to the outputs of the model
-    /// is measured on a few samples; more bits cost in proportion to the squared rounding error that they make. With `metric=fisher`
-    /// gradients tell it instead, of all weights at once: Σ Fᵢ eᵢ² of the rounding errors e of every choice, F being the diagonal of the
-    /// Fisher information. Losses are taken to add up; of each weight's choices those on the lower convex hull count, and steps between
-    /// them are taken in the order of loss saved per bit, so that a larger budget never gives any weight fewer bits. Weights that `--set`
-    /// names, or that several nodes read, keep theirs.
+    /// is measured on a few samples; more bits cost in proportion to the squared rounding error that they make. With `metric=fisher`,
+    /// `tacq` or `gradient-l1` (`list sensitivities`) gradients tell it instead, of all weights at once: of the rounding errors e of every
+    /// choice Σ F e², Σ A |e| |w| or Σ A |e|, F being the mean square of the gradient by a weight w, A its mean size. Losses are taken to add
+    /// up; of each weight's choices those on the lower convex hull count, and steps between them are taken in the order of loss saved per
+    /// bit, so that a larger budget never gives any weight fewer bits. Weights that `--set` names, or that several nodes read, keep theirs.
     INFO {
         name: "allocate-bits",
         source: "output probes and hull allocation as in Dong et al. 2019 (HAWQ), arXiv:1905.03696, and Xiao et al. 2025 (TaCQ), \
                  arXiv:2504.07389",
-        cost: "With probes: one forward pass of `samples` samples (4) for every weight. With metric=fisher: one forward pass and one back of 32 samples in all, and 4 bytes per weight.",
+        cost: "With probes: one forward pass of `samples` samples (4) for every weight. With metric=fisher, tacq or gradient-l1: one forward pass and one back of 32 samples in all, and 4 bytes per weight.",
         requires: Facts::ENCODED,
         establishes: Facts::NONE,
         preserves: Facts::ALL,
@@ -39,8 +39,8 @@ crate::declare_pass! {
             OptionInfo { name: "budget", doc: "the mean bits of a weight, scales not counted" },
             OptionInfo { name: "max-drop", doc: "the loss that all weights together may cost; bits only rise from those of the scheme" },
             OptionInfo { name: "bits", doc: "the bits to choose from, such as 2+3+4+8; those of the scheme, 4 and 8 by default" },
-            OptionInfo { name: "metric", doc: "error (default): squared error of the outputs over their square; kl-top: divergence of the likeliest classes; fisher: by gradients of the outputs" },
-            OptionInfo { name: "samples", doc: "so many samples are run for every weight, 4 by default; for fisher 32, once for all of them" },
+            OptionInfo { name: "metric", doc: "error (default): squared error of the outputs over their square; kl-top: divergence of the likeliest classes; fisher, tacq, gradient-l1: by gradients of the outputs" },
+            OptionInfo { name: "samples", doc: "so many samples are run for every weight, 4 by default; for gradients 32, once for all of them" },
             OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max, mse (default) or cfp" },
         ],
     }
@@ -55,14 +55,34 @@ struct AllocateBits {
     budget: Option<f64>,
     max_drop: Option<f64>,
     bits: Vec<u32>,
-    /// `None`: gradients.
-    metric: Option<Metric>,
+    judge: Judge,
+    /// What that is called.
+    metric: String,
     samples: usize,
     weights: WeightScale,
 }
 
-/// The metric that runs the model back instead of once per weight.
-const FISHER: &str = "fisher";
+/// What tells how much the outputs lose.
+#[derive(Clone, Copy, Debug)]
+enum Judge {
+    /// Runs of the model, one per weight.
+    Probes(Metric),
+    /// Gradients of all weights at once.
+    Gradients(&'static Saliency),
+}
+
+impl Judge {
+    /// The one called `name`.
+    fn of(name: &str) -> Result<Self, OptionError> {
+        let probes = METRICS.iter().map(|(metric, about)| (Self::Probes(*metric), about));
+        let gradients = SALIENCIES.iter().map(|saliency| (Self::Gradients(saliency), &saliency.about));
+        let all: Vec<_> = probes.chain(gradients).collect();
+        all.iter().find(|(_, about)| about.name == name).map(|(judge, _)| *judge).ok_or_else(|| {
+            let names: Vec<&str> = all.iter().map(|(_, about)| about.name).collect();
+            OptionError { option: "metric".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
+        })
+    }
+}
 
 fn positive(options: &Options, name: &str) -> Result<Option<f64>, OptionError> {
     match options.number(name)? {
@@ -85,28 +105,29 @@ impl AllocateBits {
             problem: "write numbers from 2 to 8, as in 2+3+4+8".into(),
         })?;
         let name = options.text("metric", "error");
-        let metric = METRICS.iter().find(|(known, _)| *known == name).map(|(_, metric)| *metric);
-        if metric.is_none() && name != FISHER {
-            let names: Vec<&str> = METRICS.iter().map(|(name, _)| *name).chain([FISHER]).collect();
-            let problem = format!("`{name}` is none of {}", names.join(", "));
+        let judge = Judge::of(name)?;
+        let gradients = matches!(judge, Judge::Gradients(_));
+        if gradients && max_drop.is_some() {
+            let problem = format!("{name} tells no squared errors of outputs, which max-drop is about: give a budget");
             return Err(OptionError { option: "metric".into(), problem });
         }
-        if metric.is_none() && max_drop.is_some() {
-            let problem =
-                "fisher tells no squared errors of outputs, which max-drop is about: give a budget".to_owned();
-            return Err(OptionError { option: "metric".into(), problem });
-        }
-        let samples = options.count("samples", if metric.is_some() { 4 } else { 32 })?.max(1);
-        Ok(Self { budget, max_drop, bits, metric, samples, weights: WeightScale::of(options)? })
+        let samples = options.count("samples", if gradients { 32 } else { 4 })?.max(1);
+        let (metric, weights) = (name.to_owned(), WeightScale::of(options)?);
+        Ok(Self { budget, max_drop, bits, judge, metric, samples, weights })
     }
 
-    /// What changes of weights cost by the gradients of the model.
-    fn fisher(&self, model: &Model, cx: &PassContext<'_>) -> Result<Fisher, PassError> {
-        reconstruct::fisher(model, cx, self.samples, INFO.about.name)?.map_err(|reason| {
+    /// How much the outputs depend on weights, where gradients tell it.
+    fn told(&self, model: &Model, cx: &PassContext<'_>) -> Result<Option<Told>, PassError> {
+        let Judge::Gradients(saliency) = self.judge else { return Ok(None) };
+        if model.plan().encodings().next().is_none() {
+            return Ok(None);
+        }
+        let gradient = saliency.gradient(model, cx, self.samples, INFO.about.name)?.map_err(|reason| {
             PassError::Model(format!(
                 "gradients cannot tell which weights need bits: {reason}; take the metric error or kl-top"
             ))
-        })
+        })?;
+        Ok(Some(Told { saliency, gradient }))
     }
 
     /// The bits to choose from, ascending.
@@ -123,13 +144,19 @@ fn in_bits(scheme: Scheme, weight_bits: u32) -> Scheme {
     Scheme { weight_bits, ..scheme }
 }
 
+/// What gradients tell.
+struct Told {
+    saliency: &'static Saliency,
+    gradient: Gradient,
+}
+
 /// A weight to choose bits for.
 struct Candidate {
     node: NodeId,
     site: Site,
     /// Elements.
     size: usize,
-    /// Squared rounding errors, choice by choice; times what they cost where gradients tell it.
+    /// Squared rounding errors, choice by choice; what they cost where gradients tell it.
     noise: Vec<f64>,
     /// How it is written in the fewest bits.
     lowest: Encoding,
@@ -142,13 +169,13 @@ impl Candidate {
     }
 }
 
-/// The weights whose bits are free, with the errors that each of `choices` makes, as `fisher` counts them.
+/// The weights whose bits are free, with the errors that each of `choices` makes, at what gradients have `told` that they cost.
 fn candidates(
     model: &Model,
     cx: &PassContext<'_>,
     choices: &[u32],
     weights: WeightScale,
-    fisher: Option<&Fisher>,
+    told: Option<&Told>,
 ) -> Result<Vec<Candidate>, PassError> {
     let graph = model.graph();
     let users = Users::of(graph);
@@ -169,21 +196,21 @@ fn candidates(
             let edits = reencode(model, node, (in_bits(cx.scheme, bits), weights), cx.target.accepts())?;
             edits.iter().find_map(|edit| encoding_at(edit, site)).cloned()
         };
-        let costs = match fisher {
+        let costs = match told {
             None => None,
-            Some(fisher) => match fisher.get(&site).filter(|costs| costs.len() == values.len()) {
+            Some(told) => match told.gradient.get(&site).filter(|gradient| gradient.len() == values.len()) {
                 None => return Some(Err(unreached(&graph.node(node)?.name))),
-                costs => costs,
+                Some(gradient) => Some((told.saliency, gradient)),
             },
         };
         let noise = choices.iter().map(|&bits| {
             let encoding = encoding(bits)?;
             let mut rounded = values.to_vec();
             encoding.simulate(&mut rounded, tensor.shape()).ok()?;
-            let squares = rounded.iter().zip(values.iter()).map(|(a, b)| f64::from(a - b).powi(2));
+            let errors = rounded.iter().zip(values.iter()).map(|(a, b)| a - b);
             Some(match costs {
-                Some(costs) => squares.zip(costs).map(|(square, cost)| square * f64::from(*cost)).sum(),
-                None => squares.sum(),
+                Some((saliency, gradient)) => saliency.of(gradient, errors, &values),
+                None => errors.map(|error| f64::from(error).powi(2)).sum(),
             })
         });
         let noise = noise.collect::<Option<_>>()?;
@@ -209,7 +236,7 @@ impl Pass for AllocateBits {
     }
 
     fn keeps_samples(&self) -> bool {
-        self.metric.is_none()
+        matches!(self.judge, Judge::Gradients(_))
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
@@ -220,21 +247,18 @@ impl Pass for AllocateBits {
         }
         let choices = self.choices(cx);
         let Some(base) = choices.iter().position(|&bits| bits == cx.scheme.weight_bits) else { return Ok(patch) };
-        let fisher = match self.metric {
-            None if model.plan().encodings().next().is_some() => Some(self.fisher(model, cx)?),
-            _ => None,
-        };
-        let candidates = candidates(model, cx, &choices, self.weights, fisher.as_ref())?;
+        let told = self.told(model, cx)?;
+        let candidates = candidates(model, cx, &choices, self.weights, told.as_ref())?;
         if candidates.is_empty() {
             return Ok(patch);
         }
-        let losses = match self.metric {
-            Some(metric) => {
+        let losses = match self.judge {
+            Judge::Probes(metric) => {
                 let probe = Probe::new(model.graph(), cx, self.samples, metric)?;
                 let alone: Vec<Plan> = candidates.iter().map(|c| Plan::of(c.site, c.lowest.clone())).collect();
                 probe.losses(&alone, cx, INFO.about.name)?
             }
-            None => candidates.iter().map(|candidate| candidate.noise[0]).collect(),
+            Judge::Gradients(_) => candidates.iter().map(|candidate| candidate.noise[0]).collect(),
         };
         let rows = rows(&candidates, &choices, &losses);
         let elements: f64 = candidates.iter().map(|candidate| candidate.size as f64).sum();
@@ -249,7 +273,10 @@ impl Pass for AllocateBits {
         })?;
         let total: f64 = chosen.iter().zip(&rows).map(|(&at, row)| row.0[at].1).sum();
         let spent: f64 = chosen.iter().zip(&rows).map(|(&at, row)| row.0[at].0).sum::<f64>() / elements;
-        let message = format!("its weights take {spent:.3} bits each; rounded to nearest they should cost {total:.3e}");
+        let message = format!(
+            "its weights take {spent:.3} bits each; rounded to nearest they should cost {total:.3e} by {}",
+            self.metric
+        );
         patch.note(Diagnostic::new(diag::ALLOCATED, Severity::Note, Place::Model, message));
         for ((candidate, &at), loss) in candidates.iter().zip(&chosen).zip(&losses) {
             if at != base {

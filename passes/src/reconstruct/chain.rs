@@ -61,8 +61,28 @@ struct Carried {
 pub(super) enum Pull {
     /// Gradients of its errors.
     Errors,
-    /// Gradients [drawn](Measure::drawn) from this seed. [`Chain::sweep`] squares them sample by sample, of at most [`LANES`] at once.
-    Drawn(u64),
+    /// Gradients [drawn](Measure::drawn) from this seed. [`Chain::sweep`] adds up this of them, sample by sample, of at most [`LANES`] at
+    /// once.
+    Drawn(u64, Moment),
+}
+
+/// What is added up of gradients, element by element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// Their squares.
+    Square,
+    /// Their sizes, signs left out.
+    Size,
+}
+
+impl Moment {
+    /// What is added up of the gradient `g`.
+    pub(super) fn of(self, g: f32) -> f32 {
+        match self {
+            Self::Square => g * g,
+            Self::Size => g.abs(),
+        }
+    }
 }
 
 /// All activations in float, in thousandths.
@@ -318,8 +338,8 @@ impl Chain {
             let back = |(states, samples): (&mut [Carried], &[usize])| {
                 let mut sums: Vec<Vec<f32>> = vec![Vec::new(); link.program.learned().len()];
                 for (state, i) in states.iter_mut().zip(samples) {
-                    let grads =
-                        self.back((link, pull), &leaves, *i, state, seeded(drop, at, *i), &link.program.learned())?;
+                    let values = self.run(link, &leaves, *i, state, seeded(drop, at, *i))?;
+                    let grads = self.back((link, pull), &values, *i, state, &link.program.learned())?;
                     for (sum, grad) in sums.iter_mut().zip(grads) {
                         if let Some(grad) = grad {
                             add(sum, grad.iter().copied());
@@ -335,7 +355,9 @@ impl Chain {
                 let sums = total.iter_mut().zip(lane?).filter(|(_, sum)| !sum.is_empty());
                 match pull {
                     Pull::Errors => sums.for_each(|(total, sum)| add(total, sum.into_iter())),
-                    Pull::Drawn(_) => sums.for_each(|(total, sum)| add(total, sum.into_iter().map(|g| g * g))),
+                    Pull::Drawn(_, moment) => {
+                        sums.for_each(|(total, sum)| add(total, sum.into_iter().map(|g| moment.of(g))));
+                    }
                 }
             }
             see(at, link.program.gradients(total))?;
@@ -364,20 +386,22 @@ impl Chain {
         Ok(states)
     }
 
-    /// Takes gradients [drawn](Measure::drawn) from `seed` back through the float model for every sample of `batch`; `see` gets, link
-    /// after link, what arrives at the results of its layers for a sample, in the order of its weights.
+    /// Takes gradients [drawn](Measure::drawn) from the seed `drawn` back through the float model for every sample of `batch`; `see` gets,
+    /// link after link, what the tape of a sample holds, and what arrives in those slots that `wanted` says, in their order.
     pub(super) fn trace(
         &self,
         batch: &[usize],
         drawn: u64,
-        see: &(dyn Fn(&Link, usize, Arrived) + Sync),
+        wanted: &(dyn Fn(&Link) -> Vec<Slot> + Sync),
+        see: &(dyn Fn(&Link, usize, &Values<f32>, Arrived) + Sync),
     ) -> Result<(), GradError> {
         let mut states = self.forward(batch, FLOAT, &mut |at| Ok(self.links[at].program.float_leaves()))?;
         for link in self.links.iter().rev() {
-            let leaves = link.program.float_leaves();
+            let (leaves, wanted) = (link.program.float_leaves(), wanted(link));
             let back = |(state, i): (&mut Carried, &usize)| {
-                let grads = self.back((link, Pull::Drawn(drawn)), &leaves, *i, state, FLOAT, &link.program.results)?;
-                see(link, *i, grads);
+                let values = self.run(link, &leaves, *i, state, FLOAT)?;
+                let grads = self.back((link, Pull::Drawn(drawn, Moment::Square)), &values, *i, state, &wanted)?;
+                see(link, *i, &values, grads);
                 Ok(())
             };
             states.par_iter_mut().zip(batch).map(back).collect::<Result<(), GradError>>()?;
@@ -385,17 +409,15 @@ impl Chain {
         Ok(())
     }
 
-    /// Takes the gradients of sample `i` back through `link`; returns those of `wanted`.
+    /// Takes the gradients of sample `i` back through `link`, whose tape holds `values`; returns those of `wanted`.
     fn back(
         &self,
         (link, pull): (&Link, Pull),
-        leaves: &Leaves,
+        values: &Values<f32>,
         i: usize,
         state: &mut Carried,
-        drop: (i64, u64),
         wanted: &[Slot],
     ) -> Result<Arrived, GradError> {
-        let values = self.run(link, leaves, i, state, drop)?;
         let mut seeds: Vec<(Slot, Array<f32>)> = Vec::new();
         for (slot, value) in &link.program.outputs {
             seeds.extend(state.grads.remove(value).map(|grad| (*slot, grad)));
@@ -403,7 +425,7 @@ impl Chain {
         for (slot, place) in self.returned(link) {
             let (measure, targets) = (self.measures[place], self.targets(i)?);
             let grad = match pull {
-                Pull::Drawn(seed) => measure.drawn(
+                Pull::Drawn(seed, _) => measure.drawn(
                     &targets,
                     place,
                     values.real(slot),
@@ -422,7 +444,7 @@ impl Chain {
         let mut wanted = wanted.to_vec();
         let own = wanted.len();
         wanted.extend(link.carried.iter().map(|(slot, _)| *slot));
-        let mut grads = link.program.tape.backward(&values, seeds, &wanted)?;
+        let mut grads = link.program.tape.backward(values, seeds, &wanted)?;
         let through = grads.split_off(own);
         for ((_, value), grad) in link.carried.iter().zip(through) {
             let Some(grad) = grad else { continue };

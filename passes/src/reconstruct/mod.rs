@@ -4,7 +4,7 @@
 //! weights; `samples` holds what it reads and should give, `objective` measures how far it is from that, `train` is the loop; a
 //! [`Parameterization`] says what is learned about a weight and how codes come out of it. `by_blocks` does this block after block,
 //! for passes that round in order.
-//! `chain` puts all blocks of a graph one behind the other, and `distill` learns from what the whole model returns, `fisher` tells how much that
+//! `chain` puts all blocks of a graph one behind the other, and `distill` learns from what the whole model returns, `saliency` tells how much that
 //! depends on every weight, `stakes` how much on every row that layers read.
 
 mod adam;
@@ -14,11 +14,11 @@ mod by_blocks;
 mod chain;
 mod distill;
 mod fake_quant;
-mod fisher;
 mod measure;
 mod objective;
 mod parameterization;
 mod run;
+mod saliency;
 mod samples;
 mod settings;
 mod stakes;
@@ -29,8 +29,9 @@ mod train;
 pub(crate) use adam::Adam;
 pub use blocks::{Block, all_weights, blocks, boundary};
 pub use parameterization::{PARAMETERIZATIONS, Parameterization};
+pub use saliency::{SALIENCIES, Saliency};
 
 pub(crate) use by_blocks::Learner;
 pub(crate) use distill::ENTRY as DISTILL;
-pub(crate) use fisher::{Fisher, fisher};
+pub(crate) use saliency::Gradient;
 pub(crate) use stakes::{Stakes, stakes};

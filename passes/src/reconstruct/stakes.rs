@@ -15,7 +15,7 @@ use super::chain::{Arrived, Chain, Link};
 use super::measure::Wish;
 use super::objective::LANES;
 use crate::exec::Dataset;
-use crate::grad::Array;
+use crate::grad::{Array, Slot, Values};
 use crate::id::{NodeId, Site};
 use crate::ir::Graph;
 use crate::model::Model;
@@ -42,70 +42,110 @@ pub(crate) fn stakes(
     draws: usize,
     stage: &str,
 ) -> Result<Result<Stakes, String>, PassError> {
-    let also = Also { steps: false, norms: false, inputs: true, rest: 0 };
-    let rounded = rounding::in_nearest(model)?;
-    let samples = cx.dataset.map_or(0, Dataset::len);
-    let chain = match Chain::of(model.graph(), rounded.plan(), cx, (LAYERS, samples), also, Wish::Fitting)? {
-        Ok(chain) => chain,
-        Err(reason) => return Ok(Err(reason)),
-    };
-    if chain.samples() < samples {
-        let reason = format!(
-            "memory holds what {} of {samples} samples need: allow more with --max-memory, or pass fewer with --samples",
-            chain.samples()
-        );
-        return Ok(Err(reason));
-    }
-    let all: Vec<usize> = (0..samples).collect();
-    let stakes = Mutex::new(Stakes::new());
-    let graph = model.graph();
-    let see = |link: &Link, sample: usize, grads: Arrived| {
-        let layers = link.program.weights.iter().filter_map(|(_, site, _)| match site {
-            Site::Use { node, .. } => Some(*node),
+    let layers = |link: &Link| {
+        let results = link.program.weights.iter().zip(&link.program.results);
+        let layer = |((_, site, _), slot): (&(_, Site, _), &Slot)| match site {
+            Site::Use { node, .. } => Some((*node, *slot)),
             Site::Value(_) => None,
-        });
-        for (node, grad) in layers.zip(grads) {
-            let Some(rows) = grad.and_then(|grad| rows(graph, node, &grad)) else { continue };
-            let mut stakes = stakes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            let of_layer = &mut stakes.entry(node).or_insert_with(|| vec![Vec::new(); samples])[sample];
-            super::run::add(of_layer, rows.into_iter());
-        }
+        };
+        results.filter_map(layer).collect()
     };
-    cx.progress.begin(stage, (draws * all.chunks(LANES).len()) as u64);
-    for draw in 0..draws as u64 {
-        for batch in all.chunks(LANES) {
-            if cx.progress.cancelled() {
-                return Err(PassError::Interrupted);
-            }
-            if let Some(reason) = crowded(&stakes, samples, cx) {
-                return Ok(Err(reason));
-            }
-            if let Err(error) = chain.trace(batch, seed::mixed(SEED ^ draw), &see) {
-                return Ok(Err(error.to_string()));
-            }
-            cx.progress.step();
-        }
-    }
-    cx.progress.end();
-    let stakes = stakes.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    Ok(Ok(stakes.into_iter().filter(|(_, samples)| tells(samples)).collect()))
+    let rows = |node: NodeId, grad: &Array<f32>| rows(model.graph(), node, grad);
+    let draw = Draw { layers: LAYERS, draws, stage, what: "row of all layers" };
+    draw.squares(model, cx, &layers, &rows)
 }
 
-/// Why memory does not hold a number per row of all layers and `samples`, by those that there are.
-fn crowded(stakes: &Mutex<Stakes>, samples: usize, cx: &PassContext<'_>) -> Option<String> {
-    let stakes = stakes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let seen = stakes.values().map(|all| all.iter().filter(|rows| !rows.is_empty()).count()).max().unwrap_or(0);
-    let numbers: usize = stakes.values().flatten().map(Vec::len).sum();
-    // They are kept twice while roots are made of them.
-    let needed = 8 * (numbers / seen.max(1)) as u64 * samples as u64;
-    let left = cx.state_budget.saturating_add(cx.pair_budget);
-    (needed > left).then(|| {
-        format!(
-            "a number per row of all layers takes {} MB for {samples} samples, and {} MB are left: pass fewer with --samples",
-            needed / 1_000_000,
-            left / 1_000_000
-        )
-    })
+/// How gradients are drawn, and what is kept of them.
+pub(super) struct Draw<'a> {
+    /// The most weights of neighboring blocks whose tape is held at once.
+    pub(super) layers: usize,
+    /// So often, for every sample.
+    pub(super) draws: usize,
+    /// What progress calls it.
+    pub(super) stage: &'a str,
+    /// What a number is kept of, for messages.
+    pub(super) what: &'static str,
+}
+
+/// Squared gradients, by what they are of and by sample.
+type Squares<K> = BTreeMap<K, Vec<Vec<f32>>>;
+
+impl Draw<'_> {
+    /// For everything in the slots that `wanted` names, sample by sample, what `kept` makes of the squared gradients that arrive there,
+    /// summed over the draws; left out where they are no numbers or all 0. Or why gradients cannot tell.
+    ///
+    /// # Errors
+    /// [`PassError`] without samples, when the model does not run, or when the user interrupts.
+    pub(super) fn squares<K: Copy + Ord + Send>(
+        &self,
+        model: &Model,
+        cx: &PassContext<'_>,
+        wanted: &(dyn Fn(&Link) -> Vec<(K, Slot)> + Sync),
+        kept: &(dyn Fn(K, &Array<f32>) -> Option<Vec<f32>> + Sync),
+    ) -> Result<Result<Squares<K>, String>, PassError> {
+        let also = Also { steps: false, norms: false, inputs: true, rest: 0 };
+        let rounded = rounding::in_nearest(model)?;
+        let samples = cx.dataset.map_or(0, Dataset::len);
+        let size = (self.layers, samples);
+        let chain = match Chain::of(model.graph(), rounded.plan(), cx, size, also, Wish::Fitting)? {
+            Ok(chain) => chain,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        if chain.samples() < samples {
+            let reason = format!(
+                "memory holds what {} of {samples} samples need: allow more with --max-memory, or pass fewer with --samples",
+                chain.samples()
+            );
+            return Ok(Err(reason));
+        }
+        let all: Vec<usize> = (0..samples).collect();
+        let squares = Mutex::new(Squares::<K>::new());
+        let slots = |link: &Link| wanted(link).into_iter().map(|(_, slot)| slot).collect();
+        let see = |link: &Link, sample: usize, _: &Values<f32>, grads: Arrived| {
+            for ((of, _), grad) in wanted(link).into_iter().zip(grads) {
+                let Some(numbers) = grad.and_then(|grad| kept(of, &grad)) else { continue };
+                let mut squares = squares.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let sum = &mut squares.entry(of).or_insert_with(|| vec![Vec::new(); samples])[sample];
+                super::run::add(sum, numbers.into_iter());
+            }
+        };
+        cx.progress.begin(self.stage, (self.draws * all.chunks(LANES).len()) as u64);
+        for draw in 0..self.draws as u64 {
+            for batch in all.chunks(LANES) {
+                if cx.progress.cancelled() {
+                    return Err(PassError::Interrupted);
+                }
+                if let Some(reason) = self.crowded(&squares, samples, cx) {
+                    return Ok(Err(reason));
+                }
+                if let Err(error) = chain.trace(batch, seed::mixed(SEED ^ draw), &slots, &see) {
+                    return Ok(Err(error.to_string()));
+                }
+                cx.progress.step();
+            }
+        }
+        cx.progress.end();
+        let squares = squares.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        Ok(Ok(squares.into_iter().filter(|(_, samples)| tells(samples)).collect()))
+    }
+
+    /// Why memory does not hold the squares of all `samples`, by those that there are.
+    fn crowded<K>(&self, squares: &Mutex<Squares<K>>, samples: usize, cx: &PassContext<'_>) -> Option<String> {
+        let squares = squares.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let seen = squares.values().map(|all| all.iter().filter(|one| !one.is_empty()).count()).max().unwrap_or(0);
+        let numbers: usize = squares.values().flatten().map(Vec::len).sum();
+        // They are kept twice: in what rows or errors weigh as well.
+        let needed = 8 * (numbers / seen.max(1)) as u64 * samples as u64;
+        let left = cx.state_budget.saturating_add(cx.pair_budget);
+        (needed > left).then(|| {
+            format!(
+                "a number per {} takes {} MB for {samples} samples, and {} MB are left: pass fewer with --samples",
+                self.what,
+                needed / 1_000_000,
+                left / 1_000_000
+            )
+        })
+    }
 }
 
 /// Whether there is something for every sample, all of it numbers and not all 0.
