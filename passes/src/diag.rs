@@ -128,6 +128,8 @@ codes! {
         "No sample reached it, as in a branch that was not taken. What needs its range stays in float.";
     NO_MOMENTS = "OQ3004", "a method that rounds by data had no data",
         "Its second moments come from calibration samples; files of statistics do not hold them. Weights were rounded to nearest.";
+    NO_GRADIENTS = "OQ3005", "gradients do not pass a part of the model, or tell nothing of it",
+        "The message names the operator or the reason. What would have been learned or told by them is left as it was.";
     KEPT_FLOAT = "OQ4001", "a node that could be quantized stays in float",
         "The message gives the reason: an option, a shape, a missing constant, or a rule of the target.";
     SMALL_RANGE = "OQ4002", "a tensor was all zero in calibration",

@@ -110,11 +110,28 @@ fn windows_of_blocks_overlap() {
 fn what_the_rest_of_the_model_makes_of_a_block_counts() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("q.onnx");
-    for loss in ["pd", "kl", "fitting"] {
+    for loss in ["pd", "kl", "fitting", "fisher-each"] {
         let learn = format!("brecq{{iterations=30, batch=8, loss={loss}}}");
         let summary = quantize(&out, &["--learn", &learn, "--samples", "64"]);
         assert!(decibels(&summary) > 10.0, "{loss}: {summary}");
     }
+}
+
+/// What errors weigh changes what is learned, and is the same on any number of threads and in windows of blocks.
+#[test]
+fn errors_weigh_what_the_outputs_depend_on_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("q.onnx");
+    let run = |options: &str, threads: &str| {
+        let learn = format!("brecq{{iterations=30, batch=8, layers=2{options}}}");
+        let summary = quantize(&out, &["--learn", &learn, "--samples", "64", "--threads", threads]);
+        assert!(decibels(&summary) > 10.0, "{options}: {summary}");
+        std::fs::read(&out).unwrap()
+    };
+    let fisher = run(", loss=fisher", "1");
+    assert!(fisher == run(", loss=fisher", "3"), "other bytes with other threads");
+    assert!(fisher != run(", loss=mse", "1"), "the same as squares");
+    assert!(fisher != run(", loss=fisher, window=2, overlap=1", "2"), "the same in windows");
 }
 
 #[test]
@@ -131,6 +148,10 @@ fn what_cannot_be_learned_is_refused_with_the_fix() {
     assert!(refused(&["brec", "--recipe", "best"]).contains("brecq, lora-rounding"));
     assert!(refused(&["brecq{iterations=-1}", "--recipe", "best"]).contains("between 0 and"));
     assert!(refused(&["brecq{window=2, overlap=2}", "--recipe", "best"]).contains("fewer than 2"));
+    assert!(refused(&["brecq{loss=fish}", "--recipe", "best"]).contains("pd, kl, fisher, fisher-each"));
+    assert!(
+        refused(&["none", "--recipe", "best", "--distill", "latent{loss=fisher}"]).contains("`fisher` is about blocks")
+    );
     let distill = tool(&["quantize", text(&model), "--dry-run", "--distill", "latent"]);
     assert!(String::from_utf8(distill.stderr).unwrap().contains("--distill latent needs samples"));
 }

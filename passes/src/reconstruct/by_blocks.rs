@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::block::{Also, Program};
+use super::block_stakes::BlockStakes;
 use super::blocks::{self, Block};
 use super::fake_quant;
 use super::measure;
@@ -23,6 +24,17 @@ use crate::pass::{OptionError, Options, PassContext, PassError};
 
 /// What is usual where options say nothing.
 const USUAL: Usual = Usual { learn: "none", iterations: 200, batch: 8, norms: false, loss: "mse" };
+
+/// A block whose turn it is.
+pub(crate) struct Turn<'a> {
+    pub(crate) block: &'a Block,
+    /// What tells it from others.
+    pub(crate) number: usize,
+    /// The plan before anything was rounded.
+    pub(crate) given: &'a Plan,
+    /// What errors of blocks weigh, where the loss asks for it.
+    pub(crate) stakes: Option<&'a BlockStakes>,
+}
 
 /// How blocks are learned. The pass that does it lists the options.
 #[derive(Debug)]
@@ -95,45 +107,66 @@ impl Learner {
         }
     }
 
+    /// What errors of what `blocks` return weigh, where the loss asks for it.
+    ///
+    /// # Errors
+    /// [`PassError::Model`] where gradients cannot tell, with the reason; as the model's runs have them else.
+    pub(crate) fn stakes(
+        &self,
+        model: &Model,
+        cx: &PassContext<'_>,
+        blocks: &[(Block, Span)],
+    ) -> Result<Option<BlockStakes>, PassError> {
+        if !self.settings.loss.weighs() || blocks.is_empty() {
+            return Ok(None);
+        }
+        let values = blocks.iter().flat_map(|(block, _)| block.outputs.iter().copied()).collect();
+        let alike = self.settings.loss == measure::Wish::FisherEach;
+        let stakes = |stakes: BlockStakes| Some(if alike { stakes.of_samples_alike() } else { stakes });
+        let refused = |reason| {
+            PassError::Model(format!(
+                "loss=fisher: gradients do not tell what errors weigh: {reason}; or take loss=mse"
+            ))
+        };
+        BlockStakes::of(model, cx, self.layers, &values)?.map(stakes).map_err(refused)
+    }
+
     /// The steps that learning so many blocks takes.
     pub(crate) fn steps(&self, blocks: usize) -> u64 {
         (blocks * self.settings.iterations) as u64
     }
 
-    /// What the journal says that `block` came to, or what [`Self::learn`] says now, which the journal is told.
+    /// What the journal says that the block of `turn` came to, or what [`Self::learn`] says now, which the journal is told.
     pub(crate) fn learn_once(
         &self,
         walk: &Lockstep<'_>,
         model: &Model,
-        given: &Plan,
         cx: &PassContext<'_>,
-        block: &Block,
-        number: usize,
+        turn: &Turn<'_>,
     ) -> Result<Result<Vec<Edit>, String>, PassError> {
         // Another plan (more bits, other blocks before it) is another question.
-        let key = format!("block {number} behind {:016x}", record::digest(model.plan()));
+        let key = format!("block {} behind {:016x}", turn.number, record::digest(model.plan()));
         if let Some(edits) = record::kept(cx.journal, &key) {
             (0..self.settings.iterations).for_each(|_| cx.progress.step());
             return Ok(Ok(edits));
         }
-        let learned = self.learn(walk, model, given, cx, block, number)?;
+        let learned = self.learn(walk, model, cx, turn)?;
         if let Ok(edits) = &learned {
             record::keep(cx.journal, &key, edits).map_err(PassError::Model)?;
         }
         Ok(learned)
     }
 
-    /// The edits that `block`, which `number` tells from others, comes to: none where learning does no better on the samples held out
-    /// from it. The reason where gradients do not pass it.
+    /// The edits that the block of `turn` comes to: none where learning does no better on the samples held out from it. The reason where
+    /// gradients do not pass it, or do not tell what its errors weigh.
     fn learn(
         &self,
         walk: &Lockstep<'_>,
         model: &Model,
-        given: &Plan,
         cx: &PassContext<'_>,
-        block: &Block,
-        number: usize,
+        turn: &Turn<'_>,
     ) -> Result<Result<Vec<Edit>, String>, PassError> {
+        let &Turn { block, number, given, stakes } = turn;
         let free = cx.scheme.block_format().is_none() && !cx.scheme.power_of_two;
         let settings = self.settings.with_scales(free);
         let with_rest = self.settings.loss == measure::Wish::Prediction;
@@ -148,8 +181,13 @@ impl Learner {
             Ok(program) => program,
             Err(reason) => return Ok(Err(reason)),
         };
+        let dead = program.outputs.iter().find(|(_, value)| stakes.is_some_and(|stakes| !stakes.tell(*value)));
+        if let Some((_, value)) = dead {
+            let name = &model.graph().value(*value).name;
+            return Ok(Err(format!("no gradients arrive at `{name}` from the outputs, or they are no numbers")));
+        }
         let before = samples::before(model.graph(), &whole.nodes);
-        let Some(samples) = samples::gather(walk, model.graph(), cx, &program, &before)? else {
+        let Some(samples) = samples::gather(walk, model.graph(), cx, &program, &before, stakes)? else {
             return Ok(Err("a tensor that it reads is computed behind its weights".into()));
         };
         let learn = || {

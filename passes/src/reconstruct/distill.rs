@@ -63,8 +63,9 @@ impl Distill {
     fn new(options: &Options) -> Result<Self, OptionError> {
         let nothing = || OptionError { option: "learn".into(), problem: "the pass does nothing else".into() };
         let settings = Settings::of(options, &USUAL)?.ok_or_else(nothing)?;
-        if settings.loss == Wish::Prediction {
-            let problem = "`pd` is about blocks, and here the whole model is learned: fitting, kl or mse".to_owned();
+        if settings.loss == Wish::Prediction || settings.loss.weighs() {
+            let name = options.text("loss", USUAL.loss);
+            let problem = format!("`{name}` is about blocks, and here the whole model is learned: fitting, kl or mse");
             return Err(OptionError { option: "loss".into(), problem });
         }
         Ok(Self { settings, layers: options.count("layers", 4)?.max(1) })

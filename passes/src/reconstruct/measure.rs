@@ -19,6 +19,10 @@ pub(super) enum Wish {
     Prediction,
     /// What distributions lose, for outputs of the graph that are logits; squares elsewhere.
     Divergence,
+    /// Squares, each weighed by the squared gradient of what the graph's outputs lose.
+    Fisher,
+    /// The same with every sample counting as much as any other.
+    FisherEach,
 }
 
 /// The losses that `loss` names.
@@ -56,6 +60,25 @@ pub(super) static LOSSES: &[(Wish, About)] = &[
             source: "Chee et al. 2025 (DiscQuant), arXiv:2501.06417, section 4",
         },
     ),
+    (
+        Wish::Fisher,
+        About {
+            name: "fisher",
+            doc: "Squared error over signal of what a block returns, every element of every sample weighed by the squared gradient that \
+                  arrives there from the outputs of the float model, drawn so that its second moment is that of an error as by fitting. The \
+                  mean weight is 1, so that equal weights are plain squares, words not by themselves.",
+            source: "Li et al. 2021 (BRECQ), arXiv:2102.05426, section 3; gradients drawn after Kunstner et al. 2019, arXiv:1905.12558",
+        },
+    ),
+    (
+        Wish::FisherEach,
+        About {
+            name: "fisher-each",
+            doc: "As fisher, with the mean weight of every sample 1: gradients tell which elements count, and not which samples. A model is \
+                  sure of most samples, whose gradients are next to nothing.",
+            source: "Li et al. 2021 (BRECQ), arXiv:2102.05426, section 3; samples alike ours",
+        },
+    ),
 ];
 
 /// One output.
@@ -65,6 +88,8 @@ pub(super) enum Measure {
     Square(f64),
     /// The same over the mean square of each row, which is at least this.
     Rows(f64),
+    /// Σ w (z − t)² over this: the mean square of all targets times the mean weight.
+    Weighed(f64),
     /// Σ p ln (p / q) of the softmax of each row.
     Divergence,
 }
@@ -73,6 +98,11 @@ pub(super) enum Measure {
 const FLOOR: f64 = 1e-4;
 
 impl Wish {
+    /// Whether gradients tell what errors of blocks weigh.
+    pub(super) fn weighs(self) -> bool {
+        matches!(self, Self::Fisher | Self::FisherEach)
+    }
+
     /// Whether `value` of `graph` is compared as logits, where its shape allows.
     pub(super) fn is_of_logits(self, graph: &Graph, value: ValueId) -> bool {
         let linear = || {
@@ -85,7 +115,7 @@ impl Wish {
         };
         let returned = graph.outputs().contains(&value);
         match self {
-            Self::Square => false,
+            Self::Square | Self::Fisher | Self::FisherEach => false,
             Self::Divergence => returned,
             Self::Fitting | Self::Prediction => returned && linear() == Some(true),
         }
@@ -103,6 +133,7 @@ impl Measure {
         match wish {
             // Of more dimensions it is not known which one classes lie along.
             Wish::Divergence | Wish::Fitting | Wish::Prediction if logits && matches!(rank, 2 | 3) => Self::Divergence,
+            Wish::Fisher | Wish::FisherEach => Self::Weighed(power * mean_weight(samples, output)),
             _ if rank == 3 => Self::Rows(power * FLOOR),
             _ => Self::Square(power),
         }
@@ -122,8 +153,9 @@ impl Measure {
         got: Option<&Array<f32>>,
     ) -> Result<(f64, usize), GradError> {
         let mut sum = (0.0, 0);
-        self.each_row(sample, output, got, |target, got, _| {
-            sum.0 += self.row_error(target, got);
+        let weights = sample.weights(output);
+        self.each_row(sample, output, got, |target, got, range| {
+            sum.0 += self.row_error(target, got, weights.get(range).unwrap_or_default());
             sum.1 += if matches!(self, Self::Divergence) { 1 } else { got.len() };
         })?;
         Ok(sum)
@@ -138,7 +170,11 @@ impl Measure {
     ) -> Result<Array<f32>, GradError> {
         let shape = sample.targets[output].raw_dim();
         let mut grad = vec![0.0; sample.targets[output].len()];
-        self.each_row(sample, output, got, |target, got, range| self.row_gradient(target, got, &mut grad[range]))?;
+        let weights = sample.weights(output);
+        self.each_row(sample, output, got, |target, got, range| {
+            let weights = weights.get(range.clone()).unwrap_or_default();
+            self.row_gradient(target, got, weights, &mut grad[range]);
+        })?;
         Array::from_shape_vec(shape, grad).map_err(|error| GradError(error.to_string()))
     }
 
@@ -157,7 +193,12 @@ impl Measure {
         self.each_row(sample, output, got, |target, got, range| {
             errors += if matches!(self, Self::Divergence) { 1 } else { got.len() };
             let start = range.start as u64;
-            self.row_drawn(target, got, &mut grad[range], |at| seed::uniform(seed ^ seed::mixed(start + at as u64)));
+            let weights = sample.weights(output).get(range.clone()).unwrap_or_default();
+            let grad = &mut grad[range];
+            self.row_drawn(target, got, grad, |at| seed::uniform(seed ^ seed::mixed(start + at as u64)));
+            if matches!(self, Self::Weighed(_)) {
+                grad.iter_mut().zip(weights).for_each(|(g, w)| *g *= w.sqrt());
+            }
         })?;
         let share = 1.0 / (errors.max(1) as f32).sqrt();
         grad.iter_mut().for_each(|g| *g *= share);
@@ -171,7 +212,7 @@ impl Measure {
             grad.iter_mut().enumerate().for_each(|(at, g)| *g = if draw(at) < 0.5 { -size } else { size });
         };
         match self {
-            Self::Square(power) => signs(power),
+            Self::Square(power) | Self::Weighed(power) => signs(power),
             Self::Rows(floor) => signs(mean_square(target).max(floor)),
             Self::Divergence => {
                 let q = Softmax::of(got);
@@ -192,7 +233,7 @@ impl Measure {
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "gradients are f32")]
-    fn row_gradient(self, target: &[f32], got: &[f32], grad: &mut [f32]) {
+    fn row_gradient(self, target: &[f32], got: &[f32], weights: &[f32], grad: &mut [f32]) {
         let mut plain = |power: f64| {
             let factor = (1.0 / power) as f32;
             grad.iter_mut().zip(got.iter().zip(target)).for_each(|(g, (q, t))| *g = (q - t) * factor);
@@ -200,6 +241,11 @@ impl Measure {
         match self {
             Self::Square(power) => plain(power),
             Self::Rows(floor) => plain(mean_square(target).max(floor)),
+            Self::Weighed(power) => {
+                // Weights may be far from 1, all of them.
+                let pairs = got.iter().zip(target).zip(weights);
+                grad.iter_mut().zip(pairs).for_each(|(g, ((q, t), w))| *g = (q - t) * (f64::from(*w) / power) as f32);
+            }
             Self::Divergence => {
                 let (p, q) = (Softmax::of(target), Softmax::of(got));
                 let (of_p, of_q) = ((0.5 / p.sum) as f32, (0.5 / q.sum) as f32);
@@ -210,11 +256,15 @@ impl Measure {
         }
     }
 
-    fn row_error(self, target: &[f32], got: &[f32]) -> f64 {
+    fn row_error(self, target: &[f32], got: &[f32], weights: &[f32]) -> f64 {
         let square = || got.iter().zip(target).map(|(q, t)| f64::from(q - t) * f64::from(q - t)).sum::<f64>();
         match self {
             Self::Square(power) => square() / power,
             Self::Rows(floor) => square() / mean_square(target).max(floor),
+            Self::Weighed(power) => {
+                let squares = got.iter().zip(target).zip(weights);
+                squares.map(|((q, t), w)| f64::from(*w) * f64::from(q - t) * f64::from(q - t)).sum::<f64>() / power
+            }
             Self::Divergence => {
                 // Σ p (ln p − ln q), with both logarithms as the logits have them.
                 let (p, q) = (Softmax::of(target), Softmax::of(got));
@@ -242,11 +292,14 @@ impl Measure {
         let (Some(got), Some(target)) = (got.as_slice(), target.as_slice()) else {
             return Err(GradError("a bug in onnx-quant: a copy is not contiguous".into()));
         };
+        if matches!(self, Self::Weighed(_)) && sample.weights(output).len() != target.len() {
+            return Err(GradError("a bug in onnx-quant: errors do not have a weight each".into()));
+        }
         let last = sample.targets[output].shape().last().copied().unwrap_or(1).max(1);
         let words = sample.words[output].as_deref();
         let width = match (words, self) {
             (Some(words), _) => (target.len() / words.len().max(1)).max(1),
-            (None, Self::Square(_)) => target.len().max(1),
+            (None, Self::Square(_) | Self::Weighed(_)) => target.len().max(1),
             (None, _) => last,
         };
         for (at, (target, got)) in target.chunks_exact(width).zip(got.chunks_exact(width)).enumerate() {
@@ -293,6 +346,18 @@ fn power(samples: &[Sample], output: usize) -> f64 {
     (sum / count.max(1) as f64).max(1e-30)
 }
 
+/// The mean weight of an output over all samples, of the elements that count.
+fn mean_weight(samples: &[Sample], output: usize) -> f64 {
+    let (mut sum, mut count) = (0.0, 0_usize);
+    for sample in samples {
+        sample.rows(output, sample.weights(output), |row| {
+            sum += row.iter().map(|w| f64::from(*w)).sum::<f64>();
+            count += row.len();
+        });
+    }
+    (sum / count.max(1) as f64).max(f64::MIN_POSITIVE)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -301,9 +366,10 @@ mod tests {
     #[test]
     fn gradients_are_those_of_the_errors() {
         let target = Array::from_shape_vec(vec![1, 2, 3], vec![0.3, -1.2, 0.7, 2.0, 0.1, -0.4]).unwrap();
-        let sample = Sample { feeds: Vec::new(), targets: vec![target], words: vec![None] };
+        let weights = vec![vec![0.5, 2.0, 0.0, 1.0, 0.25, 3.0]];
+        let sample = Sample { feeds: Vec::new(), targets: vec![target], words: vec![None], weights };
         let got = vec![0.1_f32, -1.0, 0.9, 1.5, 0.4, -0.1];
-        for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Divergence] {
+        for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Weighed(0.8), Measure::Divergence] {
             let shaped = |values: Vec<f32>| Array::from_shape_vec(vec![1, 2, 3], values).unwrap();
             let gradient = measure.gradient(&sample, 0, Some(&shaped(got.clone()))).unwrap();
             for (i, g) in gradient.iter().enumerate() {
@@ -324,8 +390,9 @@ mod tests {
         let target = [0.3, -1.2, 0.7, 2.0, 0.1, -0.4];
         let change = [0.01, -0.02, 0.015, 0.0, 0.03, -0.01];
         let moved: Vec<f32> = target.iter().zip(&change).map(|(t, c)| t + c).collect();
-        let sample = Sample { feeds: Vec::new(), targets: vec![of(&target)], words: vec![None] };
-        for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Divergence] {
+        let weights = vec![vec![0.5, 2.0, 0.0, 1.0, 0.25, 3.0]];
+        let sample = Sample { feeds: Vec::new(), targets: vec![of(&target)], words: vec![None], weights };
+        for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Weighed(0.8), Measure::Divergence] {
             let (sum, count) = measure.error(&sample, 0, Some(&of(&moved))).unwrap();
             let draws = 4000_u64;
             let square = |seed: u64| {
@@ -338,10 +405,59 @@ mod tests {
         }
     }
 
+    /// A sample of two rows of three numbers, with what their errors weigh.
+    fn weighed(weights: [f32; 6]) -> Sample {
+        let target = Array::from_shape_vec(vec![1, 2, 3], vec![0.3, -1.2, 0.7, 2.0, 0.1, -0.4]).unwrap();
+        Sample { feeds: Vec::new(), targets: vec![target], words: vec![None], weights: vec![weights.to_vec()] }
+    }
+
+    #[test]
+    fn weights_count_by_their_shares() {
+        let got = Array::from_shape_vec(vec![1, 2, 3], vec![0.1, -1.0, 0.9, 1.5, 0.4, -0.1]).unwrap();
+        let error = |wish, samples: &[Sample]| {
+            let measure = Measure::of(wish, samples, 0, true);
+            let errors = samples.iter().map(|sample| measure.error(sample, 0, Some(&got)).unwrap().0);
+            (errors.sum::<f64>(), measure.gradient(&samples[0], 0, Some(&got)).unwrap())
+        };
+        // All alike: whatever they are, plain squares; of four dimensions, where words are not told apart.
+        let flat = |sample: Sample| Sample {
+            targets: sample.targets.into_iter().map(|t| t.into_shape_with_order(vec![1, 2, 3, 1]).unwrap()).collect(),
+            ..sample
+        };
+        let got = got.clone().into_shape_with_order(vec![1, 2, 3, 1]).unwrap();
+        let plain = {
+            let samples = [flat(weighed([0.0; 6]))];
+            Measure::of(Wish::Square, &samples, 0, false).error(&samples[0], 0, Some(&got)).unwrap()
+        };
+        for weight in [1.0, 3e-20, 7e9] {
+            let samples = [flat(weighed([weight; 6]))];
+            let measure = Measure::of(Wish::Fisher, &samples, 0, false);
+            let found = measure.error(&samples[0], 0, Some(&got)).unwrap();
+            assert!((found.0 / plain.0 - 1.0).abs() < 1e-6 && found.1 == plain.1, "{weight}: {found:?} {plain:?}");
+        }
+        // A sample that weighs three times as much as another has three quarters of all.
+        let (both, gradient) = error(Wish::Fisher, &[weighed([3.0; 6]), weighed([1.0; 6])]);
+        let (same, plain) = error(Wish::Fisher, &[weighed([1.0; 6]), weighed([1.0; 6])]);
+        assert!((both / same - 1.0).abs() < 1e-6, "{both} {same}");
+        assert!(gradient.iter().zip(&plain).all(|(g, p)| (g / p - 1.5).abs() < 1e-5), "{gradient} {plain}");
+        // What weighs nothing makes no error, nor a gradient.
+        let (none, gradient) = error(Wish::Fisher, &[weighed([0.0; 6])]);
+        assert!(none == 0.0 && gradient.iter().all(|g| *g == 0.0), "{none} {gradient}");
+    }
+
+    #[test]
+    fn errors_without_a_weight_each_are_refused() {
+        let sample = weighed([1.0; 6]);
+        let got = sample.targets[0].clone();
+        let short = Sample { weights: vec![vec![1.0; 5]], ..sample };
+        assert!(Measure::Weighed(1.0).error(&short, 0, Some(&got)).is_err());
+        assert!(Measure::Weighed(1.0).gradient(&short, 0, Some(&got)).is_err());
+    }
+
     #[test]
     fn one_number_is_no_distribution() {
         let target = Array::from_shape_vec(vec![3, 1], vec![0.3, -1.2, 0.7]).unwrap();
-        let sample = [Sample { feeds: Vec::new(), targets: vec![target], words: vec![None] }];
+        let sample = [Sample { feeds: Vec::new(), targets: vec![target], words: vec![None], weights: Vec::new() }];
         let measure = Measure::of(Wish::Fitting, &sample, 0, true);
         assert!(matches!(measure, Measure::Square(_)), "{measure:?}");
         let drawn = measure.drawn(&sample[0], 0, Some(&sample[0].targets[0]), 7).unwrap();
@@ -351,7 +467,12 @@ mod tests {
     #[test]
     fn padding_counts_for_nothing() {
         let target = Array::from_shape_vec(vec![1, 2, 2], vec![1.0, 1.0, 5.0, 5.0]).unwrap();
-        let sample = Sample { feeds: Vec::new(), targets: vec![target], words: vec![Some(vec![true, false])] };
+        let sample = Sample {
+            feeds: Vec::new(),
+            targets: vec![target],
+            words: vec![Some(vec![true, false])],
+            weights: Vec::new(),
+        };
         let got = Array::from_shape_vec(vec![1, 2, 2], vec![1.0, 1.0, 0.0, 0.0]).unwrap();
         assert!(Measure::Rows(1e-9).error(&sample, 0, Some(&got)).unwrap().0 < 1e-12);
         assert!(Measure::Square(1.0).gradient(&sample, 0, Some(&got)).unwrap().iter().all(|g| *g == 0.0));
@@ -381,7 +502,12 @@ mod tests {
     fn what_hits_the_target_has_no_error_and_nothing_has_less() {
         for seed in 0..200 {
             let (target, got) = (logits(seed), logits(seed + 1000));
-            let sample = Sample { feeds: Vec::new(), targets: vec![of_rows(target.clone())], words: vec![None] };
+            let sample = Sample {
+                feeds: Vec::new(),
+                targets: vec![of_rows(target.clone())],
+                words: vec![None],
+                weights: Vec::new(),
+            };
             for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Divergence] {
                 let error = |got: &[f32]| measure.error(&sample, 0, Some(&of_rows(got.to_vec()))).unwrap().0;
                 assert!(error(&target).abs() < 1e-9, "{measure:?}: {}", error(&target));

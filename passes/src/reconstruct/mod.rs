@@ -5,10 +5,11 @@
 //! [`Parameterization`] says what is learned about a weight and how codes come out of it. `by_blocks` does this block after block,
 //! for passes that round in order.
 //! `chain` puts all blocks of a graph one behind the other, and `distill` learns from what the whole model returns, `saliency` tells how much that
-//! depends on every weight, `stakes` how much on every row that layers read.
+//! depends on every weight, `stakes` how much on every row that layers read, `block_stakes` on every element of what blocks return.
 
 mod adam;
 mod block;
+mod block_stakes;
 mod blocks;
 mod by_blocks;
 mod chain;
@@ -24,6 +25,8 @@ mod settings;
 mod stakes;
 mod steps;
 mod teacher;
+#[cfg(test)]
+mod testing;
 mod train;
 
 pub(crate) use adam::Adam;
@@ -31,7 +34,7 @@ pub use blocks::{Block, all_weights, blocks, boundary};
 pub use parameterization::{PARAMETERIZATIONS, Parameterization};
 pub use saliency::{SALIENCIES, Saliency};
 
-pub(crate) use by_blocks::Learner;
+pub(crate) use by_blocks::{Learner, Turn};
 pub(crate) use distill::ENTRY as DISTILL;
 pub(crate) use saliency::Gradient;
 pub(crate) use stakes::{Stakes, stakes};

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::block::Program;
+use super::block_stakes::BlockStakes;
 use crate::exec::Session;
 use crate::grad::{self, Array, Value};
 use crate::id::ValueId;
@@ -19,22 +20,32 @@ pub(super) struct Sample {
     pub(super) targets: Vec<Array<f32>>,
     /// For every output, which of its rows are words, where some are padding.
     pub(super) words: Vec<Option<Vec<bool>>>,
+    /// For every output, what a squared error of each element weighs, up to a factor that all samples share; none where all weigh the same.
+    pub(super) weights: Vec<Vec<f32>>,
 }
 
 /// What computes the targets, and those feeds that the block makes itself, from the float model's tensors.
-struct Source {
+struct Source<'a> {
     session: Box<dyn Session>,
     reads: Vec<ValueId>,
     wanted: Vec<ValueId>,
+    /// What errors weigh, where they do not weigh the same.
+    stakes: Option<&'a BlockStakes>,
 }
 
-impl Source {
-    fn new(graph: &Graph, cx: &PassContext<'_>, program: &Program, before: &[ValueId]) -> Result<Self, PassError> {
+impl<'a> Source<'a> {
+    fn new(
+        graph: &Graph,
+        cx: &PassContext<'_>,
+        program: &Program,
+        before: &[ValueId],
+        stakes: Option<&'a BlockStakes>,
+    ) -> Result<Self, PassError> {
         let outputs = program.outputs.iter().map(|(_, value)| *value);
         let wanted: Vec<ValueId> = outputs.chain(program.inner.iter().copied()).collect();
         let part = walk::extract(graph, before, &wanted);
         let session = cx.executor.prepare(&part).map_err(crate::simulate::SimulateError::from)?;
-        Ok(Self { session, reads: part.inputs().to_vec(), wanted })
+        Ok(Self { session, reads: part.inputs().to_vec(), wanted, stakes })
     }
 
     /// Whether everything is there.
@@ -66,7 +77,12 @@ impl Source {
         };
         let targets = program.outputs.iter().map(target).collect::<Result<Vec<_>, PassError>>()?;
         let words = targets.iter().map(|target| pair.words(target.shape()).map(<[bool]>::to_vec)).collect();
-        Ok(Sample { feeds: program.feeds.iter().map(value).collect::<Result<_, PassError>>()?, targets, words })
+        let feeds = program.feeds.iter().map(value).collect::<Result<_, PassError>>()?;
+        let weights = self.stakes.map_or(Ok(Vec::new()), |stakes| {
+            let weights = |(_, value): &(_, ValueId)| stakes.of_sample(*value, pair.index).map(<[f32]>::to_vec);
+            program.outputs.iter().map(weights).collect::<Option<_>>().ok_or_else(missing)
+        })?;
+        Ok(Sample { feeds, targets, words, weights })
     }
 }
 
@@ -89,15 +105,16 @@ pub(super) struct Samples {
     pub(super) float: Sample,
 }
 
-/// The samples of a block; `None` where something that it reads is not there yet.
+/// The samples of a block, with errors that weigh what `stakes` say; `None` where something that it reads is not there yet.
 pub(super) fn gather(
     walk: &Lockstep<'_>,
     graph: &Graph,
     cx: &PassContext<'_>,
     program: &Program,
     before: &[ValueId],
+    stakes: Option<&BlockStakes>,
 ) -> Result<Option<Samples>, PassError> {
-    let source = Source::new(graph, cx, program, before)?;
+    let source = Source::new(graph, cx, program, before, stakes)?;
     let count = cx.dataset.map_or(0, crate::exec::Dataset::len);
     let first = walk.each_on(
         1,
@@ -127,6 +144,11 @@ pub(super) fn gather(
 }
 
 impl Sample {
+    /// What squared errors of an output weigh; nothing where all weigh the same.
+    pub(super) fn weights(&self, output: usize) -> &[f32] {
+        self.weights.get(output).map_or(&[], Vec::as_slice)
+    }
+
     /// Shows the rows of `values`, which are laid out as an output, that are no padding.
     pub(super) fn rows(&self, output: usize, values: &[f32], mut see: impl FnMut(&[f32])) {
         match &self.words[output] {
@@ -143,5 +165,6 @@ impl Sample {
 fn bytes(sample: &Sample) -> u64 {
     let feeds: usize = sample.feeds.iter().map(|value| value.shape().iter().product::<usize>()).sum();
     let targets: usize = sample.targets.iter().map(Array::len).sum();
-    8 * (feeds + targets) as u64
+    let weights: usize = sample.weights.iter().map(Vec::len).sum();
+    8 * (feeds + targets + weights) as u64
 }

@@ -46,6 +46,6 @@ impl Teacher {
         };
         let targets = computed.iter().map(target).collect::<Result<Vec<_>, PassError>>()?;
         let words = targets.iter().map(|target| mask?.words(target.shape()).map(<[bool]>::to_vec)).collect();
-        Ok(Sample { feeds: Vec::new(), targets, words })
+        Ok(Sample { feeds: Vec::new(), targets, words, weights: Vec::new() })
     }
 }

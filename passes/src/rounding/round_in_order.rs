@@ -18,7 +18,7 @@ use crate::lockstep::{self, Lockstep, Span};
 use crate::model::{Edit, Model, Patch};
 use crate::ops;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
-use crate::reconstruct::{Learner, stakes};
+use crate::reconstruct::{Learner, Turn, stakes};
 use crate::simulate::{Cutter, Version};
 use crate::target::Scheme;
 
@@ -42,7 +42,7 @@ crate::declare_pass! {
         name: "round-in-order",
         source: "order: Frantar et al. 2022, arXiv:2210.17323, section 5; target: Zhong et al. 2024 (ERQ), arXiv:2407.06794, \
                  section 3.2; norms: Li et al. 2023, arXiv:2309.02784, in closed form; the sum's error ours",
-        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs.",
+        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs, `loss=fisher` four such sweeps before, and 8 bytes per element that blocks return, for every sample.",
         requires: Facts::ENCODED,
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,
@@ -73,7 +73,7 @@ crate::declare_pass! {
             OptionInfo { name: "biases", doc: "learning: 0 leaves biases as they are; 1 by default" },
             OptionInfo { name: "scales", doc: "learning: 0 leaves scales of weights as they are; 1 by default" },
             OptionInfo { name: "steps", doc: "learning: 1 learns scales of activations too; 0 by default" },
-            OptionInfo { name: "loss", doc: "learning: mse (default); kl for the outputs of the graph, where they are logits; fitting, which tells those by how they are computed; pd, which adds what the rest of the model makes of a block" },
+            OptionInfo { name: "loss", doc: "learning: mse (default); kl for the outputs of the graph, where they are logits; fitting, which tells those by how they are computed; pd, which adds what the rest of the model makes of a block; fisher, which weighs every element by what the outputs depend on it; fisher-each, the same with all samples alike" },
         ],
     }
 }
@@ -264,6 +264,10 @@ impl Pass for RoundInOrder {
             Some(learner) => learner.blocks(model.graph(), model.plan(), &stage_of),
             None => Vec::new(),
         };
+        let of_blocks = match &self.learner {
+            Some(learner) => learner.stakes(model, cx, &blocks)?,
+            None => None,
+        };
         let spans: Vec<Span> = blocks.iter().map(|(_, span)| span.clone()).collect();
         let mut walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &spans)?;
         let last = stops.iter().map(|node| walk.stage_of(*node)).max().unwrap_or(0);
@@ -295,7 +299,8 @@ impl Pass for RoundInOrder {
             patch.and_on(&mut work, fitted)?;
             let ended = blocks.iter().enumerate().find(|(_, (_, span))| span.last == stage);
             if let (Some(learner), Some((number, (block, span)))) = (&self.learner, ended) {
-                match learner.learn_once(&walk, &work, model.plan(), cx, block, number)? {
+                let turn = Turn { block, number, given: model.plan(), stakes: of_blocks.as_ref() };
+                match learner.learn_once(&walk, &work, cx, &turn)? {
                     Ok(edits) if edits.is_empty() => patch.count("blocks that learning did not help", 1),
                     Ok(edits) => {
                         patch.count("blocks learned", 1);
@@ -304,7 +309,8 @@ impl Pass for RoundInOrder {
                     }
                     Err(reason) => {
                         patch.count("blocks that gradients do not pass", 1);
-                        tracing::info!(block = number, reason, "not learned");
+                        let message = format!("block {number} keeps the codes that it has: {reason}");
+                        patch.note(Diagnostic::new(diag::NO_GRADIENTS, Severity::Note, Place::Model, message));
                     }
                 }
             }
