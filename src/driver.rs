@@ -8,7 +8,8 @@ use passes::exec::{Dataset, Executor, Progress};
 use passes::imagine::Remembered;
 use passes::ir::Graph;
 use passes::model::Model;
-use passes::pass::{Instrument, Pass, PassContext, PassManager, Pipeline, Trace};
+use passes::pass::{Instrument, Pass, PassContext, PassError, PassManager, Pipeline, Trace};
+use passes::reconstruct::{self, Costs};
 use passes::target::{Lowered, Target};
 
 use crate::dataset::Slot;
@@ -45,6 +46,8 @@ pub struct Outcome {
     pub verdict: Option<Verdict>,
     /// Against the float model; `None` without samples.
     pub fidelity: Option<Fidelity>,
+    /// What rounding costs to first order, place by place; `None` where that was not asked for, or gradients cannot tell.
+    pub costs: Option<Costs>,
     /// The stages, in order.
     pub stages: Vec<Stage>,
     /// Bytes and opset of input and output.
@@ -88,6 +91,9 @@ impl Clock {
 
 /// Below this, an 8-bit model deserves a look.
 const LOW_SQNR_DB: f64 = 5.0;
+
+/// So many samples tell what rounding costs to first order.
+const FIRST_ORDER: usize = 32;
 
 /// Quantizes a model.
 ///
@@ -171,9 +177,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     cx.dataset = judge;
     let (verdict, fidelity) =
         on_a_worker(|| check(path.as_deref(), (&model, &given), &mut cx, held_out.is_some(), &mut clock))?;
-    if progress.cancelled() {
-        return Err(Error::Interrupted);
-    }
+    let costs = costs(request, &model, &cx, &mut notes, &mut clock)?;
     finish(staged, verdict.as_ref())?;
     if let Some(journal) = journal {
         journal.remove();
@@ -188,6 +192,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         notes,
         verdict,
         fidelity,
+        costs,
         stages,
         sizes,
         pipeline: text,
@@ -263,6 +268,33 @@ fn check(
     Ok((verdict, fidelity))
 }
 
+/// What the plan of `model` costs to first order, where that is asked for; a note where gradients cannot tell.
+fn costs(
+    request: &Request,
+    model: &Model,
+    cx: &PassContext<'_>,
+    notes: &mut Vec<Diagnostic>,
+    clock: &mut Clock,
+) -> Result<Option<Costs>, Error> {
+    if cx.progress.cancelled() {
+        return Err(Error::Interrupted);
+    }
+    if !request.first_order {
+        return Ok(None);
+    }
+    let found = match reconstruct::first_order(model, cx, FIRST_ORDER, "first order") {
+        Err(PassError::Interrupted) => return Err(Error::Interrupted),
+        found => found.map_err(Error::input)?,
+    };
+    clock.lap("first order");
+    let note = |reason: &String| {
+        let message = format!("--first-order: gradients do not tell what rounding costs: {reason}");
+        Diagnostic::new(diag::NO_GRADIENTS, Severity::Warning, Place::Model, message)
+    };
+    notes.extend(found.as_ref().err().map(note));
+    Ok(found.ok())
+}
+
 /// Moves the files into place. A file that failed verification is written too, so that it can be looked at: the exit code
 /// and the summary say that it failed.
 fn finish(staged: Option<Staged>, verdict: Option<&Verdict>) -> Result<(), Error> {
@@ -323,6 +355,9 @@ fn check_request(request: &Request) -> Result<(), Error> {
                  gathered is float: write w8a16g32 or w4a16g32asym"
             )));
         }
+    }
+    if request.first_order && request.data.is_none() {
+        return Err(Error::Input("--first-order needs samples to take gradients on: pass them with --data".into()));
     }
     if let Some(problem) = request.output.as_ref().and_then(|o| emit::obstacle(request.target, o, &request.input)) {
         return Err(Error::Input(problem));

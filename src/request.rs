@@ -87,6 +87,8 @@ pub struct Request {
     pub budget: Option<f64>,
     /// The metric of `allocate-bits`, where not the usual one.
     pub sensitivity: Option<String>,
+    /// Whether gradients tell what rounding costs at every layer.
+    pub first_order: bool,
     /// The squared error of the outputs over their square that is allowed.
     pub max_drop: Option<f64>,
     /// The executor's name.

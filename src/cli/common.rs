@@ -77,6 +77,7 @@ impl DataArgs {
             distill: None,
             budget: None,
             sensitivity: None,
+            first_order: false,
             max_drop: None,
             executor: self.executor.clone(),
             threads: self.n_threads(),

@@ -108,6 +108,10 @@ pub(crate) struct Args {
     /// Measure, plan and report, tensor by tensor; write nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Tell of every layer what rounding its weight, and what it reads, costs at the outputs to first order, by gradients of the float
+    /// model on 32 samples: in the summary the worst, in its JSON form all.
+    #[arg(long)]
+    first_order: bool,
     /// Fail when a node that the target could run on codes stays in float.
     #[arg(long)]
     no_fallback: bool,
@@ -212,6 +216,7 @@ fn request(args: &Args) -> Result<Request, Error> {
         cache: args.cache.or(recipe.cache),
         embeddings: embeddings.map(|text| scheme(text)).transpose().map_err(Error::Target)?,
         budget: args.budget.or(of_file(&recipe.budget, "budget")?),
+        first_order: args.first_order,
         sensitivity: args.sensitivity.clone().or(recipe.sensitivity),
         hold_out: args.hold_out,
         augment: args.augment,

@@ -1,6 +1,7 @@
 //! The summary for scripts, version 1.
 
 use passes::diag::Place;
+use passes::reconstruct::Cost;
 use serde_json::{Value, json};
 
 use super::{layers, peak_rss_bytes};
@@ -9,6 +10,10 @@ use crate::driver::{Outcome, Request};
 /// A number, or null where it is not finite.
 fn number(value: f64) -> Value {
     if value.is_finite() { json!(value) } else { Value::Null }
+}
+
+fn cost(cost: Cost) -> Value {
+    json!({ "most": number(cost.most), "usual": number(cost.usual) })
 }
 
 /// The summary of `outcome`.
@@ -23,6 +28,10 @@ pub fn summary(request: &Request, outcome: &Outcome) -> Value {
                 "weight": layer.weight.as_ref().map(|(format, granularity)| json!({ "format": format, "granularity": granularity })),
                 "activation": layer.activation.as_ref().map(|format| json!({ "format": format })),
                 "sqnr_db": layer.sqnr_db.map_or(Value::Null, number),
+                "first_order": outcome.costs.as_ref().map(|_| json!({
+                    "weight": layer.weight_cost.map(cost),
+                    "activation": layer.activation_cost.map(cost),
+                })),
                 "loss_vs_nearest": layer.weight.as_ref().map(|_| 1.0),
                 "kept_float": !layer.quantized,
                 "reason": layer.reason,

@@ -10,6 +10,7 @@ pub use text::summary as text;
 use passes::id::{NodeId, Site};
 use passes::model::Model;
 use passes::ops;
+use passes::reconstruct::Cost;
 
 use crate::driver::Outcome;
 
@@ -22,6 +23,10 @@ pub(crate) struct Layer {
     /// Grid of the activation.
     pub(crate) activation: Option<String>,
     pub(crate) sqnr_db: Option<f64>,
+    /// What rounding its weight costs to first order.
+    pub(crate) weight_cost: Option<Cost>,
+    /// What rounding what it reads costs.
+    pub(crate) activation_cost: Option<Cost>,
     pub(crate) quantized: bool,
     pub(crate) reason: String,
 }
@@ -41,6 +46,8 @@ pub(crate) fn layers(outcome: &Outcome) -> Vec<Layer> {
                 weight: weight(model, id),
                 activation: activation(model, id),
                 sqnr_db: by_node.and_then(|all| all.get(&id)).copied(),
+                weight_cost: weight_cost(outcome, id),
+                activation_cost: activation_cost(outcome, id),
                 quantized: decision.quantized,
                 reason: decision.reason.clone(),
             })
@@ -59,6 +66,19 @@ fn weight(model: &Model, id: NodeId) -> Option<(String, String)> {
     };
     let encoding = plan.encoding(site)?;
     Some((encoding.grid.info().about.name.to_owned(), granularity(encoding.granularity)))
+}
+
+fn weight_cost(outcome: &Outcome, id: NodeId) -> Option<Cost> {
+    let roles = ops::linear(outcome.model.graph(), id)?;
+    outcome.costs.as_ref()?.get(&Site::Use { node: id, input: roles.weight }).copied()
+}
+
+fn activation_cost(outcome: &Outcome, id: NodeId) -> Option<Cost> {
+    let (graph, costs) = (outcome.model.graph(), outcome.costs.as_ref()?);
+    let input = ops::linear(graph, id)?.activation;
+    let value = graph.node(id)?.input(input.into())?;
+    // What one node alone reads in codes counts before what all do.
+    [Site::Use { node: id, input }, Site::Value(value)].iter().find_map(|site| costs.get(site)).copied()
 }
 
 fn activation(model: &Model, id: NodeId) -> Option<String> {

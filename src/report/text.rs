@@ -20,6 +20,7 @@ pub fn summary(request: &Request, outcome: &Outcome, command: &str) -> String {
     notes(&mut text, outcome);
     operators(&mut text, &all);
     worst(&mut text, &all);
+    costly(&mut text, &all);
     numbers(&mut text, request, outcome);
     let _ = writeln!(text, "again      {command}");
     text
@@ -75,6 +76,25 @@ fn worst(text: &mut String, all: &[Layer]) {
     let _ = writeln!(text, "\nworst layers (signal to noise of what they compute, errors before them included)");
     for (layer, sqnr) in measured.iter().take(WORST) {
         let _ = writeln!(text, "  {sqnr:6.1} dB  {}  {}", layer.op, layer.name.escape_debug());
+    }
+}
+
+/// Where rounding costs most to first order.
+fn costly(text: &mut String, all: &[Layer]) {
+    let weights = all.iter().filter_map(|layer| Some((layer.weight_cost?, "its weight", layer)));
+    let activations = all.iter().filter_map(|layer| Some((layer.activation_cost?, "what it reads", layer)));
+    let mut costs: Vec<_> = weights.chain(activations).collect();
+    costs.sort_by(|a, b| b.0.usual.total_cmp(&a.0.usual));
+    if costs.is_empty() {
+        return;
+    }
+    let _ = writeln!(
+        text,
+        "\ncostliest rounding (root of the error at the outputs, to first order: as usual, and at most)"
+    );
+    for (cost, what, layer) in costs.iter().take(WORST) {
+        let name = layer.name.escape_debug();
+        let _ = writeln!(text, "  {:9.2e} {:9.2e}  {} {name}: {what}", cost.usual, cost.most, layer.op);
     }
 }
 

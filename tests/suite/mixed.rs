@@ -120,6 +120,28 @@ fn larger_budgets_never_give_a_weight_fewer_bits() {
     }
 }
 
+/// Every weight tells what rounding it costs to first order; fewer bits cost more, and what is usual is less than the most.
+#[test]
+fn gradients_tell_what_rounding_costs_at_every_layer() {
+    let costs = |scheme: &str, threads: &str| -> Vec<(Value, Value)> {
+        let summary = done(&["--scheme", scheme, "--first-order", "--threads", threads]);
+        let layers = summary["layers"].as_array().unwrap().clone();
+        let layer = |name: &str| layers.iter().find(|layer| layer["name"] == name).unwrap()["first_order"].clone();
+        WEIGHTS.iter().map(|(name, _)| (layer(name)["weight"].clone(), layer(name)["activation"].clone())).collect()
+    };
+    let number = |cost: &Value, key: &str| cost[key].as_f64().unwrap();
+    let (eight, four) = (costs("w8a8", "2"), costs("w4a8", "2"));
+    for ((eight, four), (name, _)) in eight.iter().zip(&four).zip(WEIGHTS) {
+        let [few, many] = [&eight.0, &four.0].map(|cost| number(cost, "usual"));
+        assert!(few > 0.0 && many > 4.0 * few, "{name}: {few} in eight bits, {many} in four");
+        assert!(number(&four.0, "most") > many, "{name}: {four:?}");
+    }
+    // Nothing before the first layer gets a gradient.
+    assert!(eight[0].1.is_null() && eight[1..].iter().all(|(_, read)| number(read, "usual") > 0.0), "{eight:?}");
+    assert_eq!(costs("w4a8", "1"), four, "the same on one thread");
+    assert!(done(&["--scheme", "w4a8"])["layers"][0]["first_order"].is_null());
+}
+
 #[test]
 fn a_budget_that_cannot_be_met_names_the_least() {
     let (code, _, error) = run(&["--scheme", "w4a8", "--budget", "3"]);

@@ -39,6 +39,8 @@ pub(super) struct Program {
     pub(super) drop: Slot,
     pub(super) float_biases: Vec<(Slot, Site, Arc<Tensor>)>,
     pub(super) outputs: Vec<(Slot, ValueId)>,
+    /// What activations are once they are rounded.
+    pub(super) roundings: Vec<(Slot, Site)>,
     /// The logarithms of what scales of activations are multiplied with.
     pub(super) steps: Vec<(Slot, Site)>,
     /// Of every bias that is in codes, what its scale is made of.
@@ -111,6 +113,7 @@ impl Program {
             drop,
             float_biases: Vec::new(),
             outputs: Vec::new(),
+            roundings: Vec::new(),
             steps: Vec::new(),
             products: Vec::new(),
         };
@@ -280,6 +283,8 @@ impl Maker<'_> {
             inputs.push(Some(step));
         }
         let outputs = self.program.tape.push("rounding", Box::new(rule), inputs, 1);
-        outputs.first().copied().ok_or_else(|| "a bug in onnx-quant: a step without a result".to_owned())
+        let slot = *outputs.first().ok_or("a bug in onnx-quant: a step without a result")?;
+        self.program.roundings.push((slot, site));
+        Ok(slot)
     }
 }

@@ -5,7 +5,8 @@
 //! [`Parameterization`] says what is learned about a weight and how codes come out of it. `by_blocks` does this block after block,
 //! for passes that round in order.
 //! `chain` puts all blocks of a graph one behind the other, and `distill` learns from what the whole model returns, `saliency` tells how much that
-//! depends on every weight, `stakes` how much on every row that layers read, `block_stakes` on every element of what blocks return.
+//! depends on every weight, `stakes` how much on every row that layers read, `block_stakes` on every element of what blocks return,
+//! `first_order` what rounding costs by that.
 
 mod adam;
 mod block;
@@ -15,6 +16,7 @@ mod by_blocks;
 mod chain;
 mod distill;
 mod fake_quant;
+mod first_order;
 mod measure;
 mod objective;
 mod parameterization;
@@ -31,6 +33,7 @@ mod train;
 
 pub(crate) use adam::Adam;
 pub use blocks::{Block, all_weights, blocks, boundary};
+pub use first_order::{Cost, Costs, first_order};
 pub use parameterization::{PARAMETERIZATIONS, Parameterization};
 pub use saliency::{SALIENCIES, Saliency};
 
