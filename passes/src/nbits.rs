@@ -84,13 +84,13 @@ pub(crate) fn pack(graph: &Graph, users: &Users, plan: &Plan, id: NodeId, node: 
     // What is one block whole may be padded to one of a size that the operator has.
     let block = if size >= k { k.next_power_of_two().max(16) } else { size };
     let layout = Layout { k, n, block, bits };
-    (info.integer && layout.is_sound()).then(|| packed(layout, encoding, codes))
+    (info.holds_integers() && layout.is_sound()).then(|| packed(layout, encoding, codes))
 }
 
-/// The bits in which the operators hold codes of so many.
+/// The bits in which the operators hold codes of so many; signs are two of the integers of 2 bits.
 pub(crate) fn width(bits: u32) -> Option<usize> {
     match bits {
-        2 => Some(2),
+        1 | 2 => Some(2),
         3 | 4 => Some(4),
         5..=8 => Some(8),
         _ => None,
@@ -274,6 +274,25 @@ mod tests {
             let back = unpacked(packed.layout, &packed.codes, &packed.scales, packed.zero_points.as_ref()).unwrap();
             assert_eq!(back, (encoding, codes), "{name}");
         }
+    }
+
+    /// Signs come back as the integers of 2 bits that they are, and what pads them is 0.
+    #[test]
+    fn signs_are_packed_in_two_bits() {
+        let values: Vec<f32> = (0..120).map(|i| ((i * 37) % 29) as f32 / 14.0 - 1.0).collect();
+        let encoding = Encoding {
+            grid: grid::find("bipolar").unwrap(),
+            granularity: Granularity::Block { axis: 0, size: 16 },
+            scale: (0..9).map(|i| 0.1 + i as f32 / 100.0).collect(),
+            zero_point: vec![0; 9].into(),
+        };
+        let codes = encoding.encode(&values, &[40, 3]).unwrap();
+        let packed = packed(Layout { k: 40, n: 3, block: 16, bits: 2 }, &encoding, &codes);
+        let (back, same) = unpacked(packed.layout, &packed.codes, &packed.scales, None).unwrap();
+        assert!(packed.zero_points.is_none() && back.reads_like(&encoding) && same == codes, "{back:?}");
+        assert_eq!(back.decode(&same).unwrap(), encoding.decode(&codes).unwrap());
+        // Of the last block of every output 8 inputs are padding: the code 2, which stands for 0.
+        assert!(packed.codes.bytes().chunks(12).all(|row| row[10..] == [0b1010_1010; 2]), "{:?}", packed.codes);
     }
 
     #[test]

@@ -99,6 +99,11 @@ impl Target for Hls4ml {
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
+        if scheme.weight_format == Some("bipolar") {
+            return Some(
+                "it computes wrong results from weights of one bit (OQ8434): take w2a8, or --target finn".into(),
+            );
+        }
         fpga::refuses(scheme, 8)
     }
 

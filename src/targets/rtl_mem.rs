@@ -45,6 +45,11 @@ impl Target for RtlMem {
     }
 
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
+        if scheme.weight_format == Some("bipolar") {
+            return Some(
+                "its memories hold integers of 2 to 8 bits, no signs alone: take w2a8, or --target qonnx".into(),
+            );
+        }
         fpga::refuses(scheme, 8)
     }
 

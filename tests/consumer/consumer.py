@@ -108,7 +108,7 @@ def packed(tool, tmp):
                               [helper.make_tensor_value_info('y', TensorProto.FLOAT, [None, 25])], [numpy_helper.from_array(w, 'w')])
     model = Path(tmp) / 'product.onnx'
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8), model)
-    for scheme in ('w2a16g16', 'w2a16g32asym', 'w3a16g32asym', 'w4a16g32', 'w4a16g64asym', 'w6a16g32', 'w8a16g128'):
+    for scheme in ('w1a16g32', 'w2a16g16', 'w2a16g32asym', 'w3a16g32asym', 'w4a16g32', 'w4a16g64asym', 'w6a16g32', 'w8a16g128'):
         outs = {}
         for target in ('ort-cpu', 'onnx-qdq'):
             out = Path(tmp) / f'{target}.onnx'

@@ -33,8 +33,9 @@ fn every_scheme_verifies() {
     let shifts = ["w8a8pow2", "w4a8pow2", "w4a16g32pow2", "w3a16g16asympow2", "we2m3a8pow2"];
     let tokens = ["w8a8tok", "w4a4tok", "w4a6tok", "w2a2tok", "w4a8g32asymtok", "wfp4afp8tok", "we2m3afp8e5m2tok"];
     let floats = ["wfp8a16", "wfp8e5m2a16", "wfp4a8", "we2m3a8", "we3m0a16g32", "wnf4a16g32"];
+    let signs = ["w1a8", "w1a4", "w1a16", "w1a16g32", "w1a4tok", "w1a8pow2"];
     let blocks = ["wmxfp8a16", "wmxfp4a16", "wmxint8a16", "wnvfp4a16"];
-    for scheme in integers.into_iter().chain(shifts).chain(tokens).chain(floats).chain(blocks) {
+    for scheme in integers.into_iter().chain(shifts).chain(tokens).chain(floats).chain(signs).chain(blocks) {
         let json = run(scheme, "best");
         assert_eq!(json["verify"]["passed"], true, "{scheme}: {json:#}");
         assert_eq!(json["scheme"], scheme);
@@ -173,6 +174,36 @@ fn weights_alone_need_no_samples_and_say_what_that_costs() {
     let output = tool(&args);
     let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && said.contains("OQ3004"), "{said}");
+}
+
+/// Weights of one bit are their signs, as 4-bit integers that ONNX reads, at a scale that is their mean magnitude.
+#[test]
+fn signs_are_written_as_integers() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    for target in ["onnx-qdq", "ort-cpu"] {
+        let out = folder.path().join(format!("{target}.onnx"));
+        let args = ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--scheme", "w1a8", "--json"];
+        let json = tool_ok(&[&args[..], &["--recipe", "fast", "--target", target, "--progress", "none"]].concat());
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["verify"]["passed"], true, "{target}: {json:#}");
+        assert!(!json.to_string().contains("float numbers"), "{target}: {json:#}");
+        let written = onnx_quant::import::file(&out).unwrap().model;
+        let graph = written.graph();
+        let mut weights = 0;
+        for (_, node) in graph.nodes().filter(|(_, node)| node.op.is("DequantizeLinear")) {
+            let Some(codes) = graph.constant_input(node, 0).filter(|c| c.dtype() == passes::tensor::DType::I4) else {
+                continue;
+            };
+            let unpacked = passes::encoding::unpack(codes);
+            assert!(unpacked.iter().all(|code| matches!(code, 1 | 0xf)), "{target} {}", node.name);
+            assert!(unpacked.contains(&1) && unpacked.contains(&0xf), "{target} {}", node.name);
+            let zeros = graph.constant_input(node, 2).unwrap();
+            assert!(passes::encoding::unpack(zeros).iter().all(|zero| *zero == 0), "{target} {}", node.name);
+            weights += 1;
+        }
+        assert!(weights >= 9, "{target}: {weights}");
+    }
 }
 
 /// Of small floats with as many bits every weight gets the one that fits it best.

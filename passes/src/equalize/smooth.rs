@@ -134,7 +134,8 @@ pub(super) fn divisors(peaks: &[f32], weights: &[f64], alpha: f64, reach: f64) -
 fn expected_error(peaks: &Peaks, sinks: &[Sink], divisor: &[f64], cx: &PassContext<'_>) -> f64 {
     let top = peaks.values().iter().zip(divisor).map(|(&p, s)| f64::from(p) / s).fold(0.0, f64::max);
     let levels = 2.0_f64.powi(i32::try_from(cx.scheme.activation_bits.unwrap_or(8)).unwrap_or(8)) - 1.0;
-    let weight_levels = 2.0_f64.powi(i32::try_from(cx.scheme.weight_bits).unwrap_or(8) - 1) - 1.0;
+    // One bit has no steps of its own: it counts as two.
+    let weight_levels = (2.0_f64.powi(i32::try_from(cx.scheme.weight_bits).unwrap_or(8) - 1) - 1.0).max(1.0);
     let noise = (2.0 * top / levels).powi(2) / 12.0;
     let power: f64 = peaks.powers().iter().zip(divisor).map(|(p, s)| p / (s * s)).sum();
     sinks

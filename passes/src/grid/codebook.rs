@@ -9,8 +9,6 @@ use crate::tensor::DType;
 pub struct CodebookGrid {
     info: GridInfo,
     levels: &'static [f32],
-    /// Whether what lies in the middle of two levels becomes the upper one, not the one at the even position.
-    ties_up: bool,
 }
 
 /// Level i is the mean of two neighboring quantiles of the normal distribution, scaled to reach 1, with 0 among them.
@@ -43,23 +41,6 @@ pub(super) static NF4: CodebookGrid = CodebookGrid {
         0.722_956_84,
         1.0,
     ],
-    ties_up: false,
-};
-
-/// The two signs.
-pub(super) static BIPOLAR: CodebookGrid = CodebookGrid {
-    info: GridInfo {
-        about: About {
-            name: "bipolar",
-            doc: "Signs: -1 and 1, 0 becomes 1; experimental. BipolarQuant in QONNX, no ONNX type.",
-            source: "operator definition of BipolarQuant, qonnx 1.0.0",
-        },
-        bits: 1,
-        storage: DType::U4,
-        integer: false,
-    },
-    levels: &[-1.0, 1.0],
-    ties_up: true,
 };
 
 impl CodebookGrid {
@@ -70,7 +51,7 @@ impl CodebookGrid {
         let above = self.levels.partition_point(|&level| f64::from(level) < x).min(self.levels.len() - 1);
         let below = above.saturating_sub(1);
         let (down, up) = (x - f64::from(self.levels[below]), f64::from(self.levels[above]) - x);
-        let even = if self.ties_up || above.is_multiple_of(2) { above } else { below };
+        let even = if above.is_multiple_of(2) { above } else { below };
         match down.abs().total_cmp(&up.abs()) {
             std::cmp::Ordering::Less => below,
             std::cmp::Ordering::Equal => even,

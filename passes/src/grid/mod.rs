@@ -4,6 +4,7 @@ pub mod block;
 mod codebook;
 mod float;
 mod int;
+mod sign;
 
 use std::fmt::Debug;
 
@@ -13,6 +14,7 @@ use crate::tensor::DType;
 pub use codebook::CodebookGrid;
 pub use float::FloatGrid;
 pub use int::IntGrid;
+pub use sign::SignGrid;
 
 /// A finite set of real points, before scaling. Every method takes and returns unscaled numbers; ties round to even and
 /// what lies outside saturates.
@@ -84,6 +86,13 @@ pub struct GridInfo {
     pub integer: bool,
 }
 
+impl GridInfo {
+    /// Whether codes are whole numbers that stand for themselves, in the type that stores them: those of integers, and the two signs.
+    pub fn holds_integers(&self) -> bool {
+        self.integer || self.bits == 1
+    }
+}
+
 /// Every grid, in the order of the manual. Of those that share a storage type the first has all its codes.
 pub static GRIDS: &[&dyn Grid] = &[
     &int::INT8,
@@ -141,7 +150,7 @@ pub static GRIDS: &[&dyn Grid] = &[
     &float::FLOAT8_E3M4,
     &float::FLOAT4_E2M1,
     &codebook::NF4,
-    &codebook::BIPOLAR,
+    &sign::BIPOLAR,
 ];
 
 /// Every grid, the minifloats of all widths included.
@@ -165,7 +174,7 @@ mod tests {
         for grid in all().filter(|grid| grid.info().bits <= 16) {
             let (low, high) = grid.range();
             // Integers of few bits fill their storage with the sign; floats leave the upper codes unused.
-            let codes = if grid.info().integer { grid.info().storage.bits() } else { grid.info().bits };
+            let codes = if grid.info().holds_integers() { grid.info().storage.bits() } else { grid.info().bits };
             let points: Vec<f64> = (0..1_u32 << codes)
                 .map(|code| grid.decode(code))
                 .filter(|point| (low..=high).contains(point))
@@ -204,7 +213,7 @@ mod tests {
     /// The points of a grid of up to 16 bits, ascending.
     fn points(grid: &dyn Grid) -> Vec<f64> {
         let (low, high) = grid.range();
-        let bits = if grid.info().integer { grid.info().storage.bits() } else { grid.info().bits };
+        let bits = if grid.info().holds_integers() { grid.info().storage.bits() } else { grid.info().bits };
         let decoded = (0..1_u32 << bits).map(|code| grid.decode(code));
         let mut points: Vec<f64> = decoded.filter(|point| (low..=high).contains(point)).collect();
         points.sort_by(f64::total_cmp);

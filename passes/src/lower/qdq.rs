@@ -156,6 +156,17 @@ pub fn is_native(grid: &dyn Grid) -> bool {
     info.integer || float8.contains(&info.storage)
 }
 
+/// `encoding` as an operator that dequantizes reads its codes: signs are two of the integers of 2 bits. `None` where no operator of
+/// opset 21 does.
+fn readable(encoding: &Encoding) -> Option<Encoding> {
+    let info = encoding.grid.info();
+    let grid = match crate::grid::find("int2-in-4") {
+        Some(integers) if !info.integer && info.holds_integers() => integers,
+        _ => encoding.grid,
+    };
+    is_native(grid).then(|| Encoding { grid, ..encoding.clone() })
+}
+
 impl Lowering<'_> {
     /// Keeps the names of all original tensors for themselves, whatever is added.
     fn reserve_names(&mut self) {
@@ -327,7 +338,8 @@ impl Lowering<'_> {
             return Ok(result);
         }
         let as_float = self.dialect.float_biases && encoding.grid.info().storage == DType::I32;
-        if self.dialect.qonnx || as_float || !is_native(encoding.grid) {
+        let readable = readable(encoding).filter(|_| !self.dialect.qonnx && !as_float);
+        let Some(readable) = readable else {
             let codes = Arc::clone(codes);
             if self.dialect.qonnx && !survives(encoding, &codes) {
                 let problem = "its codes need more than the 24 bits that a float constant holds: QONNX cannot say them";
@@ -339,11 +351,11 @@ impl Lowering<'_> {
             }
             self.constants.entry(key).or_default().push((encoding.clone(), result));
             return Ok(result);
-        }
+        };
         let stem = self.fresh(&format!("{name}.codes"));
         let codes_id = self.builder.constant(&stem, Arc::clone(codes)).map_err(bug)?;
         let shape = codes.shape().to_vec();
-        let result = self.dequantize(&name, codes_id, encoding, &shape)?;
+        let result = self.dequantize(&name, codes_id, &readable, &shape)?;
         self.constants.entry(key).or_default().push((encoding.clone(), result));
         Ok(result)
     }

@@ -325,6 +325,26 @@ mod tests {
         assert_eq!(affine_block(&[0.0; 4], &of(WeightScale::Mse)), (1.0, 0));
     }
 
+    /// One bit: of a fine list of scales none has a smaller error than the mean magnitude, and there it is Σ w² − n s².
+    #[test]
+    fn no_scale_of_signs_beats_the_mean_magnitude() {
+        for how in [WeightScale::MinMax, WeightScale::Mse, WeightScale::Cfp] {
+            let goals = Goal::new(Scheme::parse("w1a16g64").unwrap(), how, &Accepts::USUAL).unwrap();
+            for seed in 0..8_u64 {
+                #[expect(clippy::cast_possible_truncation, reason = "any numbers will do")]
+                let values: Vec<f32> = (0..64).map(|i| (uniform(mixed(seed) ^ i) - 0.3) as f32).collect();
+                let scale = scale_of(&values, &goals);
+                let error = |scale: f64| squared_error(&values, goals.weight_grid, scale, 0.0);
+                let least = (1..2000).map(|step| error(f64::from(step) * 1e-3)).fold(f64::INFINITY, f64::min);
+                assert!(error(scale) <= least + 1e-6, "{how:?} {seed}: {scale}, {} {least}", error(scale));
+                let squares: f64 = values.iter().map(|v| f64::from(*v).powi(2)).sum();
+                assert!((error(scale) - (squares - 64.0 * scale * scale)).abs() < 1e-4, "{how:?} {seed}");
+                let (block, zero) = signed_block(&values, &goals);
+                assert!((f64::from(block) - scale).abs() < 1e-6 && zero == 0, "{how:?} {seed}: {block} {scale}");
+            }
+        }
+    }
+
     #[test]
     fn powers_of_two_enclose_a_scale() {
         for (scale, want) in [(0.3, [0.25, 0.5]), (0.25, [0.25, 0.25]), (-3.0, [-2.0, -4.0])] {
