@@ -9,7 +9,7 @@ from pathlib import Path
 FILES = {'digits-resnet': 'digits-resnet.onnx', 'digits-mobilenet': 'digits-mobilenet.onnx', 'efficientnet-lite0': 'efficientnet-lite0.onnx',
          'minilm': 'minilm-l6.onnx', 'ppocr-rec': 'ppocr-rec.onnx'}
 # Model, schemes, options of learning: small models take more steps in the same time.
-RUNS = [('digits-resnet', ('w4a8', 'w4a4', 'w3a4', 'w2a4', 'w2a2', 'w2a16', 'wfp4a8', 'we2m3a8'), 'iterations=400, batch=16'),
+RUNS = [('digits-resnet', ('w4a8', 'w4a4', 'w3a4', 'w2a4', 'w2a2', 'w2a16', 'w1a8', 'wfp4a8', 'we2m3a8'), 'iterations=400, batch=16'),
         ('digits-mobilenet', ('w4a8', 'w4a4', 'w3a8', 'w2a8'), 'iterations=400, batch=16'),
         ('minilm', ('w3a16g64', 'w2a16g32'), 'iterations=200, layers=6'),
         ('efficientnet-lite0', ('w4a8', 'w3a8'), 'iterations=200'),
@@ -17,7 +17,8 @@ RUNS = [('digits-resnet', ('w4a8', 'w4a4', 'w3a4', 'w2a4', 'w2a2', 'w2a16', 'wfp
 # What a method is called, and its options: rounding to nearest, GPTQ, the chain of the recipe best, and what goes on from there.
 METHODS = {'nearest': ['--recipe', 'balanced', '--rounding', 'nearest'], 'gptq': ['--recipe', 'balanced', '--rounding', 'gptq'], 'best': ['--recipe', 'best'],
            'brecq': 'brecq{%s}', 'qdrop': 'brecq{%s, drop=0.5}', 'brecq, scales of activations': 'brecq{%s, steps=1}', 'lora-rounding': 'lora-rounding{%s}',
-           'flexround': 'flexround{%s}', 'lrq': 'lrq{%s}', 'signround': 'signround{%s}', 'latent': 'latent{%s}', 'talr': 'talr{%s}',
+           'flexround': 'flexround{%s}', 'lrq': 'lrq{%s}', 'signround': 'signround{%s}', 'latent': 'latent{%s}', 'latent-stochastic': 'latent-stochastic{%s}',
+           'talr': 'talr{%s}',
            'cbq': 'lora-rounding{%s, layers=2, window=2, overlap=1}', 'pd-quant': 'brecq{%s, drop=0.5, loss=pd}', 'fisher': 'brecq{%s, loss=fisher}', 'fisher-each': 'brecq{%s, loss=fisher-each}',
            'discquant': ('--distill', 'discquant{%s}'), 'distill': ('--distill', 'brecq{%s}')}
 

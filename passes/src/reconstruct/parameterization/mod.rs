@@ -1,10 +1,12 @@
 //! What is learned about a weight.
 
 mod brecq;
+mod chance;
 mod discquant;
 mod divisors;
 mod flexround;
 mod latent;
+mod latent_stochastic;
 mod lora;
 mod low_rank;
 mod lrq;
@@ -26,6 +28,7 @@ pub static PARAMETERIZATIONS: &[&dyn Parameterization] = &[
     &lrq::Lrq,
     &signround::SignRound,
     &latent::Latent,
+    &latent_stochastic::LatentStochastic,
     &talr::Talr,
     &discquant::DiscQuant,
 ];
@@ -100,6 +103,15 @@ impl Weight {
         ((if beyond { other } else { wanted }) - self.zero(i)) as f32
     }
 
+    /// The point of element `i` that lies at or under `unit` and that at or over it; where the grid ends, twice its end.
+    #[expect(clippy::cast_possible_truncation, reason = "points of grids of up to 16 bits are exact in f32")]
+    fn around(&self, i: usize, unit: f32) -> (f32, f32) {
+        let (grid, zero) = (self.encoding.grid, self.zero(i));
+        let (low, high) = grid.range();
+        let at = (f64::from(unit) + zero).clamp(low, high);
+        ((grid.below(at) - zero) as f32, (grid.above(at) - zero) as f32)
+    }
+
     /// The points that `units` round to.
     fn rounded(&self, units: &[f32]) -> Vec<f32> {
         let mut points = units.to_vec();
@@ -162,7 +174,7 @@ mod tests {
     /// Nothing is lost by starting: without a step every method gives the points that were chosen before.
     #[test]
     fn every_parameterization_starts_at_the_points_that_were_chosen() {
-        for (grid, zero) in GRIDS {
+        for (grid, zero) in GRIDS.into_iter().chain([("bipolar", 0)]) {
             let weight = weight(grid, zero);
             for method in PARAMETERIZATIONS {
                 let mut learned = method.start(&weight, 7);
@@ -206,7 +218,7 @@ mod tests {
     /// Some methods have forces of their own: none leads away from points that are nearest.
     #[test]
     fn without_gradients_nothing_leaves_its_nearest_point() {
-        for (grid, zero) in GRIDS {
+        for (grid, zero) in GRIDS.into_iter().chain([("bipolar", 0)]) {
             let weight = weight(grid, zero);
             for method in PARAMETERIZATIONS {
                 let mut learned = method.start(&weight, 7);
