@@ -6,10 +6,12 @@ mod discquant;
 mod divisors;
 mod flexround;
 mod latent;
+mod latent_settled;
 mod latent_stochastic;
 mod lora;
 mod low_rank;
 mod lrq;
+mod settled;
 mod signround;
 mod soft;
 mod talr;
@@ -29,6 +31,7 @@ pub static PARAMETERIZATIONS: &[&dyn Parameterization] = &[
     &signround::SignRound,
     &latent::Latent,
     &latent_stochastic::LatentStochastic,
+    &latent_settled::LatentSettled,
     &talr::Talr,
     &discquant::DiscQuant,
 ];
