@@ -31,4 +31,10 @@ impl Adam {
             }
         });
     }
+
+    /// What the moments take.
+    #[cfg(test)]
+    pub(super) fn size(&self) -> usize {
+        4 * (self.first.len() + self.second.len())
+    }
 }

@@ -222,7 +222,7 @@ fn fits(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(), 
     let name = settings.method.about().name;
     Err(PassError::Model(format!(
         "distill: what {name} learns of {weights} weights takes {} MB, and {} MB are left: leave codes as they are (codes=0), take a \
-         method that keeps less (signround, lrq), or give more memory",
+         method that keeps less (q-galore, lrq), or give more memory",
         needed / 1_000_000,
         cx.state_budget / 1_000_000
     )))

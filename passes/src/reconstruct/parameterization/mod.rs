@@ -1,6 +1,7 @@
 //! What is learned about a weight.
 
 mod brecq;
+mod bytes;
 mod chance;
 mod discquant;
 mod divisors;
@@ -11,6 +12,8 @@ mod latent_stochastic;
 mod lora;
 mod low_rank;
 mod lrq;
+mod projection;
+mod q_galore;
 mod settled;
 mod signround;
 mod soft;
@@ -33,6 +36,7 @@ pub static PARAMETERIZATIONS: &[&dyn Parameterization] = &[
     &latent_stochastic::LatentStochastic,
     &latent_settled::LatentSettled,
     &talr::Talr,
+    &q_galore::QGalore,
     &discquant::DiscQuant,
 ];
 
