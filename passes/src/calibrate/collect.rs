@@ -8,7 +8,7 @@ use crate::exec::Dataset;
 use crate::id::ValueId;
 use crate::ir::Graph;
 use crate::model::{Edit, Model, Patch, Plan, Statistic};
-use crate::observe::{GramSums, Means, Peaks, Rows, Sketch};
+use crate::observe::{Ends, GramSums, Means, Peaks, Rows, Sketch};
 use crate::padding::Mask;
 use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::simulate::Simulation;
@@ -53,11 +53,13 @@ impl Pass for Calibrate {
             Wish::Distribution => stats.distribution(*value).is_none(),
             Wish::Means { .. } => stats.means(*value).is_none(),
             Wish::Peaks { axis } => stats.peaks(*value, *axis).is_none(),
+            Wish::Ends { axis } => stats.ends(*value, *axis).is_none(),
             Wish::Gram(rows) => stats.gram(*value, *rows).is_none(),
         };
         let mut wanted: Vec<(ValueId, Wish)> = cx.wishes.iter().copied().filter(open).collect();
         let with_samples = cx.dataset.is_some_and(|d| !d.is_empty());
-        if !with_samples && wanted.iter().all(|(_, wish)| matches!(wish, Wish::Gram(_) | Wish::Peaks { .. })) {
+        let unfiled = |wish: &Wish| matches!(wish, Wish::Gram(_) | Wish::Peaks { .. } | Wish::Ends { .. });
+        if !with_samples && wanted.iter().all(|(_, wish)| unfiled(wish)) {
             // Statistics from files hold no matrices: what is rounded by data falls back to nearest and says so.
             wanted.clear();
         }
@@ -101,6 +103,7 @@ enum Gauge {
     Distribution(Sketch),
     Means(Means),
     Peaks(usize, Peaks),
+    Ends(usize, Ends),
 }
 
 impl Gauge {
@@ -110,6 +113,7 @@ impl Gauge {
             Wish::Distribution => Some(Self::Distribution(Sketch::default())),
             Wish::Means { axis } => Some(Self::Means(Means::along(axis))),
             Wish::Peaks { axis } => Some(Self::Peaks(axis, Peaks::along(axis))),
+            Wish::Ends { axis } => Some(Self::Ends(axis, Ends::along(axis))),
             Wish::Gram(_) => None,
         }
     }
@@ -119,6 +123,7 @@ impl Gauge {
             Self::Distribution(sketch) => sketch.see(values),
             Self::Means(means) => means.see(values, shape),
             Self::Peaks(_, peaks) => peaks.see(values, shape),
+            Self::Ends(_, ends) => ends.see(values, shape),
         }
     }
 
@@ -127,6 +132,7 @@ impl Gauge {
             (Self::Distribution(mine), Self::Distribution(theirs)) => mine.merge(theirs),
             (Self::Means(mine), Self::Means(theirs)) => mine.merge(theirs),
             (Self::Peaks(_, mine), Self::Peaks(_, theirs)) => mine.merge(theirs),
+            (Self::Ends(_, mine), Self::Ends(_, theirs)) => mine.merge(theirs),
             _ => unreachable!("every worker gauges the same wishes in the same order"),
         }
     }
@@ -136,6 +142,7 @@ impl Gauge {
             Self::Distribution(sketch) => Statistic::Distribution(Arc::new(sketch)),
             Self::Means(means) => Statistic::Means(Arc::new(means)),
             Self::Peaks(axis, peaks) => Statistic::Peaks { axis, peaks: Arc::new(peaks) },
+            Self::Ends(axis, ends) => Statistic::Ends { axis, ends: Arc::new(ends) },
         }
     }
 }

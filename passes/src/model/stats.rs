@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::id::ValueId;
-use crate::observe::{Gram, Means, Peaks, Rows, Sketch};
+use crate::observe::{Ends, Gram, Means, Peaks, Rows, Sketch};
 
 /// One measurement of one tensor.
 #[derive(Clone, Debug)]
@@ -21,6 +21,13 @@ pub enum Statistic {
         /// What was measured.
         peaks: Arc<Peaks>,
     },
+    /// The least, the largest and the mean value of every index of an axis.
+    Ends {
+        /// The axis.
+        axis: usize,
+        /// What was measured.
+        ends: Arc<Ends>,
+    },
     /// The second moments of its rows.
     Gram {
         /// How rows are cut.
@@ -36,6 +43,7 @@ pub struct Stats {
     pub(crate) distributions: BTreeMap<ValueId, Arc<Sketch>>,
     pub(crate) means: BTreeMap<ValueId, Arc<Means>>,
     pub(crate) peaks: BTreeMap<(ValueId, usize), Arc<Peaks>>,
+    pub(crate) ends: BTreeMap<(ValueId, usize), Arc<Ends>>,
     pub(crate) grams: BTreeMap<(ValueId, Rows), Arc<Gram>>,
 }
 
@@ -55,6 +63,11 @@ impl Stats {
         self.peaks.get(&(value, axis)).map(AsRef::as_ref)
     }
 
+    /// The least, the largest and the mean value of every index of `axis` of `value`, where they were measured.
+    pub fn ends(&self, value: ValueId, axis: usize) -> Option<&Ends> {
+        self.ends.get(&(value, axis)).map(AsRef::as_ref)
+    }
+
     /// The second moments of the `rows` of `value`, where they were measured.
     pub fn gram(&self, value: ValueId, rows: Rows) -> Option<&Arc<Gram>> {
         self.grams.get(&(value, rows))
@@ -65,6 +78,7 @@ impl Stats {
             Statistic::Distribution(sketch) => drop(self.distributions.insert(value, sketch)),
             Statistic::Means(means) => drop(self.means.insert(value, means)),
             Statistic::Peaks { axis, peaks } => drop(self.peaks.insert((value, axis), peaks)),
+            Statistic::Ends { axis, ends } => drop(self.ends.insert((value, axis), ends)),
             Statistic::Gram { rows, gram } => drop(self.grams.insert((value, rows), gram)),
         }
     }

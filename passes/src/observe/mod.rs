@@ -4,6 +4,7 @@
 
 mod cfp;
 mod cross;
+mod ends;
 mod entropy;
 mod gram;
 mod means;
@@ -16,6 +17,7 @@ mod sketch;
 
 pub(crate) use cfp::inliers_end;
 pub use cross::{Cross, CrossSums};
+pub use ends::Ends;
 pub use gram::{Gram, GramSums};
 pub use means::Means;
 pub use peaks::Peaks;

@@ -58,6 +58,11 @@ pub enum Wish {
         /// Counted from the front.
         axis: usize,
     },
+    /// The least, the largest and the mean value of every index of this axis.
+    Ends {
+        /// Counted from the front.
+        axis: usize,
+    },
     /// The second moments of the rows that a linear node reads; a second pass over the data.
     Gram(Rows),
 }
@@ -88,6 +93,8 @@ pub enum Fidelity {
     Exact,
     /// Equal over the reals; sums are reassociated.
     UpToRounding,
+    /// Equal over the reals on the calibration samples; others may come out otherwise.
+    OnSamples,
     /// The graph is not touched.
     PlanOnly,
 }
