@@ -140,6 +140,8 @@ codes! {
         "More bits and more nodes in float were tried, as far as the scheme and the budget for bits allow, and the best is what was written. Allow more, use --recipe best, or more samples.";
     FLOAT_CACHE = "OQ4005", "an input that looks like a cache stays in float",
         "A cache in codes is a float input that only a Concat, first of two along an axis before the last, and Shape read, and whose result the model returns; the extent of its last axis is known. Operators that hold the cache inside (GroupQueryAttention, Attention) have no such place: export the model with attention written out.";
+    RELAXED = "OQ4006", "clamps became Relu because no sample reaches their end",
+        "relax-clamps takes the end of a clamp away where calibration never came to it, so that scales can pass. Data that is unlike the samples may go beyond; leave the pass out, or give more samples.";
     BIAS_SATURATED = "OQ5001", "a bias did not fit 32 bits at its scale and the weight scale was raised",
         "The bias is stored at input scale times weight scale. Where the weights of a channel are tiny, that product is too fine for the bias; the channel's weight scale was raised until it fits.";
     RESUMED = "OQ5002", "the run went on from what an earlier one has learned",

@@ -17,6 +17,7 @@ mod layering;
 mod learning;
 mod mixed;
 mod normalize;
+mod on_samples;
 mod registry;
 mod rounding;
 mod schemes;

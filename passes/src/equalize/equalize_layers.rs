@@ -10,7 +10,7 @@ use crate::ir::walk::Users;
 use crate::model::{Model, Patch};
 use crate::observe::Peaks;
 use crate::parallel;
-use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
+use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::tensor::Tensor;
 
 crate::declare_pass! {
@@ -23,8 +23,10 @@ crate::declare_pass! {
     /// ```
     ///
     /// Tensors that `Relu`, `LeakyRelu`, pools and sums connect share one s; a region that anything else writes or reads is left
-    /// alone, and so is one with a clamp such as Relu6, through which no scale passes. s\[j\] = peak(x\[j\])^a / peak(w\[j\])^(1−a) with
-    /// the exponent a that gives the smallest expected error of what is computed from the region at the scheme's bits; doing nothing
+    /// alone, and so is one with a clamp such as Relu6, through which no scale passes. With `clamps=M` it is not: channels of which some
+    /// sample reaches the end of the clamp share one s, and the others grow until M times their largest value would reach it, so
+    /// that the clamp stays as it is and the function is the same for all samples, and for what is not M times larger.
+    /// s\[j\] = peak(x\[j\])^a / peak(w\[j\])^(1−a) with the exponent a that gives the smallest expected error of what is computed from the region at the scheme's bits; doing nothing
     /// is among the candidates. Dead channels keep s = 1, and so does every region of which
     /// something was not measured or the user wants something in float. Exact over the reals.
     INFO {
@@ -35,15 +37,32 @@ crate::declare_pass! {
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,
         fidelity: UpToRounding,
-        options: &[],
+        options: &[OptionInfo {
+            name: "clamps",
+            doc: "regions with clamps too, channels growing until so many times their peak would be clamped, from 1 on; by default such regions are left alone",
+        }],
     }
 }
 
-pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::new(EqualizeLayers)) };
+pub(super) const ENTRY: PassEntry =
+    PassEntry { info: &INFO, build: |options| Ok(Box::new(EqualizeLayers::new(options)?)) };
 
 /// See [`INFO`].
 #[derive(Debug)]
-struct EqualizeLayers;
+struct EqualizeLayers {
+    /// How many times the peak of a channel its clamp lets pass.
+    clamps: Option<f64>,
+}
+
+impl EqualizeLayers {
+    fn new(options: &Options) -> Result<Self, OptionError> {
+        let clamps = options.number("clamps")?;
+        match clamps.filter(|margin| *margin < 1.0) {
+            Some(margin) => Err(OptionError { option: "clamps".into(), problem: format!("`{margin}` is less than 1") }),
+            None => Ok(Self { clamps }),
+        }
+    }
+}
 
 impl Pass for EqualizeLayers {
     fn info(&self) -> &'static PassInfo {
@@ -55,8 +74,12 @@ impl Pass for EqualizeLayers {
             return BTreeSet::new();
         }
         let graph = model.graph();
-        let read = |sink: &NodeId| graph.node(*sink)?.input(0).map(|value| (value, Wish::Peaks { axis: 1 }));
-        free_regions(graph, cx).iter().flat_map(|region| region.sinks.iter().filter_map(read)).collect()
+        let read = |sink: &NodeId| graph.node(*sink)?.input(0);
+        let of = |region: &Region| -> Vec<ValueId> {
+            region.sinks.iter().filter_map(read).chain(region.clamps.iter().map(|clamp| clamp.0)).collect()
+        };
+        let values = free_regions(graph, cx, self.clamps.is_some()).iter().flat_map(of).collect::<Vec<_>>();
+        values.into_iter().map(|value| (value, Wish::Peaks { axis: 1 })).collect()
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
@@ -65,8 +88,8 @@ impl Pass for EqualizeLayers {
             return Ok(patch);
         }
         let graph = model.graph();
-        let regions = free_regions(graph, cx);
-        let divisors = parallel::map(&regions, |region| divisor(model, region, cx));
+        let regions = free_regions(graph, cx, self.clamps.is_some());
+        let divisors = parallel::map(&regions, |region| divisor(model, region, self.clamps, cx));
         for (region, divisor) in regions.iter().zip(divisors) {
             let nodes = || region.sources.iter().chain(&region.inside).chain(&region.sinks);
             let Some(divisor) = divisor.filter(|_| !nodes().any(|id| patch.touches(*id))) else { continue };
@@ -79,7 +102,7 @@ impl Pass for EqualizeLayers {
 }
 
 /// The regions in which nothing has to stay in float: nodes and tensors get new names, which no pattern would find.
-fn free_regions(graph: &Graph, cx: &PassContext<'_>) -> Vec<Region> {
+fn free_regions(graph: &Graph, cx: &PassContext<'_>, clamps: bool) -> Vec<Region> {
     let named = |id: &NodeId| {
         graph.node(*id).is_some_and(|node| {
             let values = node.inputs.iter().chain(&node.outputs).flatten();
@@ -87,7 +110,7 @@ fn free_regions(graph: &Graph, cx: &PassContext<'_>) -> Vec<Region> {
             kept(&node.name) || values.into_iter().any(|value| kept(&graph.value(*value).name))
         })
     };
-    let mut regions = regions(graph, &Users::of(graph));
+    let mut regions = regions(graph, &Users::of(graph), clamps);
     regions.retain(|region| !region.sources.iter().chain(&region.inside).chain(&region.sinks).any(named));
     regions
 }
@@ -149,8 +172,42 @@ impl Sink<'_> {
 /// Less than this is not worth other weights.
 const LEAST_GAIN: f64 = 0.95;
 
+/// What the clamps of a region ask of s.
+struct Bounds {
+    /// Which channels are divided by 1: those that reach the end of a clamp, and dead ones.
+    fixed: Vec<bool>,
+    /// The least that every other channel may be divided by; 0 for dead ones.
+    least: Vec<f64>,
+}
+
+impl Bounds {
+    /// Those of `region`, where a clamp must let pass `margin` times the peak of a channel; `None` where one was not measured.
+    fn of(model: &Model, region: &Region, margin: f64) -> Option<Self> {
+        let mut bounds = Self { fixed: vec![false; region.channels], least: vec![0.0; region.channels] };
+        for (value, high) in &region.clamps {
+            let peaks = model.stats().peaks(*value, 1).filter(|peaks| peaks.values().len() == region.channels)?;
+            for (j, peak) in peaks.values().iter().enumerate() {
+                bounds.fixed[j] |= f64::from(*peak) >= *high;
+                bounds.least[j] = bounds.least[j].max(margin * f64::from(*peak) / high);
+            }
+        }
+        let dead = |least: &f64| *least == 0.0 && !region.clamps.is_empty();
+        bounds.fixed.iter_mut().zip(&bounds.least).for_each(|(fixed, least)| *fixed |= dead(least));
+        Some(bounds)
+    }
+
+    /// `s` with what the clamps ask of it, in units in which channels that reach an end have 1 on average.
+    fn within(&self, s: &[f64]) -> Vec<f64> {
+        let all = || s.iter().zip(&self.fixed).zip(&self.least).map(|((s, fixed), least)| (s, *fixed, *least));
+        let reached = || all().filter(|(_, fixed, least)| *fixed && *least > 0.0);
+        let unit = (reached().map(|(s, ..)| s.ln()).sum::<f64>() / reached().count().max(1) as f64).exp();
+        all().map(|(s, fixed, least)| if fixed { 1.0 } else { (s / unit).max(least) }).collect()
+    }
+}
+
 /// The best s of `region`; `None` where doing nothing is about as good.
-fn divisor(model: &Model, region: &Region, cx: &PassContext<'_>) -> Option<Vec<f64>> {
+fn divisor(model: &Model, region: &Region, clamps: Option<f64>, cx: &PassContext<'_>) -> Option<Vec<f64>> {
+    let bounds = Bounds::of(model, region, clamps.unwrap_or(1.0))?;
     let sinks: Vec<Sink<'_>> =
         region.sinks.iter().map(|&id| sink(model, id, region.channels)).collect::<Option<_>>()?;
     let levels = |bits: u32| 2.0_f64.powi(i32::try_from(bits).unwrap_or(8)) - 1.0;
@@ -163,7 +220,7 @@ fn divisor(model: &Model, region: &Region, cx: &PassContext<'_>) -> Option<Vec<f
         peaks.iter_mut().zip(sink.peaks.values()).for_each(|(top, peak)| *top = top.max(*peak));
         weights.iter_mut().zip(&sink.largest).for_each(|(top, weight)| *top = top.max(*weight));
     }
-    let candidate = |step: i32| divisors(&peaks, &weights, f64::from(step) / 20.0, 1e2);
+    let candidate = |step: i32| bounds.within(&divisors(&peaks, &weights, f64::from(step) / 20.0, 1e2));
     let nothing = error(&vec![1.0; region.channels]);
     let scored = (0..=20).map(candidate).map(|s| (error(&s), s));
     let (best, s) = scored.min_by(|a, b| a.0.total_cmp(&b.0))?;
@@ -253,6 +310,17 @@ fn scaled(tensor: &Tensor, factor: impl Fn(usize) -> f64) -> Option<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn channels_that_are_clamped_keep_their_units_and_the_others_stay_below_the_end() {
+        let bounds = Bounds { fixed: vec![true, false, true, false, true], least: vec![1.0, 0.5, 1.0, 0.01, 0.0] };
+        let s = bounds.within(&[4.0, 0.8, 9.0, 12.0, 50.0]);
+        // In units of the geometric mean of 4 and 9; the last channel is dead.
+        let want = [1.0, 0.5, 1.0, 2.0, 1.0];
+        assert!(s.iter().zip(want).all(|(s, want)| (s - want).abs() < 1e-12), "{s:?}");
+        let free = Bounds { fixed: vec![false; 2], least: vec![0.0; 2] };
+        assert_eq!(free.within(&[0.25, 4.0]), [0.25, 4.0], "nothing is asked where there are no clamps");
+    }
 
     #[test]
     fn every_weight_is_multiplied_by_the_factor_of_the_channel_that_it_reads() {

@@ -8,6 +8,7 @@ mod fit_clamps;
 mod hadamard;
 mod pool_to_conv;
 mod region;
+mod relax_clamps;
 mod rotate;
 mod rotate_heads;
 mod rotate_inputs;
@@ -22,6 +23,7 @@ use crate::pass::PassEntry;
 pub static PASSES: &[PassEntry] = &[
     smooth::ENTRY,
     equalize_layers::ENTRY,
+    relax_clamps::ENTRY,
     awq::ENTRY,
     rotate::ENTRY,
     rotate_heads::ENTRY,

@@ -17,13 +17,28 @@ pub(super) struct Region {
     pub(super) inside: Vec<NodeId>,
     /// Convolutions that read from it.
     pub(super) sinks: Vec<NodeId>,
+    /// What clamps inside return, and where they end: scaled, a channel must stay below that.
+    pub(super) clamps: Vec<(ValueId, f64)>,
     /// Channels of its tensors.
     pub(super) channels: usize,
 }
 
+/// Where the clamp `node` ends when it begins at 0: infinity for one without an end. `None` for what is no such clamp.
+pub(super) fn clamp_end(graph: &Graph, node: &Node) -> Option<f64> {
+    if !node.op.is("Clip") || graph.constant(node.input(0)?).is_some() {
+        return None;
+    }
+    let bound = |input: usize| graph.constant_input(node, input)?.floats()?.first().copied();
+    let high = if node.input(2).is_some() { f64::from(bound(2)?) } else { f64::INFINITY };
+    (bound(1) == Some(0.0) && high > 0.0).then_some(high)
+}
+
 /// Whether scaling channels by positive numbers passes through `node`: activations without a threshold, pools, sums of two tensors
-/// of one shape.
-fn passes_scales(graph: &Graph, node: &Node) -> bool {
+/// of one shape; with `clamps` also those that end somewhere.
+fn passes_scales(graph: &Graph, node: &Node, clamps: bool) -> bool {
+    if let Some(high) = clamp_end(graph, node) {
+        return clamps || high.is_infinite();
+    }
     // A constant operand would not be divided.
     let constant = node.inputs.iter().flatten().any(|value| graph.constant(*value).is_some());
     let plain = node.op.domain.is_empty() && node.outputs.iter().flatten().count() == 1 && !constant;
@@ -50,8 +65,8 @@ fn convolution<'a>(graph: &'a Graph, users: &Users, id: NodeId) -> Option<(&'a N
     (plain && weight.shape()[0] > 0).then_some((node, weight.as_ref()))
 }
 
-/// Every region of `graph`, in the order of the first node of each.
-pub(super) fn regions(graph: &Graph, users: &Users) -> Vec<Region> {
+/// Every region of `graph`, in the order of the first node of each; with `clamps`, those with clamps that end somewhere too.
+pub(super) fn regions(graph: &Graph, users: &Users, clamps: bool) -> Vec<Region> {
     let mut parent: BTreeMap<ValueId, ValueId> = BTreeMap::new();
     let root = |parent: &BTreeMap<ValueId, ValueId>, mut value: ValueId| {
         while let Some(&up) = parent.get(&value).filter(|up| **up != value) {
@@ -60,10 +75,11 @@ pub(super) fn regions(graph: &Graph, users: &Users) -> Vec<Region> {
         value
     };
     let mut inside: BTreeSet<NodeId> = BTreeSet::new();
-    for (id, node) in graph.nodes().filter(|(_, node)| passes_scales(graph, node)) {
+    for (id, node) in graph.nodes().filter(|(_, node)| passes_scales(graph, node, clamps)) {
         inside.insert(id);
         let Some(output) = node.output(0) else { continue };
-        for &input in node.inputs.iter().flatten() {
+        // The bounds of clamps are constants that nothing is scaled with.
+        for &input in node.inputs.iter().flatten().filter(|input| graph.constant(**input).is_none()) {
             let (a, b) = (root(&parent, input), root(&parent, output));
             parent.insert(a.max(b), a.min(b));
         }
@@ -77,6 +93,7 @@ pub(super) fn regions(graph: &Graph, users: &Users) -> Vec<Region> {
         let Some(region) = slot else { continue };
         if inside.contains(&id) {
             region.inside.push(id);
+            region.clamps.extend(clamp_end(graph, node).filter(|high| high.is_finite()).map(|high| (output, high)));
         } else if let Some((_, weight)) = convolution(graph, users, id) {
             let channels = weight.shape()[0];
             let fits = region.channels == 0 || region.channels == channels;

@@ -1,0 +1,165 @@
+//! Equalization that rests on what the samples brought: biases given to the layer behind, clamps relaxed, norms with one scale.
+
+use onnx_quant::{exec, targets};
+use passes::exec::{DataError, Dataset, Executor};
+use passes::model::Model;
+use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::target::Scheme;
+use passes::tensor::Tensor;
+
+use super::equalize::same_within;
+
+/// Four channels of small noise, with a low number here and there.
+struct Pictures {
+    /// The low number.
+    spike: f32,
+}
+
+impl Dataset for Pictures {
+    fn len(&self) -> usize {
+        4
+    }
+
+    fn name(&self, index: usize) -> String {
+        format!("picture {index}")
+    }
+
+    fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
+        let value = |i: usize| {
+            let noise = ((i * 7919 + index * 104_729) % 2003) as f32 / 10_015.0 - 0.1;
+            if i % 64 == 5 + index { self.spike } else { noise }
+        };
+        Ok(vec![Tensor::of([1, 4, 16, 16], (0..1024).map(value).collect::<Vec<f32>>())])
+    }
+}
+
+/// What a pipeline made of a model.
+struct Made {
+    before: Model,
+    after: Model,
+    counts: String,
+    notes: String,
+    executor: Box<dyn Executor>,
+}
+
+/// `text` over `source` for `target` in `scheme`, with every promise checked; the function stays for all samples of `data`.
+fn made(source: &str, data: &dyn Dataset, text: &str, (target, scheme): (&str, &str), keep: &[&str]) -> Made {
+    let before = passes::text::parse(source).unwrap();
+    let executor = (exec::find("auto").unwrap().build)(&before.meta).unwrap();
+    let kept = keep.iter().map(|name| ((*name).to_owned(), (*name).to_owned())).collect();
+    let mut cx = PassContext {
+        dataset: Some(data),
+        scheme: Scheme::parse(scheme).unwrap(),
+        keep_float: &kept,
+        ..PassContext::new(targets::find(target).unwrap(), executor.as_ref())
+    };
+    let pipeline = Pipeline::parse(text, &passes::catalogue::passes()).unwrap();
+    let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, before.clone(), &mut cx).unwrap();
+    let counts = trace.steps.iter().map(|(name, step)| format!("{name} {:?}; ", step.counts)).collect();
+    let notes = trace.notes.iter().map(|note| format!("{}\n", note.message)).collect();
+    Made { before, after, counts, notes, executor }
+}
+
+impl Made {
+    /// The function is the same for all of `data`.
+    fn same(self, data: &dyn Dataset, what: &str) -> Self {
+        for index in 0..data.len() {
+            let feeds = data.sample(index).unwrap();
+            same_within(&self.before, &self.after, self.executor.as_ref(), &feeds, 1e-5, what);
+        }
+        self
+    }
+
+    /// The constants at `input` of all nodes `op`, in order.
+    fn constants(&self, op: &str, input: usize) -> Vec<Vec<f32>> {
+        let graph = self.after.graph();
+        let nodes = graph.nodes().filter(|(_, node)| node.op.is(op));
+        nodes.filter_map(|(_, node)| Some(graph.constant_input(node, input)?.floats()?.into_owned())).collect()
+    }
+
+    fn count(&self, op: &str) -> usize {
+        self.after.graph().nodes().filter(|(_, node)| node.op.is(op)).count()
+    }
+}
+
+const PLAIN: (&str, &str) = ("onnx-qdq", "w8a8");
+
+/// A convolution that returns its input plus `bias`, `middle`, and what reads `%r`.
+fn pair(outputs: &str, bias: &str, middle: &str, reader: &str) -> String {
+    let one = |i: usize| if i.is_multiple_of(5) { "1" } else { "0" };
+    let numbers =
+        |n: usize| (0..n).map(|i| format!("{:.3}", (i * 37 % 29) as f32 / 28.0)).collect::<Vec<_>>().join(", ");
+    format!(
+        "opset 21\ngraph (%x: f32[1,4,16,16]) -> ({outputs}) {{\n  %wa = const f32[4,4,1,1] [{}]\n  %bias = const f32[4] [{bias}]\n  \
+         %low = const f32[] [0]\n  %high = const f32[] [6]\n  %w1 = const f32[3,4,1,1] [{}]\n  %w3 = const f32[3,4,3,3] [{}]\n  \
+         %w2 = const f32[4,2,3,3] [{}]\n  %wd = const f32[8,1,3,3] [{}]\n  %wg = const f32[4,3] [{}]\n  %b3 = const f32[3] [1, -2, 3]\n  \
+         %a = Conv(%x, %wa, %bias) @first\n{middle}{reader}}}\n",
+        (0..16).map(one).collect::<Vec<_>>().join(", "),
+        numbers(12),
+        numbers(108),
+        numbers(72),
+        numbers(72),
+        numbers(12),
+    )
+}
+
+#[test]
+fn clamps_that_no_sample_reaches_become_relu() {
+    let data = Pictures { spike: -0.4 };
+    let of = |bias: &str| {
+        pair("%y", bias, "  %r = Clip(%a, %low, %high) @clamp\n", "  %y = Conv(%r, %w3) {pads=[1, 1, 1, 1]}\n")
+    };
+    let relax = "infer-shapes, calibrate, relax-clamps";
+    let source = of("5.8, -5, 0, 1.5");
+    let relaxed = made(&source, &data, relax, PLAIN, &[]).same(&data, &source);
+    assert_eq!((relaxed.count("Relu"), relaxed.count("Clip")), (1, 0), "{}", relaxed.counts);
+    assert!(relaxed.notes.contains("1 of 1 clamps"), "{}", relaxed.notes);
+    for (source, text, keep) in [
+        (of("5.95, -5, 0, 1.5"), relax, &[][..]),
+        (source.clone(), "infer-shapes, relax-clamps", &[]),
+        (source.clone(), relax, &["clamp"]),
+        (source.replace("%low = const f32[] [0]", "%low = const f32[] [-1]"), relax, &[]),
+    ] {
+        let made = made(&source, &data, text, PLAIN, keep);
+        assert_eq!((made.count("Relu"), made.count("Clip")), (0, 1), "{source}: {}", made.notes);
+        assert!(made.notes.is_empty(), "{}", made.notes);
+    }
+}
+
+/// Channels of very different sizes in front of a clamp that ends at `high`.
+fn uneven(high: f32) -> String {
+    let size = |i: usize| [1.0, 8.0, 0.25, 30.0][i / 4] * (((i * 31 + 17) % 41) as f32 / 20.0 - 1.0);
+    let numbers =
+        |n: usize, of: &dyn Fn(usize) -> f32| (0..n).map(|i| format!("{:.3}", of(i))).collect::<Vec<_>>().join(", ");
+    format!(
+        "opset 21\ngraph (%x: f32[1,4,16,16]) -> (%y) {{\n  %wa = const f32[4,4,1,1] [{}]\n  %low = const f32[] [0]\n  \
+         %high = const f32[] [{high}]\n  %wr = const f32[4,4,3,3] [{}]\n  %a = Conv(%x, %wa)\n  %r = Clip(%a, %low, %high)\n  \
+         %y = Conv(%r, %wr) {{pads=[1, 1, 1, 1]}}\n}}\n",
+        numbers(16, &size),
+        numbers(144, &|i| ((i * 37 + 11) % 29) as f32 / 14.0 - 1.0)
+    )
+}
+
+#[test]
+fn layers_are_equalized_through_clamps_when_that_is_asked_for() {
+    let data = Pictures { spike: -2.0 };
+    for high in [0.5, 6.0, 60.0, 6000.0] {
+        let source = uneven(high);
+        let scheme = ("onnx-qdq", "w8a4");
+        for margin in ["1", "4"] {
+            let text = format!("infer-shapes, calibrate, equalize-layers{{clamps={margin}}}");
+            let made = made(&source, &data, &text, scheme, &[]).same(&data, &source);
+            // Where the end is far away, it is as if there was none.
+            assert!(high < 6000.0 || made.counts.contains("\"regions\": 1"), "{}", made.counts);
+            let ends: Vec<f32> = made.constants("Clip", 2).into_iter().flatten().collect();
+            assert_eq!(ends, [high], "the clamp stays");
+        }
+        let made = made(&source, &data, "infer-shapes, calibrate, equalize-layers", scheme, &[]);
+        assert!(!made.counts.contains("regions"), "only when asked for: {}", made.counts);
+    }
+    let endless = uneven(6.0).replace(", %high)", ")");
+    let made = made(&endless, &data, "infer-shapes, calibrate, equalize-layers", ("onnx-qdq", "w8a4"), &[]);
+    assert!(made.same(&data, &endless).counts.contains("\"regions\": 1"), "a clamp without an end is a Relu");
+    let error = Pipeline::parse("equalize-layers{clamps=0.5}", &passes::catalogue::passes()).unwrap_err().to_string();
+    assert!(error.contains("less than 1"), "{error}");
+}
