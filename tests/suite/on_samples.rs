@@ -7,7 +7,7 @@ use passes::pass::{PassContext, PassManager, Pipeline};
 use passes::target::Scheme;
 use passes::tensor::Tensor;
 
-use super::equalize::same_within;
+use super::equalize::{Rows, matrix, same_within};
 
 /// Four channels of small noise, with a low number here and there.
 struct Pictures {
@@ -101,6 +101,119 @@ fn pair(outputs: &str, bias: &str, middle: &str, reader: &str) -> String {
         numbers(72),
         numbers(12),
     )
+}
+
+const ABSORB: &str = "infer-shapes, calibrate, absorb-high-bias";
+
+#[test]
+fn high_biases_go_to_whatever_reads_them() {
+    let data = Pictures { spike: -0.4 };
+    for middle in ["  %r = Relu(%a)\n", "  %r = Clip(%a, %low, %high)\n", "  %r = Clip(%a, %low)\n"] {
+        for reader in [
+            "  %y = Conv(%r, %w1)\n",
+            "  %y = Conv(%r, %w3, %b3)\n",
+            "  %y = Conv(%r, %w3, %b3) {pads=[0, 0, 0, 0], strides=[2, 2]}\n",
+            "  %y = Conv(%r, %w3) {auto_pad=\"VALID\"}\n",
+            "  %y = Conv(%r, %w2) {group=2}\n",
+            "  %y = Conv(%r, %wd) {group=4}\n",
+            "  %p = GlobalAveragePool(%r)\n  %f = Flatten(%p)\n  %y = Gemm(%f, %wg, %b3)\n",
+            "  %p = GlobalMaxPool(%r)\n  %f = Flatten(%p)\n  %y = Gemm(%f, %wg)\n",
+            "  %s = Conv(%r, %w1, %b3)\n  %t = Conv(%r, %w1)\n  %y = Add(%s, %t)\n",
+        ] {
+            // Two channels stay above zero; one never is, one is around it.
+            let source = pair("%y", "3, -5, 0, 1.5", middle, reader);
+            let made = made(&source, &data, ABSORB, PLAIN, &[]).same(&data, &source);
+            assert!(made.counts.contains("\"channels\": 2"), "{source}: {}", made.counts);
+            let bias = &made.constants("Conv", 2)[0];
+            let want = [0.4, -5.0, 0.0, 0.4];
+            assert!(bias.iter().zip(want).all(|(b, want)| (b - want).abs() < 1e-6), "{bias:?}");
+        }
+    }
+}
+
+#[test]
+fn products_hand_their_biases_on_and_a_pair_behind_a_pair_does_too() {
+    let data = Rows { channels: 8, samples: 3 };
+    let source = format!(
+        "opset 21\ngraph (%x: f32[512,8]) -> (%y) {{\n{}{}{}  %b1 = const f32[6] [400, -5, 300, 250, 2, 0]\n  %b2 = const f32[1,4] [900, 0, -900, 5]\n  \
+         %a = Gemm(%x, %wa, %b1)\n  %r = Relu(%a)\n  %c = Gemm(%r, %wbb, %b2) {{transB=1}}\n  %s = Relu(%c)\n  %y = Gemm(%s, %wccc)\n}}\n",
+        matrix("wa", 8, 6),
+        matrix("wbb", 4, 6),
+        matrix("wccc", 4, 3)
+    );
+    let made = made(&source, &data, ABSORB, PLAIN, &[]).same(&data, &source);
+    assert!(made.counts.contains("\"pairs\": "), "{}", made.counts);
+    assert!(made.constants("Gemm", 2)[0][0] < 200.0, "{:?}", made.constants("Gemm", 2));
+}
+
+#[test]
+fn biases_stay_where_the_constant_would_be_missed() {
+    let data = Pictures { spike: -0.4 };
+    let relu = "  %r = Relu(%a)\n";
+    let plain = "  %y = Conv(%r, %w1)\n";
+    for (outputs, middle, reader, says) in [
+        ("%y", relu, "  %y = Conv(%r, %w3) {pads=[1, 1, 1, 1]} @second\n", "`second` pads with zeros"),
+        ("%y", relu, "  %y = Conv(%r, %w1) {pads=[0, 0, 0, 1]} @second\n", "`second` pads with zeros"),
+        ("%y", relu, "  %y = Conv(%r, %w3) {auto_pad=\"SAME_UPPER\"} @second\n", "`second` pads with zeros"),
+        (
+            "%y",
+            relu,
+            "  %t = Conv(%r, %w1)\n  %s = Conv(%r, %w3) {pads=[1, 1, 1, 1]} @second\n  %y = Add(%s, %t)\n",
+            "`second` pads",
+        ),
+        ("%y, %z", relu, "  %y = Conv(%r, %w1)\n  %z = Sigmoid(%r)\n", "`r` has readers other than"),
+        ("%y, %r", relu, plain, "`r` has readers other than"),
+        ("%y, %a", relu, plain, ""),
+        ("%y, %z", "  %r = Relu(%a)\n  %z = Tanh(%a)\n", plain, ""),
+        ("%y", "  %r = LeakyRelu(%a) {alpha=0.1}\n", plain, ""),
+        ("%y", "  %r = Sigmoid(%a)\n", plain, ""),
+        ("%y", "  %p = Relu(%a)\n  %r = AveragePool(%p) {kernel_shape=[3, 3]}\n", plain, "`p` has readers other than"),
+    ] {
+        let source = pair(outputs, "3, -5, 0, 1.5", middle, reader);
+        let made = made(&source, &data, ABSORB, PLAIN, &[]);
+        assert!(!made.counts.contains("pairs"), "{source}: {}", made.counts);
+        assert!(made.notes.contains(says), "{source}: {}", made.notes);
+        assert!(!says.is_empty() || made.notes.is_empty(), "{source}: {}", made.notes);
+        assert_eq!(made.after.graph().nodes().count(), made.before.graph().nodes().count());
+    }
+}
+
+#[test]
+fn nothing_is_absorbed_without_statistics_or_under_a_name_or_where_biases_are_low() {
+    let data = Pictures { spike: -0.4 };
+    let of = |bias: &str| pair("%y", bias, "  %r = Relu(%a)\n", "  %y = Conv(%r, %w1) @second\n");
+    let high = of("3, -5, 0, 1.5");
+    for (source, text, keep) in [
+        (&high, "infer-shapes, absorb-high-bias", &[][..]),
+        (&high, ABSORB, &["first"]),
+        (&high, ABSORB, &["second"]),
+        (&high, ABSORB, &["r"]),
+        (&of("0.3, -5, 0, 0.4"), ABSORB, &[]),
+    ] {
+        let made = made(source, &data, text, PLAIN, keep);
+        assert!(!made.counts.contains("pairs"), "{source}: {}", made.counts);
+    }
+    // A channel that reaches the end of its clamp loses what is above it, not below.
+    let clamped = pair("%y", "5.95, -5, 0, 1.5", "  %r = Clip(%a, %low, %high)\n", "  %y = Conv(%r, %w1)\n");
+    let made = made(&clamped, &data, ABSORB, PLAIN, &[]).same(&data, &clamped);
+    assert!(made.counts.contains("\"channels\": 1"), "{}", made.counts);
+}
+
+#[test]
+fn sigmas_lose_a_few_values_and_only_where_the_outputs_hardly_notice() {
+    let data = Pictures { spike: -0.4 };
+    let of = |bias: &str| pair("%y", bias, "  %r = Relu(%a)\n", "  %y = Conv(%r, %w1)\n");
+    let first = |made: &Made| made.constants("Conv", 2)[0][0];
+    let lossy = ABSORB.to_owned() + "{sigmas=3}";
+    let made_lossy = made(&of("40, 40, 40, 40"), &data, &lossy, PLAIN, &[]);
+    assert!(first(&made_lossy) < 0.35 && first(&made_lossy) > 0.1, "{}", first(&made_lossy));
+    assert!(made_lossy.notes.is_empty(), "{}", made_lossy.notes);
+    let source = of("1, 1, 1, 1");
+    let gated = made(&source, &data, &(ABSORB.to_owned() + "{sigmas=0}"), PLAIN, &[]).same(&data, &source);
+    assert!((first(&gated) - 0.4).abs() < 1e-6, "{}", first(&gated));
+    assert!(gated.notes.contains("less than 50 dB"), "{}", gated.notes);
+    let error = Pipeline::parse("absorb-high-bias{sigmas=-1}", &passes::catalogue::passes()).unwrap_err().to_string();
+    assert!(error.contains("less than 0"), "{error}");
 }
 
 #[test]

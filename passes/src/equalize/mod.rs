@@ -1,5 +1,6 @@
 //! Equalization: other weights for the same function, easier to quantize.
 
+mod absorb_high_bias;
 mod awq;
 mod divided;
 mod equalize_layers;
@@ -13,6 +14,7 @@ mod rotate;
 mod rotate_heads;
 mod rotate_inputs;
 mod scaled;
+mod shifted;
 mod smooth;
 mod smooth_caches;
 mod stream;
@@ -24,6 +26,7 @@ pub static PASSES: &[PassEntry] = &[
     smooth::ENTRY,
     equalize_layers::ENTRY,
     relax_clamps::ENTRY,
+    absorb_high_bias::ENTRY,
     awq::ENTRY,
     rotate::ENTRY,
     rotate_heads::ENTRY,
