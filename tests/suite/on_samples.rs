@@ -2,8 +2,10 @@
 
 use onnx_quant::{exec, targets};
 use passes::exec::{DataError, Dataset, Executor};
-use passes::model::Model;
+use passes::id::ValueId;
+use passes::model::{Model, Plan};
 use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::simulate::Simulation;
 use passes::target::Scheme;
 use passes::tensor::Tensor;
 
@@ -275,4 +277,155 @@ fn layers_are_equalized_through_clamps_when_that_is_asked_for() {
     assert!(made.same(&data, &endless).counts.contains("\"regions\": 1"), "a clamp without an end is a Relu");
     let error = Pipeline::parse("equalize-layers{clamps=0.5}", &passes::catalogue::passes()).unwrap_err().to_string();
     assert!(error.contains("less than 1"), "{error}");
+}
+
+const FORCED: &str = "infer-shapes, calibrate, reparameterize-norms{strength=1}, drop-dead";
+
+/// A norm as `norm` writes it, whose result `%n` is read by `readers`.
+fn normed(outputs: &str, norm: &str, readers: &str) -> String {
+    format!(
+        "opset 21\ngraph (%x: f32[512,8]) -> ({outputs}) {{\n{}{}  %g = const f32[8] [1, 20, 0.1, -3, 0, 5, 1, 0.01]\n  \
+         %b = const f32[8] [0, 30, -0.2, 1, 2, 0, -50, 0]\n  %bias = const f32[6] [1, 2, 3, 4, 5, 6]\n  %last = const i64[1] [-1]\n  \
+         %eps = const f32[] [0.001]\n  %two = const f32[] [2]\n{norm}{readers}}}\n",
+        matrix("w", 8, 6),
+        matrix("ww", 6, 8),
+    )
+}
+
+const WHOLE: &str = "  %n = LayerNormalization(%x, %g, %b) {axis=-1}\n";
+const WITHOUT_SHIFT: &str = "  %n = LayerNormalization(%x, %g)\n";
+const WRITTEN: &str = "  %m = ReduceMean(%x, %last)\n  %c = Sub(%x, %m)\n  %q = Pow(%c, %two)\n  %v = ReduceMean(%q, %last)\n  \
+                       %e = Add(%v, %eps)\n  %s = Sqrt(%e)\n  %d = Div(%c, %s)\n  %f = Mul(%d, %g)\n  %n = Add(%b, %f)\n";
+const ROOT: &str = "  %q = Pow(%x, %two)\n  %v = ReduceMean(%q, %last)\n  %e = Add(%v, %eps)\n  %s = Sqrt(%e)\n  %d = Div(%x, %s)\n  \
+                    %n = Mul(%g, %d)\n";
+
+/// The ranges of the channels of what the first product of `model` reads, over the samples of `data`.
+fn ranges(made: &Made, data: &dyn Dataset) -> Vec<(f32, f32)> {
+    let graph = made.after.graph();
+    let is_product = |op: &passes::ir::OpKey| op.is("MatMul") || op.is("Gemm");
+    let read: ValueId = graph.nodes().find(|(_, node)| is_product(&node.op)).unwrap().1.input(0).unwrap();
+    let run = Simulation::prepare(graph, &Plan::default(), made.executor.as_ref(), &[read]).unwrap();
+    let mut ranges = vec![(f32::INFINITY, f32::NEG_INFINITY); 8];
+    for index in 0..data.len() {
+        let outputs = run.run(&data.sample(index).unwrap()).unwrap();
+        for (i, v) in outputs[0].floats().unwrap().iter().enumerate() {
+            let range = &mut ranges[i % 8];
+            *range = (range.0.min(*v), range.1.max(*v));
+        }
+    }
+    ranges
+}
+
+#[test]
+fn channels_of_norms_come_to_have_one_range() {
+    let data = Rows { channels: 8, samples: 3 };
+    for (norm, shifts) in [(WHOLE, true), (WITHOUT_SHIFT, true), (WRITTEN, true), (ROOT, false)] {
+        for readers in [
+            "  %y = MatMul(%n, %w)\n",
+            "  %p = MatMul(%n, %w)\n  %y = Add(%bias, %p)\n",
+            "  %y = Gemm(%n, %w, %bias)\n",
+            "  %y = Gemm(%n, %ww) {transB=1}\n",
+            "  %p = MatMul(%n, %w)\n  %q1 = Add(%p, %bias)\n  %q2 = MatMul(%n, %w)\n  %q3 = Gemm(%n, %w, %bias)\n  \
+             %t = Add(%q1, %q2)\n  %y = Add(%t, %q3)\n",
+        ] {
+            let source = normed("%y", norm, readers);
+            let made = made(&source, &data, FORCED, PLAIN, &[]).same(&data, &source);
+            assert!(made.counts.contains("\"norms\": 1"), "{source}: {}", made.counts);
+            let ranges = ranges(&made, &data);
+            let widths: Vec<f32> = ranges.iter().map(|(low, high)| high - low).filter(|width| *width > 1e-3).collect();
+            let (least, most) = widths.iter().fold((f32::MAX, 0.0_f32), |all, w| (all.0.min(*w), all.1.max(*w)));
+            // Scales that lie too far apart are brought nearer only; where nothing shifts, zero stays where it was.
+            let allowed = if shifts { 10.0 } else { 20.0 };
+            assert!(widths.len() >= 7 && most < allowed * least, "{source}: {ranges:?}");
+        }
+    }
+}
+
+#[test]
+fn other_readers_keep_the_norm_and_products_get_their_own() {
+    let data = Rows { channels: 8, samples: 3 };
+    for norm in [WHOLE, WITHOUT_SHIFT, WRITTEN, ROOT] {
+        for (outputs, readers) in [
+            ("%y, %z", "  %p = MatMul(%n, %w)\n  %y = Add(%bias, %p)\n  %z = Add(%n, %x)\n"),
+            ("%y, %n", "  %y = MatMul(%n, %w)\n"),
+            ("%y, %z", "  %y = Gemm(%n, %w, %bias)\n  %z = Sigmoid(%n)\n"),
+        ] {
+            let source = normed(outputs, norm, readers);
+            let made = made(&source, &data, FORCED, PLAIN, &[]).same(&data, &source);
+            assert!(made.counts.contains("\"copied\": 1"), "{source}: {}", made.counts);
+        }
+    }
+}
+
+#[test]
+fn norms_stay_as_they_are_without_statistics_or_ranges_or_products() {
+    let data = Rows { channels: 8, samples: 3 };
+    let product = "  %y = MatMul(%n, %w) @product\n";
+    let source = normed("%y", WHOLE, product);
+    for (source, text, scheme, keep) in [
+        (&source, FORCED, "w8a16", &[][..]),
+        (&source, FORCED, "w8a8dyn", &[]),
+        (&source, FORCED, "wfp8afp8", &[]),
+        (&source, FORCED, "w8a8", &["product"]),
+        (&normed("%y", WHOLE, "  %y = Sigmoid(%n)\n"), FORCED, "w8a8", &[]),
+        (
+            &normed("%y", WHOLE, "  %t = MatMul(%n, %w)\n  %y = MatMul(%t, %ww)\n")
+                .replace("(%x, %g, %b)", "(%x, %x, %b)"),
+            FORCED,
+            "w8a8",
+            &[],
+        ),
+    ] {
+        let made = made(source, &data, text, ("onnx-qdq", scheme), keep);
+        assert!(!made.counts.contains("norms\": ") && !made.counts.contains("copied"), "{source}: {}", made.counts);
+    }
+    // Peaks of few rows are chance.
+    let few = Rows { channels: 8, samples: 1 };
+    let made = made(&source, &few, FORCED, PLAIN, &[]);
+    assert!(!made.counts.contains("norms\": "), "{}", made.counts);
+}
+
+#[test]
+fn norms_are_changed_where_that_is_expected_to_pay_and_for_codes_without_zero_points_too() {
+    let data = Rows { channels: 8, samples: 3 };
+    let source = normed("%y", WHOLE, "  %y = Gemm(%n, %w, %bias)\n");
+    let searched = "infer-shapes, calibrate, reparameterize-norms, drop-dead";
+    for target in ["onnx-qdq", "tensorrt"] {
+        let made = made(&source, &data, searched, (target, "w8a8"), &[]).same(&data, &source);
+        assert!(made.counts.contains("\"norms\": 1"), "{target}: {}", made.counts);
+    }
+    let centered = made(&source, &data, FORCED, ("tensorrt", "w8a8"), &[]).same(&data, &source);
+    let live = ranges(&centered, &data).into_iter().filter(|(low, high)| high - low > 1e-3);
+    for (low, high) in live {
+        assert!((low + high).abs() < 1e-3 * (high - low), "around zero: {low} {high}");
+    }
+    // Channels that are alike already.
+    let even = source
+        .replace("[1, 20, 0.1, -3, 0, 5, 1, 0.01]", "[1, 1, 1, 1, 1, 1, 1, 1]")
+        .replace("[0, 30, -0.2, 1, 2, 0, -50, 0]", "[0, 0, 0, 0, 0, 0, 0, 0]");
+    let made = made(&even, &Even, searched, PLAIN, &[]);
+    assert!(!made.counts.contains("norms\": "), "{}", made.counts);
+    for (option, says) in [("strength=2", "from 0 to 1"), ("sigmas=0", "more than 0")] {
+        let text = format!("calibrate, reparameterize-norms{{{option}}}");
+        let error = Pipeline::parse(&text, &passes::catalogue::passes()).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+}
+
+/// Rows of channels that are alike.
+struct Even;
+
+impl Dataset for Even {
+    fn len(&self) -> usize {
+        4
+    }
+
+    fn name(&self, index: usize) -> String {
+        format!("even rows {index}")
+    }
+
+    fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
+        let value = |i: usize| ((i * 7919 + index * 104_729) % 2003) as f32 / 1001.5 - 1.0;
+        Ok(vec![Tensor::of([512, 8], (0..512 * 8).map(value).collect::<Vec<f32>>())])
+    }
 }

@@ -1,6 +1,7 @@
 //! Equalization: other weights for the same function, easier to quantize.
 
 mod absorb_high_bias;
+mod affine_norm;
 mod awq;
 mod divided;
 mod equalize_layers;
@@ -10,6 +11,7 @@ mod hadamard;
 mod pool_to_conv;
 mod region;
 mod relax_clamps;
+mod reparameterize_norms;
 mod rotate;
 mod rotate_heads;
 mod rotate_inputs;
@@ -27,6 +29,7 @@ pub static PASSES: &[PassEntry] = &[
     equalize_layers::ENTRY,
     relax_clamps::ENTRY,
     absorb_high_bias::ENTRY,
+    reparameterize_norms::ENTRY,
     awq::ENTRY,
     rotate::ENTRY,
     rotate_heads::ENTRY,

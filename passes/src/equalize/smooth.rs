@@ -67,14 +67,14 @@ fn wanted(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
 }
 
 /// Per sink: for every input channel the largest and the summed squared weight, and per output row the weights.
-struct Sink {
+pub(super) struct Sink {
     /// Rows of `inputs` weights, one per output.
-    rows: Vec<Vec<f32>>,
+    pub(super) rows: Vec<Vec<f32>>,
     /// Σ over outputs of w².
-    energy: Vec<f64>,
+    pub(super) energy: Vec<f64>,
 }
 
-fn sink(graph: &Graph, id: NodeId) -> Option<Sink> {
+pub(super) fn sink(graph: &Graph, id: NodeId) -> Option<Sink> {
     let roles = ops::linear(graph, id)?;
     let weight = graph.constant_input(graph.node(id)?, 1)?;
     let [first, second] = *weight.shape() else { return None };
@@ -90,7 +90,7 @@ fn sink(graph: &Graph, id: NodeId) -> Option<Sink> {
 }
 
 /// Peaks of fewer rows say little about the next one: a channel that was quiet by chance would be blown up, and clip.
-const LEAST_ROWS: u64 = 1024;
+pub(super) const LEAST_ROWS: u64 = 1024;
 
 /// The best division for `group`, when it beats doing nothing by a tenth.
 fn choose(model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<Choice> {
