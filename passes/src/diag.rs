@@ -142,6 +142,8 @@ codes! {
         "A cache in codes is a float input that only a Concat, first of two along an axis before the last, and Shape read, and whose result the model returns; the extent of its last axis is known. Operators that hold the cache inside (GroupQueryAttention, Attention) have no such place: export the model with attention written out.";
     RELAXED = "OQ4006", "clamps became Relu because no sample reaches their end",
         "relax-clamps takes the end of a clamp away where calibration never came to it, so that scales can pass. Data that is unlike the samples may go beyond; leave the pass out, or give more samples.";
+    LEARNED_BASIS = "OQ4007", "a residual stream was turned into a basis that was learned",
+        "The note of the model says what rounding the weights around the stream loses, in shares of the power of what they compute, before and after. That of a tensor gives the logarithm of its quantization space utilization rate per channel: 0 where a range for all channels is filled evenly, less where some channels are louder than others, or depend on one another.";
     BIAS_SATURATED = "OQ5001", "a bias did not fit 32 bits at its scale and the weight scale was raised",
         "The bias is stored at input scale times weight scale. Where the weights of a channel are tiny, that product is too fine for the bias; the channel's weight scale was raised until it fits.";
     RESUMED = "OQ5002", "the run went on from what an earlier one has learned",

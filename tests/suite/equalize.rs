@@ -358,6 +358,95 @@ fn a_rotated_decoder_keeps_its_function_and_loses_its_gains() {
     assert_ne!(tables[0], tables[1], "another seed, another basis");
 }
 
+/// Sentences for [`decoder`].
+struct Words;
+
+impl Dataset for Words {
+    fn len(&self) -> usize {
+        6
+    }
+
+    fn name(&self, index: usize) -> String {
+        format!("words {index}")
+    }
+
+    fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
+        let word = |i: usize| i64::try_from((i * 7 + index * 5 + i * index) % 20).unwrap();
+        Ok(vec![Tensor::of([7], (0..7).map(word).collect())])
+    }
+}
+
+/// The decoder after `learn-rotation` with `options`, which must keep its function, and what was said.
+fn learned(options: &str, data: Option<&dyn Dataset>, scheme: &str) -> (Model, Vec<passes::diag::Diagnostic>) {
+    let plain = passes::text::parse(&decoder("  %y = MatMul(%cg, %et)\n")).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+    let mut cx = PassContext {
+        dataset: data,
+        scheme: passes::target::Scheme::parse(scheme).unwrap(),
+        ..PassContext::new(targets::TARGETS[0], executor.as_ref())
+    };
+    let calibrate = if data.is_some() { "calibrate, " } else { "" };
+    let text = format!("infer-shapes, {calibrate}learn-rotation{options}, drop-dead");
+    let pipeline = Pipeline::parse(&text, &passes::catalogue::passes()).unwrap();
+    let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+    let counts = &trace.steps.iter().find(|(name, _)| *name == "learn-rotation").unwrap().1.counts;
+    assert!(format!("{counts:?}").contains("\"readers\": 4"), "{counts:?}");
+    check_same(&plain, &after, executor.as_ref(), &[Tensor::of([7], vec![0_i64, 3, 19, 7, 7, 12, 1])], options);
+    (after, trace.notes)
+}
+
+/// What rounding loses before and after, as the note of the model has it.
+fn losses(notes: &[passes::diag::Diagnostic]) -> (f64, f64) {
+    let note = notes.iter().find_map(|note| note.message.strip_prefix("what rounding loses came from ")).unwrap();
+    let (before, after) = note.split_once(" to ").unwrap();
+    (before.parse().unwrap(), after.parse().unwrap())
+}
+
+#[test]
+fn a_learned_basis_keeps_the_function_and_rounding_loses_less_in_it() {
+    for (scheme, options) in
+        [("w3a16g4", ""), ("w2a16g4", "{errors=stay, seed=3}"), ("w4a4", "{sweeps=12}"), ("wfp4a16", "")]
+    {
+        let (_, notes) = learned(options, Some(&Words), scheme);
+        let (before, after) = losses(&notes);
+        assert!(after < before, "{scheme}: {before} to {after}");
+        let rates = notes.iter().filter(|note| note.message.contains("utilization rate")).count();
+        assert_eq!(rates, 3, "one for every norm: {notes:?}");
+        let (_, notes) = learned(options, None, scheme);
+        let (before, after) = losses(&notes);
+        assert!(after < before, "{scheme} without samples: {before} to {after}");
+        assert!(notes.iter().all(|note| !note.message.contains("utilization rate")), "{notes:?}");
+    }
+}
+
+#[test]
+fn a_learned_basis_is_the_same_on_any_threads() {
+    let text = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| passes::text::graph(&learned("{sweeps=3}", Some(&Words), "w3a16g4").0))
+    };
+    assert_eq!(text(1), text(3));
+}
+
+#[test]
+fn a_basis_that_cannot_be_learned_is_that_of_the_hadamard_matrix_and_says_so() {
+    let plain = passes::text::parse(&decoder("  %y = MatMul(%cg, %et)\n")).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+    let run = |text: &str, state_budget: u64| {
+        let mut cx = PassContext { state_budget, ..PassContext::new(targets::TARGETS[0], executor.as_ref()) };
+        let pipeline = Pipeline::parse(text, &passes::catalogue::passes()).unwrap();
+        let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+        let gather = after.graph().nodes().find(|(_, node)| node.op.is("Gather")).unwrap().1;
+        let table = after.graph().constant_input(gather, 0).unwrap().floats().unwrap().into_owned();
+        (table, format!("{:?}", trace.notes))
+    };
+    let (table, notes) = run("infer-shapes, learn-rotation, drop-dead", 1000);
+    assert!(notes.contains("are left; the stream is turned by the Hadamard matrix"), "{notes}");
+    let (hadamard, _) = run("infer-shapes, rotate, drop-dead", 1000);
+    assert!(table.iter().zip(&hadamard).all(|(a, b)| (a - b).abs() < 1e-6));
+    assert_ne!(run("infer-shapes, learn-rotation, drop-dead", u64::MAX).0, table);
+}
+
 #[test]
 fn a_stream_with_another_reader_is_left_alone_and_named() {
     let both = matrix("sq", 12, 12) + "  %ww = MatMul(%bn, %sq)\n  %x4 = Add(%x3, %ww)\n  %y = MatMul(%cg, %et)\n";

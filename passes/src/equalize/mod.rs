@@ -8,6 +8,9 @@ mod equalize_layers;
 mod factors;
 mod fit_clamps;
 mod hadamard;
+mod learn_rotation;
+mod orthogonal;
+mod pivots;
 mod pool_to_conv;
 mod region;
 mod relax_clamps;
@@ -15,11 +18,15 @@ mod reparameterize_norms;
 mod rotate;
 mod rotate_heads;
 mod rotate_inputs;
+mod rounding_loss;
 mod scaled;
 mod shifted;
 mod smooth;
 mod smooth_caches;
 mod stream;
+mod stream_weights;
+mod turned_loss;
+mod utilization;
 
 use crate::pass::PassEntry;
 
@@ -32,6 +39,7 @@ pub static PASSES: &[PassEntry] = &[
     reparameterize_norms::ENTRY,
     awq::ENTRY,
     rotate::ENTRY,
+    learn_rotation::ENTRY,
     rotate_heads::ENTRY,
     smooth_caches::ENTRY,
     rotate_inputs::ENTRY,

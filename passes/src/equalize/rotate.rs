@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::hadamard::Hadamard;
+use super::orthogonal::Rotation;
 use super::stream::{Reader, Role, Stream, streams};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::id::ValueId;
@@ -56,39 +57,52 @@ impl Pass for Rotate {
     }
 
     fn run(&self, model: &Model, _: &PassContext<'_>) -> Result<Patch, PassError> {
-        let graph = model.graph();
-        let users = Users::of(graph);
-        let mut patch = Patch::on(model);
-        let found = streams(graph, &users);
-        if found.is_empty() {
-            let message = "rotate: no residual stream that a root mean square norm reads, written out as operators";
-            patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, Place::Model, message));
-        }
-        for stream in found {
-            match stream {
-                Ok(stream) if stream.width > 1 && stream.readers.iter().any(|reader| reader.gain.is_some()) => {
-                    let rotation = Hadamard::new(stream.width, self.seed);
-                    let mark = patch.mark();
-                    if turn(graph, &stream, &rotation, &mut patch).is_none() {
-                        patch.roll_back(&mark);
-                        return Err(PassError::Model(
-                            "a bug in onnx-quant: a proven residual stream cannot be turned".into(),
-                        ));
-                    }
-                    patch.count("streams", 1);
-                    patch.count("readers", stream.readers.len() as u64);
+        turn_streams("rotate", model, |stream, _| Ok(Box::new(Hadamard::new(stream.width, self.seed))))
+    }
+}
+
+/// Turns every proven stream of `model` that has a gain left by what `basis` gives for it; notes of `pass` say why others stay.
+///
+/// # Errors
+/// Those of `basis`.
+pub(super) fn turn_streams(
+    pass: &str,
+    model: &Model,
+    mut basis: impl FnMut(&Stream, &mut Patch) -> Result<Box<dyn Rotation>, PassError>,
+) -> Result<Patch, PassError> {
+    let graph = model.graph();
+    let users = Users::of(graph);
+    let mut patch = Patch::on(model);
+    let found = streams(graph, &users);
+    if found.is_empty() {
+        let message =
+            format!("{pass}: no residual stream that a root mean square norm reads, written out as operators");
+        patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, Place::Model, message));
+    }
+    for stream in found {
+        match stream {
+            Ok(stream) if stream.width > 1 && stream.readers.iter().any(|reader| reader.gain.is_some()) => {
+                let rotation = basis(&stream, &mut patch)?;
+                let mark = patch.mark();
+                if turn(graph, &stream, rotation.as_ref(), &mut patch).is_none() {
+                    patch.roll_back(&mark);
+                    return Err(PassError::Model(
+                        "a bug in onnx-quant: a proven residual stream cannot be turned".into(),
+                    ));
                 }
-                Ok(_) => {}
-                Err((node, problem)) => {
-                    let name =
-                        node.and_then(|node| graph.node(node)).map(|node| Arc::clone(&node.name)).unwrap_or_default();
-                    let message = format!("rotate: it {problem}");
-                    patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, Place::Node(name), message));
-                }
+                patch.count("streams", 1);
+                patch.count("readers", stream.readers.len() as u64);
+            }
+            Ok(_) => {}
+            Err((node, problem)) => {
+                let name =
+                    node.and_then(|node| graph.node(node)).map(|node| Arc::clone(&node.name)).unwrap_or_default();
+                let message = format!("{pass}: it {problem}");
+                patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, Place::Node(name), message));
             }
         }
-        Ok(patch)
     }
+    Ok(patch)
 }
 
 /// Which random signs are asked for.
@@ -105,7 +119,7 @@ pub(super) fn seed(options: &Options) -> Result<u64, OptionError> {
 }
 
 /// Computes `stream` in the basis of `rotation` beside the old one, and lets its readers read that.
-fn turn(graph: &Graph, stream: &Stream, rotation: &Hadamard, patch: &mut Patch) -> Option<()> {
+fn turn(graph: &Graph, stream: &Stream, rotation: &dyn Rotation, patch: &mut Patch) -> Option<()> {
     let mut turned: BTreeMap<ValueId, ValueId> = BTreeMap::new();
     let mut weights: BTreeMap<(ValueId, Option<ValueId>, bool), ValueId> = BTreeMap::new();
     for (id, node) in graph.nodes() {
@@ -154,9 +168,9 @@ fn constant_of(graph: &Graph, patch: &mut Patch, old: ValueId, tensor: Tensor) -
 
 /// Every row of `tensor`, its entries times `gain` first, times Q.
 #[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
-pub(super) fn rows(tensor: &Tensor, gain: Option<&[f32]>, rotation: &Hadamard) -> Option<Tensor> {
+pub(super) fn rows(tensor: &Tensor, gain: Option<&[f32]>, rotation: &dyn Rotation) -> Option<Tensor> {
     let mut values = tensor.values::<f32>()?.into_owned();
-    values.par_chunks_exact_mut(rotation.len()).for_each(|row| {
+    values.par_chunks_exact_mut(rotation.width()).for_each(|row| {
         let mut wide: Vec<f64> = row.iter().map(|v| f64::from(*v)).collect();
         if let Some(gain) = gain {
             wide.iter_mut().zip(gain).for_each(|(v, g)| *v *= f64::from(*g));
@@ -168,7 +182,7 @@ pub(super) fn rows(tensor: &Tensor, gain: Option<&[f32]>, rotation: &Hadamard) -
 }
 
 /// Qᵀ diag(gain) W for the weight \[D, N\] of `reader`.
-fn read(graph: &Graph, reader: &Reader, rotation: &Hadamard) -> Option<Tensor> {
+fn read(graph: &Graph, reader: &Reader, rotation: &dyn Rotation) -> Option<Tensor> {
     let gain = match reader.gain {
         Some(gain) => Some(graph.constant(gain)?.values::<f32>()?.into_owned()),
         None => None,

@@ -1,0 +1,165 @@
+//! The weights around a residual stream, and the moments of what they read: what a basis of the stream loses.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::pivots::{self, Errors, Moments};
+use super::rounding_loss::Rounding;
+use super::stream::{Reader, Role, Stream};
+use super::turned_loss::{Group, TurnedLoss, Weight};
+use crate::grid::{self, Grid};
+use crate::id::{NodeId, ValueId};
+use crate::ir::Graph;
+use crate::model::Model;
+use crate::observe::{Gram, Rows};
+use crate::pass::PassContext;
+use crate::target::Scheme;
+use crate::tensor::Tensor;
+
+/// Wider streams than this are not learned, since a step costs the cube of the width, and of wider tensors no moments are asked for.
+pub(super) const MAX_WIDTH: usize = 4096;
+
+/// A stream in its model.
+pub(super) struct Setting<'a> {
+    pub(super) model: &'a Model,
+    pub(super) cx: &'a PassContext<'a>,
+    pub(super) stream: &'a Stream,
+}
+
+impl Setting<'_> {
+    /// What a basis of the stream loses; or why nothing can be learned.
+    pub(super) fn loss(&self, errors: Errors) -> Result<TurnedLoss, String> {
+        let (graph, width) = (self.model.graph(), self.stream.width);
+        if width > MAX_WIDTH {
+            return Err(format!("a stream of {width} channels is wider than {MAX_WIDTH}"));
+        }
+        self.fits()?;
+        let mut groups = Vec::new();
+        let mut readers: BTreeMap<ValueId, Vec<&Reader>> = BTreeMap::new();
+        for reader in &self.stream.readers {
+            readers.entry(reader.normed).or_default().push(reader);
+        }
+        for (normed, readers) in readers {
+            let moments = self.gram(normed, width).map(|gram| Moments::of(gram));
+            let weights: Vec<Weight> =
+                readers.into_iter().filter_map(|reader| self.reader(reader, moments.as_ref())).collect();
+            if !weights.is_empty() {
+                groups.push(Group::Readers(weights, moments));
+            }
+        }
+        for (node, read, weight) in writers(graph, self.stream) {
+            groups.extend(self.writer(node, read, weight, errors));
+        }
+        if groups.is_empty() {
+            return Err("no weight that reads or writes the stream is rounded".into());
+        }
+        let levels = self.cx.scheme.activation_bits.map(|bits| f64::from(bits.min(24)).exp2());
+        Ok(TurnedLoss { width, groups, errors, levels })
+    }
+
+    /// Whether memory holds the weights once more, and the moments.
+    fn fits(&self) -> Result<(), String> {
+        let graph = self.model.graph();
+        let bytes = |value: ValueId| graph.constant(value).map_or(0, |tensor| 4 * tensor.len() as u64);
+        let read: u64 = self.stream.readers.iter().map(|reader| bytes(reader.weight)).sum();
+        let writers = writers(graph, self.stream);
+        let written: u64 = writers.iter().map(|(.., weight)| bytes(*weight)).sum();
+        let inputs = writers.iter().filter_map(|(_, read, weight)| {
+            let inputs = *graph.constant(*weight)?.shape().first()?;
+            self.gram(*read, inputs).map(|_| inputs)
+        });
+        let norms: BTreeSet<ValueId> = self.stream.readers.iter().map(|reader| reader.normed).collect();
+        // Some matrices of that size are in work at once: those of the stream, and before, one after the other, those of what writers read.
+        let of_stream = Moments::bytes(self.stream.width).saturating_mul(norms.len() as u64 + 64);
+        let of_writer = Moments::bytes(inputs.max().unwrap_or(0)).saturating_mul(8);
+        let needed = read.saturating_add(written).saturating_add(of_stream.max(of_writer));
+        let left = self.cx.state_budget;
+        if needed <= left {
+            return Ok(());
+        }
+        Err(format!("what it learns from takes {} MB, and {} MB are left", needed / 1_000_000, left / 1_000_000))
+    }
+
+    fn gram(&self, value: ValueId, columns: usize) -> Option<&Arc<Gram>> {
+        self.model.stats().gram(value, Rows::Last).filter(|gram| gram.columns == columns)
+    }
+
+    /// How the weight `value` of `node` is rounded, with so many inputs; `None` where it stays in float.
+    fn rounding(&self, node: NodeId, value: ValueId, inputs: usize) -> Option<Rounding> {
+        let graph = self.model.graph();
+        let names = [&graph.node(node)?.name, &graph.value(value).name];
+        if names.iter().any(|name| self.cx.keep_float.contains_key(&***name)) {
+            return None;
+        }
+        let by_name = names.iter().find_map(|name| self.cx.schemes.get(&***name));
+        let accepts = self.cx.target.accepts();
+        let (grid, block) = format(&accepts.completed(by_name.copied().unwrap_or(self.cx.scheme)))?;
+        Some(Rounding { grid, block: block.unwrap_or(inputs), negative: accepts.negative_scales })
+    }
+
+    /// The weight of `reader`, with its gain, one row per output.
+    fn reader(&self, reader: &Reader, moments: Option<&Moments>) -> Option<Weight> {
+        let graph = self.model.graph();
+        let width = self.stream.width;
+        let rounding = self.rounding(reader.node, reader.weight, width)?;
+        let weight = graph.constant(reader.weight)?;
+        let by_output = if reader.transposed { Tensor::clone(weight) } else { weight.transposed()? };
+        let mut rows = by_output.values::<f32>()?.into_owned();
+        if let Some(gain) = reader.gain {
+            let gain = graph.constant(gain)?.values::<f32>()?.into_owned();
+            for row in rows.chunks_exact_mut(width) {
+                row.iter_mut().zip(&gain).for_each(|(w, g)| *w *= g);
+            }
+        }
+        let power = moments.map_or_else(|| square(&rows), |moments| moments.power(&rows));
+        Some(Weight { rows, share: share(power)?, rounding })
+    }
+
+    /// The `weight` \[K, D\] of the product `node` that reads `read`.
+    fn writer(&self, node: NodeId, read: ValueId, weight: ValueId, errors: Errors) -> Option<Group> {
+        let tensor = self.model.graph().constant(weight)?;
+        let [inputs, _] = *tensor.shape() else { return None };
+        let rounding = self.rounding(node, weight, inputs)?;
+        let rows = tensor.values::<f32>()?.into_owned();
+        let gram = self.gram(read, inputs);
+        let costs = gram.and_then(|gram| pivots::fixed(gram, errors));
+        let power = match gram {
+            Some(gram) => Moments::of(gram).power(tensor.transposed()?.values::<f32>()?.as_ref()),
+            None => square(&rows),
+        };
+        let costs = costs.unwrap_or_else(|| vec![1.0; inputs]);
+        Some(Group::Writer(Weight { rows, share: share(power)?, rounding }, costs))
+    }
+}
+
+/// What computes parts of `stream` by a weight: the product, what it reads, the weight \[K, D\].
+pub(super) fn writers(graph: &Graph, stream: &Stream) -> Vec<(NodeId, ValueId, ValueId)> {
+    let writes = stream.roles.iter().filter(|(_, role)| **role == Role::Writes);
+    writes
+        .filter_map(|(id, _)| {
+            let node = graph.node(*id)?;
+            Some((*id, node.input(0)?, node.input(1)?))
+        })
+        .collect()
+}
+
+/// The points of weights in `scheme`, and how many of them share a scale.
+fn format(scheme: &Scheme) -> Option<(&'static dyn Grid, Option<usize>)> {
+    if let Some(format) = scheme.block_format() {
+        return Some((format.element, Some(format.size)));
+    }
+    let grid = match scheme.weight_format {
+        Some(name) => grid::find(name)?,
+        None => grid::find(&format!("int{}", scheme.weight_bits))?,
+    };
+    Some((grid, scheme.block))
+}
+
+fn square(rows: &[f32]) -> f64 {
+    rows.iter().map(|w| f64::from(*w).powi(2)).sum()
+}
+
+/// One over `power`; `None` for a weight that computes nothing, or no numbers.
+fn share(power: f64) -> Option<f64> {
+    Some(1.0 / power).filter(|share| power > 0.0 && share.is_normal())
+}
