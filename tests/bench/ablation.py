@@ -51,7 +51,8 @@ STEPS['w3a16g64'] = STEPS['w4a16g32']
 # Turned, the language model's head is a weight of its own: it stays in float as in the other rows.
 ROTATE, HEAD = 'rotate, infer-shapes, drop-dead, calibrate', ('--keep-float', 'node_linear_210')
 STEPS['w4a16g128'] = [*STEPS['w4a16g32'][:-1], ('rotate, nearest', f'{ROTATE}, {ENCODE}, round', *HEAD),
-                      ('rotate, in order, sum', f'{ROTATE}, {ENCODE}, round-in-order{{refit=3}}', *HEAD)]
+                      ('rotate, in order, sum', f'{ROTATE}, {ENCODE}, round-in-order{{refit=3}}', *HEAD),
+                      ('learn-rotation, in order, sum', f'calibrate, {ROTATE.replace("rotate", "learn-rotation")}, {ENCODE}, round-in-order{{refit=3}}', *HEAD)]
 # Convolutions stay in float where only weights are codes; the language model is for those schemes alone.
 ALONE = {'minilm': ('w4a16g32', 'w3a16g64'), 'smollm2': ('w4a16g128',)}
 
