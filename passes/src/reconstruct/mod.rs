@@ -14,6 +14,8 @@ mod block_stakes;
 mod blocks;
 mod by_blocks;
 mod chain;
+#[cfg(test)]
+mod differences;
 mod distill;
 mod fake_quant;
 mod first_order;
