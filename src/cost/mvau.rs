@@ -168,4 +168,82 @@ mod tests {
         assert_eq!(accumulator_of_codes(pair.into_iter(), (-128, 127)), 13);
         assert_eq!(accumulator_of_codes(std::iter::empty(), (0, 1)), 1);
     }
+
+    /// Worked by hand from the formulas of FINN-R: bits of both, folding, accumulator, lookup tables.
+    #[test]
+    fn units_worked_by_hand() {
+        let shape = Shape { inputs: 128, outputs: 64, pixels: 49 };
+        for (w, a, pe, simd, accumulator, lut) in [
+            // 16 (2 · 1 − 1) 4 = 64, 4 · 31 = 124: 300 + 8.8 (64 + 124 + 12).
+            (2, 2, 8, 16, 12, 2060.0),
+            // 4 (2 · 2 − 1) 12 = 144, 12 · 7 = 84: 300 + 2.2 (144 + 84 + 20).
+            (4, 8, 2, 4, 20, 845.6),
+            // 1 (2 · 2 − 1) 7 = 21, 7 · 1 = 7: 300 + 1.1 (21 + 7 + 15).
+            (3, 4, 1, 1, 15, 347.3),
+            // The multiplier of 8 by 8 is (2 · 3 − 1) 16 = 80, 16 · 1 = 16: 300 + 1.1 (80 + 16 + 22).
+            (8, 8, 1, 1, 22, 429.8),
+        ] {
+            let (cost, source) = cost(&shape, Folding { pe, simd }, (int(w), int(a)), accumulator);
+            assert!((cost.lut - lut).abs() < 1e-9 && source == Source::Formula, "w{w}a{a}: {cost:?}");
+            let folds = (64 / pe * (128 / simd)) as u64;
+            assert_eq!((cost.cycles, cost.weight_bits), (49 * folds, 64 * 128 * u64::from(w)), "w{w}a{a}");
+            assert!((cost.area_time() - lut * (49 * folds) as f64).abs() < 1e-3, "w{w}a{a}");
+        }
+        // Weights of 2 bits for 8 by 16 lanes: words of 256 bits, 64 of them.
+        assert_eq!(cost(&shape, Folding { pe: 8, simd: 16 }, (int(2), int(2)), 12).0.bram, 8);
+        for nothing in [
+            Shape { inputs: 0, ..shape.clone() },
+            Shape { outputs: 0, ..shape.clone() },
+            Shape { pixels: 0, ..shape.clone() },
+        ] {
+            let folding = Folding::within(&nothing, Folding { pe: 4, simd: 4 });
+            assert_eq!(cost(&nothing, folding, (int(8), int(8)), 24).0, Cost::default(), "{nothing:?}");
+        }
+    }
+
+    /// A memory of 18 kbit is 16384 × 1, 8192 × 2, 4096 × 4, 2048 × 9, 1024 × 18 or 512 × 36: both sides of every border.
+    #[test]
+    fn memories_are_cut_as_their_width_asks() {
+        for (width, depth, count) in [
+            (1, 16384, 1),
+            (1, 16385, 2),
+            (2, 8192, 1),
+            (2, 8193, 2),
+            (3, 4096, 1),
+            (4, 4097, 2),
+            (5, 2048, 1),
+            (9, 2049, 2),
+            (10, 1024, 1),
+            (18, 1025, 2),
+            (19, 512, 1),
+            (36, 512, 1),
+            (37, 512, 2),
+            (36, 513, 2),
+            (37, 1024, 3),
+            (0, 9, 0),
+            (9, 0, 0),
+        ] {
+            assert_eq!(brams(width, depth), count, "{width} bits, {depth} deep");
+        }
+    }
+
+    /// The bound of the types is that of the worst weights, with signed activations to the bit.
+    #[test]
+    fn bounds_of_types_are_those_of_the_worst_codes() {
+        // log2(64) + 8 + 8 − 1 − 1 = 20, and 21.0000014 rounded up.
+        assert_eq!(accumulator_of_types(64, 8, 8, true), 22);
+        assert_eq!(accumulator_of_types(64, 8, 8, false), 23);
+        // 2 + log2(1 + 1/4) + 1 = 3.32: −2 · −2 = 4 needs 4 bits.
+        assert_eq!(accumulator_of_types(1, 2, 2, true), 4);
+        for (n, w, a) in
+            [1_usize, 3, 64, 577].iter().flat_map(|n| (2..9).flat_map(move |w| (2..9).map(move |a| (*n, w, a))))
+        {
+            let row = vec![-(1_i64 << (w - 1)); n];
+            let of = |range| accumulator_of_codes(std::iter::once(&row[..]), range);
+            let signed = of((-(1_i64 << (a - 1)), (1 << (a - 1)) - 1));
+            assert_eq!(signed, accumulator_of_types(n, w, a, true), "{n} {w} {a}");
+            let (unsigned, bound) = (of((0, (1 << a) - 1)), accumulator_of_types(n, w, a, false));
+            assert!((unsigned..=unsigned + 1).contains(&bound), "{n} {w} {a}: {unsigned} {bound}");
+        }
+    }
 }
