@@ -274,4 +274,24 @@ mod tests {
         balance(&mut [], 3);
         assert!(herd(&[], 3).is_empty());
     }
+
+    /// The order of the pool plays no part where no two samples are as good; neither does the unit of all features.
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "features are f32")]
+    fn picks_follow_their_samples_wherever_those_stand() {
+        for seed in 0..20_u64 {
+            let value = |i: u64| seed::uniform(seed << 32 | i) as f32 - 0.4;
+            let features: Vec<Vec<f32>> = (0..40).map(|at| (0..5).map(|k| value(5 * at + k)).collect()).collect();
+            // 7 and 40 share no divisor: every sample has a place of its own.
+            let moved: Vec<Vec<f32>> = (0..40).map(|at| features[7 * at % 40].clone()).collect();
+            let louder: Vec<Vec<f32>> = features.iter().map(|f| f.iter().map(|v| 8.0 * v).collect()).collect();
+            for n in [1, 4, 11, 39] {
+                let picked = herd(&features, n);
+                let mut found: Vec<usize> = herd(&moved, n).into_iter().map(|at| 7 * at % 40).collect();
+                found.sort_unstable();
+                assert_eq!(found, picked, "{seed} {n}");
+                assert_eq!(herd(&louder, n), picked, "{seed} {n}");
+            }
+        }
+    }
 }

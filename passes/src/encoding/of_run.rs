@@ -226,4 +226,25 @@ mod tests {
             assert_eq!(once.iter().map(|x| x * 64.0).collect::<Vec<_>>(), more, "{grid:?}");
         }
     }
+
+    /// A row is rounded by itself: others beside it, and their order, change no bit of it.
+    #[test]
+    fn rows_are_rounded_one_by_one() {
+        for grid in grid::all().filter(|g| g.info().bits <= 8) {
+            let of = |row: i16| (0..8_i16).map(move |i| f32::from(row * row) * (f32::from(i * (row + 3) % 7) - 2.3));
+            let rows: Vec<Vec<f32>> = (0..6).map(|row| of(row).collect()).collect();
+            let encoding = Encoding::dynamic_rows(grid, 1, 8, 1.0);
+            let mut together = rows.concat();
+            encoding.simulate(&mut together, &[6, 8]).unwrap();
+            let mut turned: Vec<f32> = rows.iter().rev().flatten().copied().collect();
+            encoding.simulate(&mut turned, &[6, 8]).unwrap();
+            let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
+            for (at, row) in rows.iter().enumerate() {
+                let mut alone = row.clone();
+                encoding.simulate(&mut alone, &[1, 8]).unwrap();
+                assert_eq!(bits(&alone), bits(&together[8 * at..8 * at + 8]), "{grid:?} {at}");
+                assert_eq!(bits(&alone), bits(&turned[8 * (5 - at)..8 * (5 - at) + 8]), "{grid:?} {at}");
+            }
+        }
+    }
 }

@@ -163,4 +163,21 @@ mod tests {
             }
         }
     }
+
+    /// The loudest channel grows as much as the quietest shrinks; the unit of the activation, and the order of channels, play no part.
+    #[test]
+    fn divisors_lie_around_one_in_any_order_and_unit() {
+        for seed in 0..100_u64 {
+            let power = |j: u64| 10.0_f64.powf(6.0 * uniform(seed << 32 | j) - 3.0);
+            let powers: Vec<f64> = (0..2 + mixed(seed) % 20).map(power).collect();
+            let alpha = uniform(mixed(seed));
+            let found = divisors(&powers, alpha);
+            let ends = found.iter().fold((f64::INFINITY, 0.0_f64), |(low, high), s| (low.min(*s), high.max(*s)));
+            assert!((ends.0 * ends.1 - 1.0).abs() < 1e-9, "{seed}: {found:?}");
+            let turned = divisors(&powers.iter().rev().copied().collect::<Vec<_>>(), alpha);
+            assert!(turned.iter().rev().eq(found.iter()), "{seed}: {turned:?} {found:?}");
+            let louder = divisors(&powers.iter().map(|p| 1e4 * p).collect::<Vec<_>>(), alpha);
+            assert!(louder.iter().zip(&found).all(|(a, b)| (a / b - 1.0).abs() < 1e-9), "{seed}: {louder:?} {found:?}");
+        }
+    }
 }

@@ -187,4 +187,30 @@ mod tests {
             assert!(log.abs() < 1e-6, "{seed}: a geometric mean of exp({log})");
         }
     }
+
+    /// At a half, the peaks of activation and weight meet but for one factor of all channels: there is nothing left to move. The unit of
+    /// the activation, and the order of channels, play no part.
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "peaks are f32")]
+    fn at_a_half_both_peaks_meet_and_once_is_enough() {
+        for seed in 0..100_u64 {
+            let size = |at: u64| 10.0_f64.powf(6.0 * uniform(seed << 32 | at) - 3.0);
+            let n = 2 + mixed(seed) % 20;
+            let peaks: Vec<f32> = (0..n).map(|j| size(2 * j) as f32).collect();
+            let weights: Vec<f64> = (0..n).map(|j| size(2 * j + 1)).collect();
+            let found = divisors(&peaks, &weights, 0.5, 1e30);
+            let smoothed: Vec<f32> = peaks.iter().zip(&found).map(|(x, s)| (f64::from(*x) / s) as f32).collect();
+            let grown: Vec<f64> = weights.iter().zip(&found).map(|(w, s)| w * s).collect();
+            let ratios: Vec<f64> = smoothed.iter().zip(&grown).map(|(x, w)| f64::from(*x) / w).collect();
+            assert!(ratios.iter().all(|r| (r / ratios[0] - 1.0).abs() < 1e-5), "{seed}: {ratios:?}");
+            let again = divisors(&smoothed, &grown, 0.5, 1e30);
+            assert!(again.iter().all(|s| (s - 1.0).abs() < 1e-5), "{seed}: {again:?}");
+            let louder: Vec<f32> = peaks.iter().map(|x| 64.0 * x).collect();
+            let turned: Vec<f32> = peaks.iter().rev().copied().collect();
+            let turned = divisors(&turned, &weights.iter().rev().copied().collect::<Vec<_>>(), 0.5, 1e30);
+            let same = |a: &f64, b: &f64| (a / b - 1.0).abs() < 1e-9;
+            assert!(divisors(&louder, &weights, 0.5, 1e30).iter().zip(&found).all(|(a, b)| same(a, b)), "{seed}");
+            assert!(turned.iter().rev().zip(&found).all(|(a, b)| same(a, b)), "{seed}");
+        }
+    }
 }

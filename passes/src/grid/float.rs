@@ -278,4 +278,84 @@ mod tests {
         }
         assert!((E3M0.nearest(3.0) - 4.0).abs() < 1e-12);
     }
+
+    /// So many distinct finite numbers as the tables of the OCP specifications and of ONNX have, and so many codes that are none.
+    #[test]
+    fn numbers_are_as_many_as_the_specifications_count() {
+        for (grid, finite, none) in [
+            (&FLOAT8_E4M3FN, 253, 2),
+            (&FLOAT8_E4M3FNUZ, 255, 1),
+            (&FLOAT8_E5M2, 247, 8),
+            (&FLOAT8_E5M2FNUZ, 255, 1),
+            (&FLOAT8_E4M3, 239, 16),
+            (&FLOAT8_E3M4, 223, 32),
+            (&FLOAT8_E4M3B11FNUZ, 255, 1),
+            (&E3M2, 63, 0),
+            (&E2M3, 63, 0),
+            (&FLOAT4_E2M1, 15, 0),
+        ] {
+            let all: Vec<f64> = (0..1 << grid.info.bits).map(|code| grid.decode(code)).collect();
+            // Both zeros are one number.
+            let mut numbers: Vec<u64> =
+                all.iter().filter(|x| x.is_finite()).map(|x| if *x == 0.0 { 0 } else { x.to_bits() }).collect();
+            numbers.sort_unstable();
+            numbers.dedup();
+            let others = all.iter().filter(|x| !x.is_finite()).count();
+            assert_eq!((numbers.len(), others), (finite, none), "{}", grid.info.about.name);
+        }
+    }
+
+    /// Every minifloat, by the rule: up to 2^(2^E − 1 − B) (2 − 2^−M) in steps from 2^(1 − B − M), no code without a number, magnitudes in
+    /// the order of codes, and twice a normal number one exponent on.
+    #[test]
+    fn minifloats_follow_their_rule() {
+        let all = [
+            &E1M1,
+            &E2M0,
+            &E1M2,
+            &E2M1,
+            &E3M0,
+            &E1M3,
+            &E2M2,
+            &E3M1,
+            &E4M0,
+            &E1M4,
+            &E2M3,
+            &E3M2,
+            &E4M1,
+            &E5M0,
+            &E1M5,
+            &E2M4,
+            &E3M3,
+            &E4M2,
+            &E5M1,
+            &E6M0,
+            &E1M6,
+            &E2M5,
+            &E3M4,
+            &E4M3,
+            &E5M2,
+            &E6M1,
+            &E7M0,
+            &FLOAT4_E2M1,
+        ];
+        assert_eq!(all.len(), MINIFLOATS.len() + 1);
+        for grid in all {
+            let (e, m) = (grid.exponent, grid.mantissa.cast_signed());
+            let bias = (1 << (e - 1)) - 1;
+            let name = grid.info.about.name;
+            let largest = power((1 << e) - 1 - bias) * (2.0 - power(-m));
+            assert!((grid.range().1 - largest).abs() <= 1e-12 * largest, "{name}");
+            assert!(m == 0 || (grid.decode(1) / power(1 - bias - m) - 1.0).abs() < 1e-12, "{name}");
+            let half = 1_u32 << (e + grid.mantissa);
+            for code in 0..half {
+                let (x, mirrored) = (grid.decode(code), grid.decode(code | half));
+                assert!(x.is_finite() && x + mirrored == 0.0, "{name} {code:#x}");
+                assert!(code == 0 || x > grid.decode(code - 1), "{name} {code:#x}");
+                let next = code + (1 << grid.mantissa);
+                let is_normal = code >= 1 << grid.mantissa;
+                assert!(!is_normal || next >= half || grid.decode(next) - 2.0 * x == 0.0, "{name} {code:#x}");
+            }
+        }
+    }
 }
