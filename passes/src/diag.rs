@@ -148,6 +148,8 @@ codes! {
         "The bias is stored at input scale times weight scale. Where the weights of a channel are tiny, that product is too fine for the bias; the channel's weight scale was raised until it fits.";
     RESUMED = "OQ5002", "the run went on from what an earlier one has learned",
         "The journal beside the output held what an interrupted run with the same model, data and options had come to. The bytes are those of a run that was never interrupted; --fresh learns anew.";
+    CUT_IN_HALF = "OQ5003", "numbers beyond 65504 were cut at that, the largest of 16-bit floats",
+        "With --rest f16 what stays in float is written in 16 bits. Masks of attention, which add -1e9 or the like before a Softmax, do the same at -65504; a weight, a bias or a factor that large does not. Leave --rest f16 out where that matters: the fidelity of the summary is that of the numbers as they were cut.";
     GREW = "OQ6002", "the quantized model is not smaller than the float model",
         "Little of the model is weights that could be quantized. The summary says what was quantized and what was not.";
     NOT_WRITABLE = "OQ6003", "a number format has no ONNX operator that reads it",

@@ -543,3 +543,35 @@ fn learning_plans_within_a_drop_from_its_own_codes_only() {
     // Without an output there is no journal.
     assert_eq!(told(&["--dry-run"]), told(&["-o", text(&out)]));
 }
+
+/// Masks of attention lie beyond 65504, and now and then a factor does: each is named, with how many of its numbers.
+#[test]
+fn numbers_beyond_16_bits_are_named() {
+    let plain = parsed(
+        "opset 21
+graph (%x: f32[2,4], %shape: i64[1]) -> (%y) {
+  %w = const f32[4,4] [1, 0.5, -2, 3, 1, 1, 1, 1, 0.25, 4, 5, 6, 7, 8, 9, 10]
+  %huge = const f32[4] [1, -1e9, 70000, -inf]
+  %held = const f32[4] [0.1, 65504, -65519, 1e-9]
+  %h = MatMul(%x, %w)
+  %s = Add(%h, %huge)
+  %t = Add(%s, %held)
+  %mask = ConstantOfShape(%shape) {value=const f32[1] [-3e38]}
+  %y = Add(%t, %mask)
+}
+",
+    );
+    let executor = (onnx_quant::exec::find("auto").unwrap().build)(&plain.meta).unwrap();
+    let target = onnx_quant::targets::find("tensorrt").unwrap();
+    let mut cx = passes::pass::PassContext::new(target, executor.as_ref());
+    let pipeline = passes::pass::Pipeline::parse("infer-shapes, round-to-half", &passes::catalogue::passes()).unwrap();
+    let (model, trace) = passes::pass::PassManager::new(Vec::new(), true).run(&pipeline, plain, &mut cx).unwrap();
+    let said: Vec<String> = trace.notes.iter().map(ToString::to_string).collect();
+    assert_eq!(said.len(), 2, "{said:#?}");
+    assert!(said[0].contains("OQ5003") && said[0].contains("`huge`") && said[0].contains("2 of its 4"), "{said:#?}");
+    assert!(said[1].contains("ConstantOfShape") && said[1].contains("1 of its 1"), "{said:#?}");
+    let graph = model.graph();
+    let huge = graph.value_ids().find(|id| &*graph.value(*id).name == "huge").unwrap();
+    let cut = graph.constant(huge).unwrap().values::<f32>().unwrap().into_owned();
+    assert_eq!(cut, [1.0, -65504.0, 65504.0, f32::NEG_INFINITY]);
+}

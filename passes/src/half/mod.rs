@@ -45,6 +45,9 @@ pub fn narrow(lowered: Lowered) -> Result<Lowered, LowerError> {
     Ok(Lowered { graph, ..lowered })
 }
 
+/// The least magnitude that is not nearest to 65504, the largest number of 16 bits.
+const CUT: f32 = 65520.0;
+
 /// `x` as 16 bits hold it, cut at their largest; what is not 0 does not become that.
 fn rounded(x: f32) -> f32 {
     let near = if x.is_finite() { f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32() } else { x };

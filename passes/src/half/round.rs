@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::kept::keeps_input;
-use super::rounded;
+use super::kept::{computes_in_f32, keeps_input};
+use super::{CUT, rounded};
+use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::{Encoding, Granularity};
 use crate::grid::block;
 use crate::id::{NodeId, Site, ValueId};
-use crate::ir::Graph;
+use crate::ir::{Attr, Graph};
 use crate::model::{Edit, Model};
 use crate::ops;
 use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo};
@@ -21,7 +22,7 @@ crate::declare_pass! {
     /// Rounds every float constant, and the scale of every encoding, to what 16-bit floats hold, so that `--rest f16` writes exactly
     /// what was planned and simulated.
     ///
-    /// What is larger than 65504 becomes that, what is not 0 stays so. 32-bit biases keep f32 scales, the products of those of what they are
+    /// What is larger than 65504 becomes that, with a warning that names it; what is not 0 stays so. 32-bit biases keep f32 scales, the products of those of what they are
     /// added to. What operators without a form in 16 bits read stays as it is, as do the scales of formats that have scales
     /// of their own (nvfp4, mxfp8).
     INFO {
@@ -85,10 +86,22 @@ impl Pass for RoundToHalf {
                     Tensor::of(constant.map_or(&[][..], |t| t.shape()), values.iter().map(|v| rounded(*v)).collect());
                 patch.edit(Edit::Freeze { value, tensor: Arc::new(tensor) });
                 patch.count("constants", 1);
+                let place = Place::Value(graph.value(value).name.clone());
+                cut(&values).into_iter().for_each(|said| patch.note(warning(place.clone(), said)));
+            }
+        }
+        for (_, node) in graph.nodes().filter(|(_, node)| node.op.is("ConstantOfShape")) {
+            let Some(Attr::Tensor(filled)) = node.attrs.get("value") else { continue };
+            if let Some(values) = filled.values::<f32>().filter(|_| !computes_in_f32(graph, node, DType::F32)) {
+                let place = Place::Node(node.name.clone());
+                cut(&values).into_iter().for_each(|said| patch.note(warning(place.clone(), said)));
             }
         }
         for (site, tensor) in plan.substitutes() {
             if let Some(values) = tensor.values::<f32>() {
+                if let Some(said) = cut(&values) {
+                    patch.note(warning(read_at(graph, site), said));
+                }
                 let tensor = Tensor::of(tensor.shape(), values.iter().map(|v| rounded(*v)).collect());
                 patch.edit(Edit::Substitute { site, tensor: Arc::new(tensor) });
             }
@@ -121,6 +134,30 @@ fn place(graph: &Graph, site: Site) -> String {
     }
 }
 
+/// What is read at `site`.
+fn read_at(graph: &Graph, site: Site) -> Place {
+    let value = match site {
+        Site::Value(value) => Some(value),
+        Site::Use { node, input } => graph.node(node).and_then(|node| node.input(input.into())),
+    };
+    value.map_or(Place::Model, |value| Place::Value(graph.value(value).name.clone()))
+}
+
+/// How many of `values` are cut at the largest number of 16 bits, in words; `None` where none are.
+fn cut(values: &[f32]) -> Option<String> {
+    let beyond = values.iter().filter(|v| v.is_finite() && v.abs() >= CUT);
+    let (count, largest) = beyond.fold((0_usize, 0.0_f32), |(n, top), v| (n + 1, top.max(v.abs())));
+    let of = values.len();
+    (count > 0).then(|| {
+        format!("{count} of its {of} numbers lie beyond 65504, up to {largest:e}, and become that in 16-bit floats")
+    })
+}
+
+fn warning(place: Place, said: String) -> Diagnostic {
+    Diagnostic::new(diag::CUT_IN_HALF, Severity::Warning, place, said)
+        .help("masks that a Softmax reads are none the worse for it; for anything else leave --rest f16 out")
+}
+
 /// Whether the scales of `encoding` are written in a format of their own.
 fn has_own_scales(encoding: &Encoding) -> bool {
     match encoding.granularity {
@@ -146,4 +183,19 @@ fn is_plain(model: &Model, value: ValueId) -> bool {
     }
     // What is read in f32 as well stays what it is.
     plain && !kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 65519 is nearest to 65504, 65520 is the first that is not; infinities stay what they are.
+    #[test]
+    fn what_is_cut_is_counted() {
+        assert_eq!(cut(&[1.0, 65504.0, -65519.0, f32::INFINITY, f32::NAN]), None);
+        let said = cut(&[1.0, 65520.0, -1e9, f32::NEG_INFINITY]).unwrap();
+        assert!(said.starts_with("2 of its 4") && said.contains("1e9"), "{said}");
+        assert_eq!([65519.0, -65520.0, -1e9].map(rounded), [65504.0, -65504.0, -65504.0]);
+        assert!(rounded(f32::NEG_INFINITY) == f32::NEG_INFINITY && rounded(1e-20) > 0.0);
+    }
 }
