@@ -15,6 +15,7 @@ use crate::ir::{Dim, Graph, Node};
 use crate::model::Plan;
 use crate::ops::positive_axis;
 use crate::simulate;
+use crate::tensor::DType;
 
 /// A cache of a graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +56,13 @@ pub fn find(graph: &Graph) -> (Vec<Cache>, Vec<(ValueId, String)>) {
     let users = Users::of(graph);
     let mut caches = Vec::new();
     let mut others = Vec::new();
-    for &past in graph.inputs().iter().filter(|value| simulate::is_float_activation(graph, **value)) {
+    for &past in graph.inputs() {
+        if let Some(reason) = narrow(graph, &users, past) {
+            others.push((past, reason));
+        }
+        if !simulate::is_float_activation(graph, past) {
+            continue;
+        }
         match at(graph, &users, past) {
             Ok(cache) => caches.push(cache),
             Err(reason) if graph.value(past).name.contains("past") => others.push((past, reason)),
@@ -63,6 +70,23 @@ pub fn find(graph: &Graph) -> (Vec<Cache>, Vec<(ValueId, String)>) {
         }
     }
     (caches, others)
+}
+
+/// Why the input `past` of 16 bits, which would be a cache in 32, is none: what is put behind it is computed in 32, behind a `Cast`.
+fn narrow(graph: &Graph, users: &Users, past: ValueId) -> Option<String> {
+    let dtype = graph.value(past).ty.dtype().filter(|dtype| matches!(dtype, DType::F16 | DType::Bf16))?;
+    let reader = |user: &User| match user {
+        User::Input { node, input: 0 } => graph.node(*node),
+        _ => None,
+    };
+    let wide = users.of_value(past).iter().filter_map(reader).find(|node| node.op.is("Cast"))?.output(0)?;
+    let appended = users.of_value(wide).iter().filter_map(reader).any(|node| node.op.is("Concat"));
+    (appended || graph.value(past).name.contains("past")).then(|| {
+        format!(
+            "it is {}, and read behind a Cast to f32 where the model computes: export the model with its caches in f32",
+            dtype.name()
+        )
+    })
 }
 
 /// The cache that begins with the input `past`.

@@ -139,7 +139,7 @@ codes! {
     OVER_BUDGET = "OQ4004", "the result loses more than --max-drop allows",
         "More bits and more nodes in float were tried, as far as the scheme and the budget for bits allow, and the best is what was written. Allow more, use --recipe best, or more samples.";
     FLOAT_CACHE = "OQ4005", "an input that looks like a cache stays in float",
-        "A cache in codes is a float input that only a Concat, first of two along an axis before the last, and Shape read, and whose result the model returns; the extent of its last axis is known. Operators that hold the cache inside (GroupQueryAttention, Attention) have no such place: export the model with attention written out.";
+        "A cache in codes is a float input that a Concat reads, first of two along an axis before the last, whose result the model returns; the extent of its last axis is known. Beside it, Shape may read the input, and one other node where nothing in the model reads the result. Inputs in 16-bit floats are none: what is computed here is f32, behind a Cast; export the model with its caches in f32. Operators that hold the cache inside (GroupQueryAttention, Attention) have no such place: export the model with attention written out.";
     RELAXED = "OQ4006", "clamps became Relu because no sample reaches their end",
         "relax-clamps takes the end of a clamp away where calibration never came to it, so that scales can pass. Data that is unlike the samples may go beyond; leave the pass out, or give more samples.";
     LEARNED_BASIS = "OQ4007", "a residual stream was turned into a basis that was learned",

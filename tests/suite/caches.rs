@@ -78,6 +78,13 @@ fn what_is_no_cache_or_does_not_fit_is_refused_by_name() {
     let other = decoder(16, "%m = Mul(%past_keys, %past_keys)\n  %present_keys = Concat(%m, %k) {axis=1}");
     let said = refused(&other, &["--target", "onnx-qdq", "--cache", "8"]);
     assert!(said.contains("no input is a cache") && said.contains("past_keys"), "{said}");
+    let narrow = decoder(
+        16,
+        "%past = Cast(%past_keys) {to=1}\n  %wide = Concat(%past, %k) {axis=1}\n  %present_keys = Identity(%wide)",
+    )
+    .replace("past_keys: f32", "past_keys: f16");
+    let said = refused(&narrow, &["--target", "onnx-qdq", "--cache", "8"]);
+    assert!(said.contains("`past_keys`: it is f16") && said.contains("behind a Cast"), "{said}");
     let said = refused(&decoder(15, APPEND), &["--target", "onnx-qdq", "--cache", "4"]);
     assert!(said.contains("past_keys") && said.contains("rows of 15"), "{said}");
     let said = refused(&decoder(16, APPEND), &["--target", "tensorrt", "--cache", "8"]);

@@ -54,8 +54,8 @@ impl Pass for EncodeCaches {
         if caches.is_empty() {
             let reason = others.first().map(|(value, reason)| format!(" (`{}`: {reason})", graph.value(*value).name));
             return Err(PassError::Model(format!(
-                "no input is a cache{}: a cache is a float input that only a Concat, which puts what is new behind it and whose result is \
-                 returned, and Shape read",
+                "no input is a cache{}: a cache is a float input that a Concat puts what is new behind and whose result is returned; \
+                 beside it Shape may read it, and one other node where nothing else reads that result",
                 reason.unwrap_or_default()
             )));
         }
