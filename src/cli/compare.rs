@@ -1,14 +1,17 @@
 //! `onnx-quant compare`
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
+use passes::caches::{self, Cache};
 use passes::exec::Dataset as _;
-use passes::id::ValueId;
-use passes::ir::{Def, Graph};
+use passes::id::{Name, Site, ValueId};
+use passes::ir::{Def, Graph, Node};
 use passes::model::{Model, Plan};
 use passes::pass::{PassContext, PassManager, Pipeline};
 use passes::simulate::Simulation;
+use passes::tensor::Tensor;
 use serde_json::json;
 
 use super::common::{DataArgs, target_named};
@@ -67,7 +70,9 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
         Ok(PassManager::default().run(&pipeline, model, &mut cx)?.0)
     };
     let (float, quantized) = (plain(float)?, plain(quantized)?);
-    let common = common(float.graph(), quantized.graph());
+    let mut common = common(float.graph(), quantized.graph());
+    let turned = turned(float.graph(), quantized.graph());
+    common.retain(|(_, theirs)| !turned.iter().any(|cache| cache.present == *theirs));
     let mine: Vec<ValueId> = common.iter().map(|pair| pair.0).collect();
     let theirs: Vec<ValueId> = common.iter().map(|pair| pair.1).collect();
     let a = Simulation::prepare(float.graph(), &Plan::default(), executor.as_ref(), &mine).map_err(Error::input)?;
@@ -80,6 +85,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
             return Err(Error::Interrupted);
         }
         let feeds = dataset.sample(index).map_err(Error::input)?;
+        refuse_past(quantized.graph(), &turned, &feeds, &dataset.name(index))?;
         let (x, y) = (a.run(&feeds).map_err(Error::input)?, b.run(&feeds).map_err(Error::input)?);
         for (row, (x, y)) in rows.iter_mut().zip(x.iter().zip(&y)) {
             if let (Some(x), Some(y)) = (x.values::<f32>(), y.values::<f32>()) {
@@ -90,14 +96,16 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     }
     passes::exec::Progress::end(&progress);
     rows.sort_by(|p, q| p.noise.decibels().total_cmp(&q.noise.decibels()));
-    print(&if args.json { as_json(&rows) } else { as_text(&rows, dataset.len()) });
+    let name = |cache: &Cache| quantized.graph().value(cache.present).name.to_string();
+    let left_out: Vec<String> = turned.iter().map(name).collect();
+    print(&if args.json { as_json(&rows, &left_out) } else { as_text(&rows, &left_out, dataset.len()) });
     Ok(Ended::Done)
 }
 
 /// Computed float tensors that both models have under one name.
 fn common(float: &Graph, quantized: &Graph) -> Vec<(ValueId, ValueId)> {
     let computed = |graph: &Graph, id: ValueId| matches!(graph.value(id).def, Def::Output { .. });
-    let theirs: std::collections::BTreeMap<_, _> = quantized
+    let theirs: BTreeMap<_, _> = quantized
         .value_ids()
         .filter(|id| computed(quantized, *id) && quantized.producer(*id).is_some())
         .map(|id| (quantized.value(id).name.clone(), id))
@@ -110,21 +118,53 @@ fn common(float: &Graph, quantized: &Graph) -> Vec<(ValueId, ValueId)> {
         .collect()
 }
 
+/// Caches of `quantized` whose numbers are others than those of `float` by design (see the pass `smooth-caches`): the past is read through
+/// a product with a constant there, and as it is here.
+fn turned(float: &Graph, quantized: &Graph) -> Vec<Cache> {
+    let scaled = |graph: &Graph, cache: &Cache| {
+        let Site::Use { node, .. } = cache.site else { return false };
+        let by_constant = |node: &Node| node.inputs.iter().flatten().any(|value| graph.constant(*value).is_some());
+        cache.is_apart && graph.node(node).is_some_and(|node| node.op.is("Mul") && by_constant(node))
+    };
+    let plain: BTreeSet<Name> = {
+        let all = caches::find(float).0;
+        let name = |cache: &Cache| float.value(cache.past).name.clone();
+        all.iter().filter(|cache| !scaled(float, cache)).map(name).collect()
+    };
+    let theirs = caches::find(quantized).0.into_iter();
+    theirs.filter(|cache| scaled(quantized, cache) && plain.contains(&quantized.value(cache.past).name)).collect()
+}
+
+/// Refuses a sample that brings a past for one of the `turned` caches: the same numbers would mean something else to each model.
+fn refuse_past(graph: &Graph, turned: &[Cache], feeds: &[Tensor], sample: &str) -> Result<(), Error> {
+    let has_past = |cache: &&Cache| {
+        let at = graph.inputs().iter().position(|input| *input == cache.past);
+        at.and_then(|at| feeds.get(at)).is_some_and(|past| !past.is_empty())
+    };
+    turned.iter().find(has_past).map_or(Ok(()), |cache| {
+        Err(Error::Input(format!(
+            "{sample} brings a past for `{}`, which the quantized model keeps in another basis (smooth-caches): compare both on samples \
+             with none",
+            graph.value(cache.past).name.escape_debug()
+        )))
+    })
+}
+
 fn row(graph: &Graph, id: ValueId) -> Row {
     let op = graph.producer(id).map_or_else(String::new, |(_, node)| node.op.display());
     Row { tensor: graph.value(id).name.to_string(), op, noise: Noise::default() }
 }
 
-fn as_json(rows: &[Row]) -> String {
+fn as_json(rows: &[Row], left_out: &[String]) -> String {
     let finite = |v: f64| if v.is_finite() { json!(v) } else { serde_json::Value::Null };
     let rows: Vec<_> = rows
         .iter()
         .map(|r| json!({ "tensor": r.tensor, "op": r.op, "sqnr_db": finite(r.noise.decibels()), "cosine": finite(r.noise.cosine()) }))
         .collect();
-    format!("{:#}\n", json!({ "version": 1, "layers": rows }))
+    format!("{:#}\n", json!({ "version": 1, "layers": rows, "left_out": left_out }))
 }
 
-fn as_text(rows: &[Row], samples: usize) -> String {
+fn as_text(rows: &[Row], left_out: &[String], samples: usize) -> String {
     let mut text =
         format!("{} tensors on {samples} samples, worst first\n{:>8}  {:>9}  operator\n", rows.len(), "dB", "cosine");
     for row in rows {
@@ -135,6 +175,13 @@ fn as_text(rows: &[Row], samples: usize) -> String {
             row.noise.cosine(),
             row.op,
             row.tensor.escape_debug()
+        );
+    }
+    for name in left_out {
+        let _ = writeln!(
+            text,
+            "left out: cache {}, which is in another basis by design (smooth-caches)",
+            name.escape_debug()
         );
     }
     text

@@ -142,3 +142,47 @@ fn files_with_caches_in_codes_run_on_float_samples() {
     tool_ok(&["run", text(&out), "--data", text(&data), "-o", text(&results), "--progress", "none"]);
     tool_ok(&["convert", text(&out), "--data", text(&data), "-o", text(&path("again.onnx")), "--target", "onnx-qdq"]);
 }
+
+/// Smoothed caches hold other numbers by design: `compare` says so and leaves them out, and refuses samples that bring a past.
+#[test]
+fn compare_leaves_smoothed_caches_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("model.oq"), decoder(16, APPEND)).unwrap();
+    tool_ok(&["cat", text(&path("model.oq")), "--to", "onnx", "-o", text(&path("model.onnx"))]);
+    let sample = |name: &str, past: usize| {
+        std::fs::create_dir(path(name)).unwrap();
+        let floats =
+            |n: usize| (0..n).flat_map(|i| (((i * 37) % 19) as f32 / 9.0 - 1.0).to_le_bytes()).collect::<Vec<u8>>();
+        let (x, old) = (floats(2 * 32), floats(past * 16));
+        let view = |shape: Vec<usize>, bytes| {
+            safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, bytes).unwrap()
+        };
+        let views = [("x", view(vec![1, 2, 32], &x)), ("past_keys", view(vec![1, past, 16], &old))];
+        std::fs::write(path(name).join("0.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+        path(name)
+    };
+    let (fresh, told) = (sample("fresh", 0), sample("told", 3));
+    let (model, out) = (path("model.onnx"), path("out.onnx"));
+    let compared = |bits: &str, data: &std::path::Path| {
+        let args = ["quantize", text(&model), "-o", text(&out), "--data", text(&fresh), "--scheme", "w8a16g32"];
+        tool_ok(&[&args[..], &["--target", "onnx-qdq", "--cache", bits, "--progress", "none"]].concat());
+        tool(&["compare", text(&model), text(&out), "--data", text(data), "--json", "--progress", "none"])
+    };
+    // Of 4 bits and with samples, caches are smoothed; of 8 they are not.
+    let json: serde_json::Value = serde_json::from_slice(&compared("4", &fresh).stdout).unwrap();
+    let tensors = |json: &serde_json::Value| -> Vec<String> {
+        json["layers"].as_array().unwrap().iter().map(|row| row["tensor"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(json["left_out"], serde_json::json!(["present_keys"]), "{json:#}");
+    assert!(
+        !tensors(&json).contains(&"present_keys".to_owned()) && tensors(&json).contains(&"y".to_owned()),
+        "{json:#}"
+    );
+    let refused = compared("4", &told);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("past_keys") && said.contains("another basis"), "{said}");
+    let json: serde_json::Value = serde_json::from_slice(&compared("8", &told).stdout).unwrap();
+    assert_eq!(json["left_out"], serde_json::json!([]), "{json:#}");
+    assert!(tensors(&json).contains(&"present_keys".to_owned()), "{json:#}");
+}
