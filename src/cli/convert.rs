@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use passes::exec::Dataset;
 use passes::model::Model;
 use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::target::Target;
 
 use super::common::{DataArgs, target_named};
 use super::progress::{self, Shown};
@@ -12,7 +13,7 @@ use super::{Ended, eprint, print};
 use crate::dataset::Slot;
 use crate::driver::{self, Error};
 use crate::report::readable_size;
-use crate::{emit, import, samples, verify};
+use crate::{emit, import, lint, samples, verify};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -44,6 +45,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     }
     let imported = import::in_f32(&args.model).map_err(Error::input)?;
     driver::guard_inputs(&emit::main_file(target, &args.output), &args.model, &imported.external)?;
+    refuse_lasting(&imported, target)?;
     samples::refuse_herding(&request)?;
     let executor = driver::executor(&request.executor, &imported.model)?;
     let progress = Shown::new(args.data.progress);
@@ -79,6 +81,17 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     staged.publish()?;
     print(&summary(&model, args, bytes));
     Ok(Ended::Done)
+}
+
+/// Refuses what `target` does not take in whatever dialect it is written.
+fn refuse_lasting(imported: &import::Imported, target: &dyn Target) -> Result<(), Error> {
+    let name = target.info().about.name;
+    let found = lint::lasting(&imported.model, imported.opset, name);
+    if found.is_empty() {
+        return Ok(());
+    }
+    let said: Vec<String> = found.iter().map(ToString::to_string).collect();
+    Err(Error::Target(format!("target `{name}` cannot take this model; nothing was written\n{}", said.join("\n"))))
 }
 
 /// Refuses quantizers of QONNX that were not read: no other dialect has them.

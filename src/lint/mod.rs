@@ -7,6 +7,7 @@ mod onnx;
 mod openvino;
 mod ort_cpu;
 mod qonnx;
+mod rows;
 mod subject;
 mod tensorrt;
 mod tract;
@@ -58,19 +59,20 @@ type Check = fn(&Subject<'_>, &mut Findings<'_>);
 
 /// The rules of a target, by its name.
 static TABLES: &[(&str, &[&[Lint]])] = &[
-    ("ort-cpu", &[onnx::LINTS, ort_cpu::LINTS]),
-    ("onnx-qdq", &[onnx::LINTS]),
-    ("qoperator", &[onnx::LINTS]),
-    ("openvino-cpu", &[onnx::LINTS, openvino::LINTS]),
-    ("tensorrt", &[onnx::LINTS, tensorrt::LINTS]),
-    ("qonnx", &[qonnx::LINTS]),
-    ("hls4ml", &[qonnx::LINTS, hls4ml::LINTS]),
-    ("finn", &[qonnx::LINTS, finn::LINTS]),
-    ("tract", &[onnx::LINTS, tract::LINTS]),
-    ("qnn", &[onnx::LINTS, npu::SHAPES, npu::QNN]),
-    ("packed", &[onnx::LINTS, ort_cpu::LINTS]),
-    ("rtl-mem", &[qonnx::LINTS]),
-    ("vitisai", &[onnx::LINTS, npu::SHAPES, npu::VITISAI]),
+    ("ort-cpu", &[onnx::LINTS, rows::COMPUTED, ort_cpu::LINTS]),
+    ("onnx-qdq", &[onnx::LINTS, rows::COMPUTED]),
+    ("qoperator", &[onnx::LINTS, rows::REJECTED]),
+    ("openvino-cpu", &[onnx::LINTS, rows::REJECTED, openvino::LINTS]),
+    ("tensorrt", &[onnx::LINTS, rows::REJECTED, tensorrt::LINTS]),
+    ("qonnx", &[rows::REJECTED, qonnx::LINTS]),
+    ("hls4ml", &[rows::REJECTED, qonnx::LINTS, hls4ml::LINTS]),
+    ("finn", &[rows::REJECTED, qonnx::LINTS, finn::LINTS]),
+    ("tract", &[onnx::LINTS, rows::REJECTED, tract::LINTS]),
+    ("qnn", &[onnx::LINTS, rows::REJECTED, npu::SHAPES, npu::QNN]),
+    ("packed", &[onnx::LINTS, rows::COMPUTED, ort_cpu::LINTS]),
+    ("rtl-mem", &[rows::REJECTED, qonnx::LINTS]),
+    ("vitisai", &[onnx::LINTS, rows::REJECTED, npu::SHAPES, npu::VITISAI]),
+    ("safetensors-ct", &[rows::REJECTED]),
 ];
 
 /// Every rule, in the order of codes.
@@ -90,10 +92,24 @@ pub fn targets_of(lint: &Lint) -> Vec<&'static str> {
 
 /// What the rules of `target` find in `model`, which was imported from a file of `opset` and not changed since; errors first.
 pub fn lint(model: &Model, opset: u32, target: &str) -> Vec<Diagnostic> {
+    found_by(model, opset, tables(target).flat_map(|table| table.iter()))
+}
+
+/// What `target` rejects in the quantized `model` and no conversion mends.
+pub fn lasting(model: &Model, opset: u32, target: &str) -> Vec<Diagnostic> {
+    let rejects = |lint: &Lint| tables(target).flat_map(|table| table.iter()).any(|other| other.code == lint.code);
+    found_by(model, opset, rows::REJECTED.iter().filter(|lint| rejects(lint)))
+}
+
+/// The rules of `target`.
+fn tables(target: &str) -> impl Iterator<Item = &'static [Lint]> {
+    TABLES.iter().filter(move |(name, _)| *name == target).flat_map(|(_, tables)| tables.iter().copied())
+}
+
+fn found_by(model: &Model, opset: u32, lints: impl Iterator<Item = &'static Lint>) -> Vec<Diagnostic> {
     let subject = Subject::of(model, opset);
     let mut found = Vec::new();
-    let tables = TABLES.iter().filter(|(name, _)| *name == target).flat_map(|(_, tables)| tables.iter());
-    for lint in tables.flat_map(|table| table.iter()) {
+    for lint in lints {
         (lint.check)(&subject, &mut Findings { lint, found: &mut found });
     }
     found.sort_by_key(|finding: &Diagnostic| std::cmp::Reverse(finding.severity));

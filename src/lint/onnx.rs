@@ -95,8 +95,7 @@ pub(super) static LINTS: &[Lint] = &[
         "readers fuse constant parameters only: selectors of ONNX Runtime 1.31, parser of TensorRT",
         |subject, found| {
             for q in subject.quantizers() {
-                let computed = |input: usize| q.node.input(input).is_some_and(|v| subject.graph.constant(v).is_none());
-                if computed(1) || computed(2) {
+                if subject.is_computed(q) && q.block() == 0 {
                     found.node(q.node, "its parameters are not constants: nobody fuses it");
                 }
             }

@@ -116,6 +116,11 @@ impl<'a> Subject<'a> {
         self.graph.nodes().filter_map(|(id, _)| self.quantizers.get(&id))
     }
 
+    /// Whether the scale or the zero point of `q` is no constant.
+    pub(super) fn is_computed(&self, q: &Quantizer<'_>) -> bool {
+        [1, 2].into_iter().any(|input| q.node.input(input).is_some_and(|value| self.graph.constant(value).is_none()))
+    }
+
     /// The node that computes `input` of `node`.
     pub(super) fn producer(&self, node: &Node, input: usize) -> Option<(NodeId, &'a Node)> {
         self.graph.producer(node.input(input)?)

@@ -575,3 +575,42 @@ graph (%x: f32[2,4], %shape: i64[1]) -> (%y) {
     let cut = graph.constant(huge).unwrap().values::<f32>().unwrap().into_owned();
     assert_eq!(cut, [1.0, -65504.0, 65504.0, f32::NEG_INFINITY]);
 }
+
+/// Ranges per token need nodes that compute them: who takes constants only is told so before anything is lowered, with the node, the
+/// rule and the way out; who takes them is told that it is slow, not that constants should be folded.
+#[test]
+fn ranges_per_token_convert_to_who_takes_them_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let source = format!(
+        "opset 21\ngraph (%x: f32[batch,seq,32]) -> (%y) {{\n{}  %y = MatMul(%x, %w)\n}}\n",
+        super::equalize::matrix("w", 32, 16)
+    );
+    std::fs::write(path("model.oq"), source).unwrap();
+    tool_ok(&["cat", text(&path("model.oq")), "--to", "onnx", "-o", text(&path("model.onnx"))]);
+    let (model, tokens, out) = (path("model.onnx"), path("tokens.onnx"), path("out"));
+    let args = ["quantize", text(&model), "-o", text(&tokens), "--recipe", "fast", "--progress", "none"];
+    tool_ok(&[&args[..], &["--target", "onnx-qdq", "--scheme", "w8a8tok"]].concat());
+    for target in onnx_quant::targets::TARGETS.iter().map(|target| target.info().about.name) {
+        let output = tool(&["convert", text(&tokens), "--target", target, "-o", text(&out)]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        match target {
+            "ort-cpu" | "onnx-qdq" => {
+                assert!(output.status.success(), "{target}: {said}");
+                std::fs::remove_file(&out).unwrap();
+            }
+            "packed" => {
+                assert!(output.status.success(), "{target}: {said}");
+                std::fs::remove_dir_all(&out).unwrap();
+            }
+            _ => {
+                assert_eq!(output.status.code(), Some(3), "{target}: {said}");
+                assert!(said.contains("OQ8010") && said.contains("tensor `x`") && !out.exists(), "{target}: {said}");
+                let way_out = said.contains("--target ort-cpu or onnx-qdq");
+                assert!(said.contains("node `x.quantize`") && way_out, "{target}: {said}");
+            }
+        }
+    }
+    let linted = tool_ok(&["lint", text(&tokens), "--target", "onnx-qdq"]);
+    assert!(linted.contains("OQ8009") && !linted.contains("OQ8007") && !linted.contains("fold constants"), "{linted}");
+}
