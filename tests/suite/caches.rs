@@ -1,8 +1,11 @@
 //! Caches of decoders in codes.
 
-use onnx_quant::import;
+use onnx_quant::{exec, import, targets};
 use passes::ir::Graph;
-use passes::tensor::DType;
+use passes::model::Plan;
+use passes::pass::{PassContext, PassManager, Pipeline};
+use passes::simulate::Simulation;
+use passes::tensor::{DType, Tensor};
 
 use super::{text, tool, tool_ok};
 
@@ -141,6 +144,35 @@ fn files_with_caches_in_codes_run_on_float_samples() {
     let results = path("results.safetensors");
     tool_ok(&["run", text(&out), "--data", text(&data), "-o", text(&results), "--progress", "none"]);
     tool_ok(&["convert", text(&out), "--data", text(&data), "-o", text(&path("again.onnx")), "--target", "onnx-qdq"]);
+}
+
+/// Past-only: without a past nothing is rounded, with one only what is read of it; and what a sample of a batch has in its cache is
+/// nothing to the others.
+#[test]
+fn only_the_past_is_rounded_and_every_sample_by_itself() {
+    let float = passes::text::parse(&decoder(16, APPEND)).unwrap();
+    let executor = (exec::find("auto").unwrap().build)(&float.meta).unwrap();
+    let mut cx = PassContext::new(targets::find("onnx-qdq").unwrap(), executor.as_ref());
+    let pipeline = Pipeline::parse("infer-shapes, encode-caches{bits=4}", &passes::catalogue::passes()).unwrap();
+    let (model, _) = PassManager::new(Vec::new(), true).run(&pipeline, float, &mut cx).unwrap();
+    let graph = model.graph();
+    let run = |plan: &Plan, batch: &[usize], past: usize| -> Vec<Vec<f32>> {
+        let of = |shape: [usize; 3]| {
+            let each = shape[1] * shape[2];
+            let value = |(sample, i): (usize, usize)| ((i * 37 + sample * 101) % 83) as f32 / 41.0 - 1.0;
+            Tensor::of(shape, batch.iter().flat_map(|s| (0..each).map(move |i| (*s, i))).map(value).collect())
+        };
+        let feeds = [of([batch.len(), 2, 32]), of([batch.len(), past, 16])];
+        let simulation = Simulation::prepare(graph, plan, executor.as_ref(), &graph.outputs()[..1]).unwrap();
+        let y = simulation.run(&feeds).unwrap().remove(0);
+        y.values::<f32>().unwrap().chunks(y.len() / batch.len()).map(<[f32]>::to_vec).collect()
+    };
+    let none = Plan::default();
+    assert_eq!(run(model.plan(), &[0, 1], 0), run(&none, &[0, 1], 0));
+    let rounded = run(model.plan(), &[0, 1], 5);
+    assert_ne!(rounded, run(&none, &[0, 1], 5), "nothing is rounded");
+    let turned = run(model.plan(), &[1, 0], 5);
+    assert_eq!([&turned[1], &turned[0]], [&rounded[0], &rounded[1]]);
 }
 
 /// Smoothed caches hold other numbers by design: `compare` says so and leaves them out, and refuses samples that bring a past.

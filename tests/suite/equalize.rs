@@ -577,6 +577,18 @@ fn a_pool_behind_a_pool_keeps_the_function() {
     assert!(!after.graph().nodes().any(|(_, node)| node.op.is("GlobalAveragePool")));
 }
 
+/// How many products `rotate-heads` turns in `source`, which must compute the same from `feeds` before and after; and what comes of it.
+fn turned(source: &str, feeds: &[Tensor]) -> (u64, Model) {
+    let parsed = passes::text::parse(source).unwrap();
+    let executor = (exec::find("auto").unwrap().build)(&parsed.meta).unwrap();
+    let mut cx = PassContext::new(targets::find("onnx-qdq").unwrap(), executor.as_ref());
+    let pipeline = Pipeline::parse("infer-shapes, rotate-heads, drop-dead", &passes::catalogue::passes()).unwrap();
+    let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, parsed.clone(), &mut cx).unwrap();
+    let counts = &trace.steps.iter().find(|(name, _)| *name == "rotate-heads").unwrap().1.counts;
+    same_within(&parsed, &after, executor.as_ref(), feeds, 1e-5, source);
+    (counts.get("heads").copied().unwrap_or(0), after)
+}
+
 #[test]
 fn turned_heads_keep_the_function() {
     let shapes = |open: bool| {
@@ -606,19 +618,11 @@ fn turned_heads_keep_the_function() {
     };
     let attention = |reader: &str, outputs: &str| of(reader, outputs, false);
     let heads = |source: &str| {
-        let parsed = passes::text::parse(source).unwrap();
-        let executor = exec::find("auto").unwrap();
-        let executor = (executor.build)(&parsed.meta).unwrap();
-        let mut cx = PassContext::new(targets::find("onnx-qdq").unwrap(), executor.as_ref());
-        let pipeline = Pipeline::parse("infer-shapes, rotate-heads, drop-dead", &passes::catalogue::passes()).unwrap();
-        let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, parsed.clone(), &mut cx).unwrap();
-        let counts = &trace.steps.iter().find(|(name, _)| *name == "rotate-heads").unwrap().1.counts;
         let values = (0..4 * 512 * 16).map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0).collect::<Vec<f32>>();
-        same_within(&parsed, &after, executor.as_ref(), &[Tensor::of([4, 512, 16], values)], 1e-5, source);
-        (counts.get("heads").copied().unwrap_or(0), after)
+        turned(source, &[Tensor::of([4, 512, 16], values)])
     };
-    let (turned, after) = heads(&attention("  %y = MatMul(%oj, %woooo)\n", "%y"));
-    assert_eq!(turned, 1);
+    let (count, after) = heads(&attention("  %y = MatMul(%oj, %woooo)\n", "%y"));
+    assert_eq!(count, 1);
     // Exporters compute the shapes of reshapes from the input's.
     assert_eq!(heads(&of("  %y = MatMul(%oj, %woooo)\n", "%y", true)).0, 1);
     let names: Vec<String> = after.graph().value_ids().map(|v| after.graph().value(v).name.to_string()).collect();
@@ -627,4 +631,90 @@ fn turned_heads_keep_the_function() {
     assert_eq!(heads(&attention("  %y = MatMul(%oj, %woooo)\n  %z = Relu(%oj)\n", "%y, %z")).0, 0);
     assert_eq!(heads(&attention("  %y = MatMul(%oj, %woooo)\n  %z = Relu(%vb)\n", "%y, %z")).0, 0);
     assert_eq!(heads(&attention("  %r = Relu(%oj)\n  %y = MatMul(%r, %woooo)\n", "%y")).0, 0);
+}
+
+/// Two heads of queries share the values of one: copies are turned as what they are copies of is, in runs of a head.
+#[test]
+fn heads_that_share_values_are_turned_together() {
+    let grouped = |end: &str| {
+        format!(
+            "opset 21\ngraph (%x: f32[2,5,16]) -> (%y) {{\n{}{}{}  %q2 = const i64[4] [0, 0, 2, 8]\n  %v1 = const i64[4] [0, 0, 1, 8]\n  \
+             %two = const i64[1] [2]\n  %copies = const i64[5] [2, 1, 2, 5, 8]\n  %all = const i64[4] [2, 2, 5, 8]\n  \
+             %join = const i64[3] [0, 0, 16]\n  %qs = MatMul(%x, %wq)\n  %qr = Reshape(%qs, %q2)\n  \
+             %q = Transpose(%qr) {{perm=[0, 2, 1, 3]}}\n  %k = Transpose(%qr) {{perm=[0, 2, 3, 1]}}\n  %s = MatMul(%q, %k)\n  \
+             %p = Softmax(%s) {{axis=-1}}\n  %vs = MatMul(%x, %wvvv)\n  %vr = Reshape(%vs, %v1)\n  \
+             %vt = Transpose(%vr) {{perm=[0, 2, 1, 3]}}\n  %vu = Unsqueeze(%vt, %two)\n  %ve = Expand(%vu, %copies)\n  \
+             %v = Reshape(%ve, %all)\n  %o = MatMul(%p, %v)\n  %ot = Transpose(%o) {{perm=[0, 2, 1, 3]}}\n  \
+             %oj = Reshape(%ot, %join)\n{end}}}\n",
+            matrix("wq", 16, 16),
+            matrix("wvvv", 16, 8),
+            matrix("woooo", 16, 6)
+        )
+    };
+    let feeds = [Tensor::of([2, 5, 16], (0..160).map(|i| (i * 7919 % 2003) as f32 / 1001.5 - 1.0).collect())];
+    let (count, after) = turned(&grouped("  %y = MatMul(%oj, %woooo)\n"), &feeds);
+    assert_eq!(count, 1);
+    let name = |node: &passes::ir::Node| node.output(0).map(|v| after.graph().value(v).name.to_string());
+    let copies: Vec<_> = after.graph().nodes().filter(|(_, node)| node.op.is("Expand")).map(|(_, n)| name(n)).collect();
+    assert_eq!(copies, [Some("ve.turned".to_owned())]);
+    // A bias behind the join is added to what is turned back.
+    assert_eq!(turned(&grouped("  %z = MatMul(%oj, %woooo)\n  %y = Relu(%z)\n"), &feeds).0, 1);
+}
+
+/// What looks like values of heads and is not: each would compute something else.
+#[test]
+fn rows_that_are_summed_over_or_cut_are_not_turned() {
+    let feeds = |shapes: &[&[usize]]| -> Vec<Tensor> {
+        let value = |i: usize| (i * 7919 % 2003) as f32 / 1001.5 - 1.0;
+        shapes.iter().map(|shape| Tensor::of(*shape, (0..shape.iter().product()).map(value).collect())).collect()
+    };
+    let of = |inputs: &str, body: &str| {
+        format!(
+            "opset 21\ngraph ({inputs}) -> (%y) {{\n{}{}{}{body}}}\n",
+            matrix("wq", 16, 16),
+            matrix("wvvv", 16, 16),
+            matrix("woooo", 16, 3)
+        )
+    };
+    // A row alone is summed over itself; as a column of rows it is not.
+    let row = "  %p = MatMul(%x, %wq)\n  %v = MatMul(%u, %wvvv)\n  %o = MatMul(%p, %v)\n  %y = MatMul(%o, %woooo)\n";
+    let inputs = |u: &str| format!("%x: f32[16,16], %u: f32[{u}]");
+    assert_eq!(turned(&of(&inputs("16"), row), &feeds(&[&[16, 16], &[16]])).0, 0);
+    assert_eq!(turned(&of(&inputs("16,16"), row), &feeds(&[&[16, 16], &[16, 16]])).0, 1);
+    // Values on the left are summed over their channels.
+    let left = "  %p = MatMul(%x, %wq)\n  %v = MatMul(%u, %wvvv)\n  %o = MatMul(%v, %p)\n  %y = MatMul(%o, %woooo)\n";
+    let (_, after) = turned(&of(&inputs("16,16"), left), &feeds(&[&[16, 16], &[16, 16]]));
+    let all = after.graph().value_ids().map(|v| after.graph().value(v).name.to_string());
+    let turned_names: Vec<String> = all.filter(|name| name.ends_with(".turned")).collect();
+    assert!(!turned_names.contains(&"wvvv.turned".to_owned()), "{turned_names:?}");
+    assert!(turned_names.contains(&"wq.turned".to_owned()), "the other operand is what is handed on: {turned_names:?}");
+    // A transposition before the product makes rows of channels.
+    let flat = "  %p = MatMul(%x, %wq)\n  %v = MatMul(%u, %wvvv)\n  %t = Transpose(%v) {perm=[1, 0]}\n  %o = MatMul(%p, %t)\n  \
+                %y = MatMul(%o, %woooo)\n";
+    assert_eq!(turned(&of(&inputs("16,16"), flat), &feeds(&[&[16, 16], &[16, 16]])).0, 0);
+    // So does a reshape that cuts what a head hands on.
+    let cut = "  %p = MatMul(%x, %wq)\n  %v = MatMul(%u, %wvvv)\n  %o = MatMul(%p, %v)\n  %to = const i64[2] [32, 8]\n  \
+               %back = const i64[2] [16, 16]\n  %c = Reshape(%o, %to)\n  %s = Softmax(%c)\n  %d = Reshape(%s, %back)\n  \
+               %y = MatMul(%d, %woooo)\n";
+    assert_eq!(turned(&of(&inputs("16,16"), cut), &feeds(&[&[16, 16], &[16, 16]])).0, 0);
+}
+
+/// Other readers see the very tensor that they saw before a node divided it for the products.
+#[test]
+fn what_is_divided_by_a_node_stays_for_others_to_the_bit() {
+    let source = format!(
+        "opset 21\ngraph (%x: f32[512,8]) -> (%y, %z) {{\n{}  %h = Neg(%x)\n  %y = MatMul(%h, %ww)\n  %z = Abs(%h)\n}}\n",
+        matrix("ww", 8, 16)
+    );
+    let data = Rows { channels: 8, samples: 4 };
+    let (before, after, counts) = smoothed(&source, &data);
+    assert!(counts.contains("inserted"), "{counts}");
+    let executor = (exec::find("rten").unwrap().build)(&before.meta).unwrap();
+    let feeds = data.sample(1).unwrap();
+    let [old, new] = [&before, &after].map(|model| {
+        let graph = model.graph();
+        let run = Simulation::prepare(graph, &Plan::default(), executor.as_ref(), graph.outputs()).unwrap();
+        run.run(&feeds).unwrap().remove(1)
+    });
+    assert_eq!(old, new);
 }
