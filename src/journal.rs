@@ -11,13 +11,19 @@ use sha2::{Digest as _, Sha256};
 
 /// What the file begins with.
 const MAGIC: &[u8] = b"onnx-quant journal 1\n";
+/// What the file of a standing begins with.
+const STANDING: &[u8] = b"onnx-quant standing 1\n";
 /// Bytes of a checksum.
 const SUM: usize = 32;
+/// The most bytes of a standing: it is made in memory, and written at every check of what is being learned.
+const ROOM: u64 = 1 << 30;
 
-/// Records of one run, each behind the other, each with its checksum; what a killed run left half-written is cut off.
+/// Records of one run, each behind the other, each with its checksum; what a killed run left half-written is cut off. Where a pass stands
+/// lies in a file of its own, which is written beside the one before it and then takes its name.
 #[derive(Debug)]
 pub(crate) struct FileJournal {
     path: PathBuf,
+    identity: [u8; SUM],
     records: Mutex<BTreeMap<String, Vec<u8>>>,
     file: Mutex<File>,
 }
@@ -72,6 +78,12 @@ impl FileJournal {
         if fresh && (bytes.starts_with(MAGIC) || MAGIC.starts_with(&bytes)) {
             bytes.clear();
         }
+        let standing = extended(path, STATE);
+        match begins(&standing, STANDING).map_err(fail)? {
+            Some(false) => return Err(JournalError::Foreign(standing.display().to_string())),
+            Some(true) if fresh => std::fs::remove_file(&standing).map_err(fail)?,
+            _ => {}
+        }
         let header = [MAGIC, &identity].concat();
         let mut records = BTreeMap::new();
         // What is shorter was killed before its first record.
@@ -88,12 +100,18 @@ impl FileJournal {
         };
         file.set_len(end as u64).map_err(fail)?;
         file.seek(SeekFrom::Start(end as u64)).map_err(fail)?;
-        Ok(Self { path: path.to_owned(), records: Mutex::new(records), file: Mutex::new(file) })
+        Ok(Self { path: path.to_owned(), identity, records: Mutex::new(records), file: Mutex::new(file) })
     }
 
     /// How many records there are.
     pub(crate) fn len(&self) -> usize {
         self.records.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Whether a pass stood somewhere on its way.
+    pub(crate) fn stands(&self) -> bool {
+        begins(&extended(&self.path, STATE), &[STANDING, &self.identity].concat())
+            .is_ok_and(|found| found == Some(true))
     }
 
     /// Where it lies.
@@ -103,9 +121,13 @@ impl FileJournal {
 
     /// Takes the file away: what it held is in the output.
     pub(crate) fn remove(self) {
-        drop(self.file);
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "the journal is left behind");
+        for path in [extended(&self.path, NEW), extended(&self.path, STATE), self.path] {
+            // The lock is held until all are gone.
+            if let Err(error) = std::fs::remove_file(&path)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::warn!(path = %path.display(), %error, "the journal is left behind");
+            }
         }
     }
 }
@@ -116,19 +138,76 @@ impl Journal for FileJournal {
     }
 
     fn put(&self, key: &str, record: &[u8]) -> Result<(), String> {
-        let mut bytes = Vec::with_capacity(key.len() + record.len() + 16 + SUM);
-        for part in [key.as_bytes(), record] {
-            bytes.extend((part.len() as u64).to_le_bytes());
-            bytes.extend(part);
-        }
-        let sum = Sha256::digest(&bytes);
-        bytes.extend(sum);
+        let (head, sum) = framed(key, record);
+        let bytes = [head.as_slice(), record, &sum].concat();
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let written = file.write_all(&bytes).and_then(|()| file.sync_data());
         written.map_err(|error| format!("{}: {error}", self.path.display()))?;
         self.records.lock().unwrap_or_else(PoisonError::into_inner).insert(key.to_owned(), record.to_vec());
         Ok(())
     }
+
+    fn room(&self) -> Option<u64> {
+        Some(ROOM)
+    }
+
+    fn standing(&self, key: &str) -> Option<Vec<u8>> {
+        let header = [STANDING, &self.identity].concat();
+        let path = extended(&self.path, STATE);
+        begins(&path, &header).ok()?.filter(|ours| *ours)?;
+        let bytes = std::fs::read(path).ok()?;
+        let mut records = BTreeMap::new();
+        read_records(bytes.get(header.len()..)?, &mut records);
+        records.remove(key)
+    }
+
+    fn stand(&self, key: &str, state: &[u8]) -> Result<(), String> {
+        let (new, path) = (extended(&self.path, NEW), extended(&self.path, STATE));
+        // One at a time, as with records.
+        let _held = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let (head, sum) = framed(key, state);
+        let write = || {
+            let mut file = File::create(&new)?;
+            [STANDING, &self.identity, head.as_slice(), state, &sum]
+                .iter()
+                .try_for_each(|part| file.write_all(part))?;
+            file.sync_data()?;
+            std::fs::rename(&new, &path)
+        };
+        write().map_err(|error: io::Error| format!("{}: {error}", path.display()))
+    }
+}
+
+/// Behind the name of a journal: where a pass stands, and the same while it is written.
+const STATE: &str = ".state";
+const NEW: &str = ".state.new";
+
+fn extended(path: &Path, by: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_os_string();
+    name.push(by);
+    name.into()
+}
+
+/// Whether the file at `path` begins with `header`; `None` where there is no file.
+fn begins(path: &Path, header: &[u8]) -> io::Result<Option<bool>> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file?,
+    };
+    let mut bytes = Vec::new();
+    file.take(header.len() as u64).read_to_end(&mut bytes)?;
+    Ok(Some(bytes == header))
+}
+
+/// What stands before `record` in a file, and its checksum, which stands behind it.
+fn framed(key: &str, record: &[u8]) -> (Vec<u8>, [u8; SUM]) {
+    let mut head = (key.len() as u64).to_le_bytes().to_vec();
+    head.extend(key.as_bytes());
+    head.extend((record.len() as u64).to_le_bytes());
+    let mut hash = Sha256::new();
+    hash.update(&head);
+    hash.update(record);
+    (head, hash.finalize().into())
 }
 
 /// Reads whole records into `records`; returns where the last one ends.
@@ -190,6 +269,44 @@ pub(crate) fn identity(paths: &[&Path], words: &str) -> io::Result<[u8; SUM]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn where_a_pass_stands_is_one_file_and_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = FileJournal::beside(&folder.path().join("a.onnx"));
+        let open = |identity: u8, fresh| FileJournal::open(&path, [identity; SUM], fresh, false);
+        let journal = open(1, false).unwrap();
+        assert!(!journal.stands() && journal.standing("way").is_none());
+        journal.stand("way", b"first").unwrap();
+        journal.stand("way", &[7; 1000]).unwrap();
+        assert_eq!(journal.standing("way"), Some(vec![7; 1000]));
+        assert_eq!((journal.standing("other"), journal.len()), (None, 0));
+        drop(journal);
+        let state = extended(&path, STATE);
+        let whole = std::fs::read(&state).unwrap();
+        for cut in (0..whole.len()).step_by(13) {
+            std::fs::write(&state, &whole[..cut]).unwrap();
+            // What is shorter than what such files begin with is none of ours.
+            assert!(open(1, false).map_or(cut < STANDING.len(), |journal| journal.standing("way").is_none()), "{cut}");
+        }
+        let mut turned = whole.clone();
+        *turned.last_mut().unwrap() ^= 1;
+        std::fs::write(&state, &turned).unwrap();
+        assert!(open(1, false).unwrap().standing("way").is_none(), "a bit turned over");
+        std::fs::write(&state, &whole).unwrap();
+        // A killed run leaves half of the next one.
+        std::fs::write(extended(&path, NEW), &whole[..40]).unwrap();
+        let journal = open(1, false).unwrap();
+        assert!(journal.stands() && journal.standing("way").is_some());
+        journal.remove();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        std::fs::write(&state, &whole).unwrap();
+        assert!(open(2, false).unwrap().standing("way").is_none(), "that of another run");
+        assert!(!open(2, true).unwrap().stands() && !state.exists());
+        std::fs::write(&state, "my notes").unwrap();
+        assert!(matches!(open(2, true), Err(JournalError::Foreign(_))));
+        assert_eq!(std::fs::read(&state).unwrap(), b"my notes");
+    }
 
     #[test]
     fn records_survive_and_half_ones_are_cut_off() {

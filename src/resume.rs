@@ -15,8 +15,9 @@ pub(crate) fn open_journal(
     pipeline: &str,
     external: &[Source],
 ) -> Result<Option<FileJournal>, Error> {
-    let (Some(output), true) = (&request.output, pipeline.contains("learn=")) else {
-        let problem = "--resume: only runs that learn (--learn) and write a file (-o) keep a journal";
+    let learns = ["learn=", "distill"].iter().any(|word| pipeline.contains(word));
+    let (Some(output), true) = (&request.output, learns) else {
+        let problem = "--resume: only runs that learn (--learn, --distill) and write a file (-o) keep a journal";
         return if request.journal == Kept::Needed { Err(Error::Input(problem.into())) } else { Ok(None) };
     };
     let mut paths: Vec<&Path> = vec![&request.input];
@@ -35,8 +36,10 @@ pub(crate) fn open_journal(
 pub(crate) fn resumed(journal: &FileJournal) -> Option<Diagnostic> {
     // One record says how much memory there is.
     let blocks = journal.len().saturating_sub(1);
-    let message = format!("it went on behind {blocks} blocks that an earlier run has learned");
-    (blocks > 0).then(|| Diagnostic::new(diag::RESUMED, Severity::Note, Place::Model, message))
+    let stands = journal.stands();
+    let way = if stands { ", and where that stood on its way through the whole model" } else { "" };
+    let message = format!("it went on behind {blocks} blocks that an earlier run has learned{way}");
+    (blocks > 0 || stands).then(|| Diagnostic::new(diag::RESUMED, Severity::Note, Place::Model, message))
 }
 
 /// Samples that wait between stages take as much memory as in the run that began: how many fit decides what is learned from.

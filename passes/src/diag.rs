@@ -150,6 +150,8 @@ codes! {
         "The journal beside the output held what an interrupted run with the same model, data and options had come to. The bytes are those of a run that was never interrupted; --fresh learns anew.";
     CUT_IN_HALF = "OQ5003", "numbers beyond 65504 were cut at that, the largest of 16-bit floats",
         "With --rest f16 what stays in float is written in 16 bits. Masks of attention, which add -1e9 or the like before a Softmax, do the same at -65504; a weight, a bias or a factor that large does not. Leave --rest f16 out where that matters: the fidelity of the summary is that of the numbers as they were cut.";
+    UNRESUMABLE = "OQ5004", "what is learned of the whole model is too large for the journal",
+        "A run that is stopped while it learns the whole model goes on from its last check where that takes less than a gibibyte and less than the memory that is left; the message says what it takes. Stopped there it learns the whole model from the start; the bytes are the same. Fewer numbers are learned with codes=0, or with a method that keeps less (signround, lrq).";
     GREW = "OQ6002", "the quantized model is not smaller than the float model",
         "Little of the model is weights that could be quantized. The summary says what was quantized and what was not.";
     NOT_WRITABLE = "OQ6003", "a number format has no ONNX operator that reads it",

@@ -1,7 +1,8 @@
 //! What a long pass has come to so far, kept outside of the run, so that a later run goes on from there.
 //!
-//! Passes are pure and deterministic: what a journal holds are answers that would come out again, just later. The driver sees to it that
-//! a journal is only shown to a run with the same model, data and options.
+//! Passes are pure and deterministic: what a journal holds are answers that would come out again, just later. Besides them it holds where
+//! one pass stood on its way to a single answer that takes long, each time in place of what it held before. The driver sees to it that a
+//! journal is only shown to a run with the same model, data and options.
 
 use std::fmt::Debug;
 
@@ -14,6 +15,15 @@ pub trait Journal: Debug + Sync {
     /// # Errors
     /// What is wrong, in words, where it cannot be kept.
     fn put(&self, key: &str, record: &[u8]) -> Result<(), String>;
+    /// The most bytes that [`Self::stand`] takes; `None` where it keeps nothing.
+    fn room(&self) -> Option<u64>;
+    /// Where the way called `key` stood, where that was the last to be kept.
+    fn standing(&self, key: &str) -> Option<Vec<u8>>;
+    /// Keeps where the way called `key` stands, in place of all that stood before: either the one or the other is there at any time.
+    ///
+    /// # Errors
+    /// What is wrong, in words, where it cannot be kept.
+    fn stand(&self, key: &str, state: &[u8]) -> Result<(), String>;
 }
 
 /// Keeps nothing.
@@ -26,6 +36,18 @@ impl Journal for NoJournal {
     }
 
     fn put(&self, _: &str, _: &[u8]) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn room(&self) -> Option<u64> {
+        None
+    }
+
+    fn standing(&self, _: &str) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn stand(&self, _: &str, _: &[u8]) -> Result<(), String> {
         Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! Adam.
 
+use super::ledger::Ledger;
+
 /// Moments of gradients, and the step that they make.
 ///
 /// Source: Kingma and Ba 2015, arXiv:1412.6980, algorithm 1.
@@ -18,9 +20,18 @@ impl Adam {
         Self { first: vec![0.0; n], second: vec![0.0; n], steps: 0 }
     }
 
+    /// Shows what steps change.
+    pub(super) fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.floats(&mut self.first);
+        ledger.floats(&mut self.second);
+        let mut steps = u64::from(self.steps.unsigned_abs());
+        ledger.whole(&mut steps);
+        self.steps = i32::try_from(steps).unwrap_or(i32::MAX);
+    }
+
     /// Moves `parameters` against `gradient`, each by `rate` where its gradient always had the same sign.
     pub(crate) fn step(&mut self, parameters: &mut [f32], gradient: &[f32], rate: f32) {
-        self.steps += 1;
+        self.steps = self.steps.saturating_add(1);
         let unbiased = (1.0 - DECAY.0.powi(self.steps), 1.0 - DECAY.1.powi(self.steps));
         let (first, second) = (&mut self.first, &mut self.second);
         crate::simd::vectorized(|| {

@@ -6,7 +6,9 @@ use super::chain::{Chain, Pull};
 use super::measure::Wish;
 use super::run::{Leaves, Outcome};
 use super::settings::{Part, Settings, Usual};
+use super::standing::Standing;
 use super::train::{Course, Order};
+use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::exec::Dataset;
 use crate::grad::GradError;
 use crate::model::{Edit, Model, Patch, record};
@@ -17,7 +19,7 @@ crate::declare_pass! {
     ///
     /// The model as planned goes forward and back on batches of samples; every weight starts at the codes that it has. Memory holds the
     /// tape of one block at a time. What is learned is kept only where it does better on the samples that are held out from it, one of
-    /// eight where there are eight. Codes that came with the model are learned anew like all others; a constant that several nodes read stays.
+    /// eight where there are eight. A run that is killed goes on from its last check, where the journal has room for all that is learned. Codes that came with the model are learned anew like all others; a constant that several nodes read stays.
     INFO {
         name: "distill",
         source: "divergence of the whole model: Chee et al. 2025 (DiscQuant), arXiv:2501.06417, section 4; scales end to end: Chen et \
@@ -72,60 +74,78 @@ impl Distill {
     }
 }
 
-/// The edits that all links together come to; none where learning does no better.
-fn learn(model: &Model, cx: &PassContext<'_>, chain: &Chain, settings: &Settings) -> Result<Vec<Edit>, GradError> {
-    let plan = model.plan();
-    let weights = |at: usize| chain.links[at].program.weights_of(plan);
-    let mut courses = Vec::new();
-    for (at, link) in chain.links.iter().enumerate() {
-        let weights = weights(at)?;
-        let mut course = Course::new(settings, &weights, link.program.start(&weights), SEED ^ (at as u64) << 32);
-        course.at.units.clear();
-        courses.push(course);
-    }
-    let start = chain.held_out_loss(&mut |at| {
-        let (program, weights) = (&chain.links[at].program, weights(at)?);
-        program.leaves(&weights, &program.start(&weights))
-    })?;
-    let mut best: (f64, Vec<Edit>) = (start, Vec::new());
+/// The edits that all links together come to from where learning stands; none where it does no better. Every check is kept in the journal
+/// under `key`, where there is one.
+fn learn(
+    model: &Model,
+    cx: &PassContext<'_>,
+    chain: &Chain,
+    settings: &Settings,
+    mut at: Standing<'_>,
+    key: Option<&str>,
+) -> Result<Vec<Edit>, PassError> {
     let mut order = Order::new(&chain.fitted, SEED);
-    for iteration in 0..settings.iterations {
+    let first = at.steps;
+    if first > 0 {
+        tracing::debug!(steps = first, of = settings.iterations, "goes on from its last check");
+    }
+    for _ in 0..first {
+        cx.progress.step();
+        order.next(settings.batch);
+    }
+    for iteration in first..settings.iterations {
         cx.progress.step();
         if cx.progress.cancelled() {
-            return Ok(Vec::new());
+            return Err(PassError::Interrupted);
         }
-        if settings.is_check(iteration) {
-            best = better(model, chain, &courses, best, iteration)?;
+        if settings.is_check(iteration) && iteration > first {
+            at.best = better(model, chain, &at.courses, at.best, iteration).map_err(|reason| refused(&reason))?;
+            at.steps = iteration;
+            if let Some(key) = key {
+                at.keep(cx.journal, key)?;
+            }
         }
-        let progress = iteration as f32 / settings.iterations as f32;
         let batch = order.next(settings.batch);
-        let courses = std::cell::RefCell::new(&mut courses);
-        let mut finite = true;
-        let mut leaves = |at: usize, back: bool| {
-            let (weights, course) = (weights(at)?, &mut courses.borrow_mut()[at]);
-            course.soften(&weights, progress);
-            let leaves = chain.links[at].program.leaves(&weights, &course.at);
-            // On the way back the step needs them once more.
-            if !back {
-                course.at.units.clear();
-            }
-            leaves
-        };
-        chain.sweep(&batch, (settings.drop, iteration as u64), Pull::Errors, &mut leaves, &mut |at, grads| {
-            finite &= grads.are_finite();
-
-            let course = &mut courses.borrow_mut()[at];
-            if finite {
-                course.step(&weights(at)?, &grads, progress);
-            }
-            course.at.units.clear();
-            Ok(())
-        })?;
-        if !finite {
+        if !step(model, chain, settings, &mut at.courses, iteration, &batch).map_err(|reason| refused(&reason))? {
             break; // what has been learned so far is judged as it is
         }
     }
-    Ok(better(model, chain, &courses, best, settings.iterations)?.1)
+    Ok(better(model, chain, &at.courses, at.best, settings.iterations).map_err(|reason| refused(&reason))?.1)
+}
+
+/// Moves all links against what they lose on `batch`; whether every gradient was a number.
+fn step(
+    model: &Model,
+    chain: &Chain,
+    settings: &Settings,
+    courses: &mut [Course<'_>],
+    iteration: usize,
+    batch: &[usize],
+) -> Result<bool, GradError> {
+    let weights = |at: usize| chain.links[at].program.weights_of(model.plan());
+    let progress = iteration as f32 / settings.iterations as f32;
+    let courses = std::cell::RefCell::new(courses);
+    let mut finite = true;
+    let mut leaves = |at: usize, back: bool| {
+        let (weights, course) = (weights(at)?, &mut courses.borrow_mut()[at]);
+        course.soften(&weights, progress);
+        let leaves = chain.links[at].program.leaves(&weights, &course.at);
+        // On the way back the step needs them once more.
+        if !back {
+            course.at.units.clear();
+        }
+        leaves
+    };
+    chain.sweep(batch, (settings.drop, iteration as u64), Pull::Errors, &mut leaves, &mut |at, grads| {
+        finite &= grads.are_finite();
+        let course = &mut courses.borrow_mut()[at];
+        if finite {
+            course.step(&weights(at)?, &grads, progress);
+        }
+        course.at.units.clear();
+        Ok(())
+    })?;
+    Ok(finite)
 }
 
 /// The better one on the samples that are held out: what was `best` so far, or what the `courses` have come to.
@@ -173,7 +193,7 @@ impl Pass for Distill {
         let made = if let Some(made) = record::kept(cx.journal, &key) {
             made
         } else {
-            let made = self.learn_on(model, cx)?;
+            let made = self.learn_on(model, cx, &key, &mut patch)?;
             record::keep(cx.journal, &key, &made).map_err(PassError::Model)?;
             made
         };
@@ -184,40 +204,84 @@ impl Pass for Distill {
     }
 }
 
+/// What stands in the way, and what to do.
+fn refused(reason: &impl std::fmt::Display) -> PassError {
+    PassError::Model(format!(
+        "gradients do not pass the model: {reason}; leave `distill` out of the pipeline, or learn by blocks with --learn"
+    ))
+}
+
 impl Distill {
-    fn learn_on(&self, model: &Model, cx: &PassContext<'_>) -> Result<Vec<Edit>, PassError> {
+    /// What is learned on `model`, from where the journal says that `key` stood.
+    fn learn_on(
+        &self,
+        model: &Model,
+        cx: &PassContext<'_>,
+        key: &str,
+        patch: &mut Patch,
+    ) -> Result<Vec<Edit>, PassError> {
         let free = cx.scheme.block_format().is_none() && !cx.scheme.power_of_two;
         let settings = self.settings.with_scales(free);
         let also =
             Also { steps: settings.learns(Part::Steps), norms: settings.learns(Part::Norms), inputs: true, rest: 0 };
         let chain = Chain::of(model.graph(), model.plan(), cx, (self.layers, usize::MAX), also, settings.loss)?;
-        let refused = |reason: String| {
-            PassError::Model(format!(
-                "gradients do not pass the model: {reason}; leave `distill` out of the pipeline, or learn by blocks with --learn"
-            ))
-        };
-        let chain = chain.map_err(refused)?;
-        fits(&settings, &chain, cx)?;
+        let chain = chain.map_err(|reason| refused(&reason))?;
+        let left = fits(&settings, &chain, cx)?;
         cx.progress.begin(INFO.about.name, settings.iterations as u64);
-        let learned = learn(model, cx, &chain, &settings);
+        let begin = || Standing::begin(model, &chain, &settings, SEED).map_err(|reason| refused(&reason));
+        let mut at = begin()?;
+        let room = cx.journal.room().map(|room| room.min(left));
+        let bytes = at.bytes();
+        let is_kept = room.is_some_and(|room| bytes <= room);
+        if room.is_some() && !is_kept {
+            patch.note(unresumable(bytes));
+        }
+        // What does not fit may have changed what was there.
+        let stood = cx.journal.standing(key).filter(|_| is_kept).and_then(|state| at.put_back(&state));
+        at = match stood.filter(|at| at.steps < settings.iterations) {
+            Some(at) => at,
+            None => {
+                let mut at = begin()?;
+                at.best.0 = start_loss(model, &chain).map_err(|reason| refused(&reason))?;
+                at
+            }
+        };
+        let learned = learn(model, cx, &chain, &settings, at, is_kept.then_some(key));
         cx.progress.end();
         if cx.progress.cancelled() {
             return Err(PassError::Interrupted);
         }
-        learned.map_err(|error| refused(error.to_string()))
+        learned
     }
 }
 
-/// Whether memory holds what is learned of all weights at once.
-fn fits(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(), PassError> {
+/// The loss of the plan as it is, on the samples that are held out.
+fn start_loss(model: &Model, chain: &Chain) -> Result<f64, GradError> {
+    chain.held_out_loss(&mut |at| {
+        let program = &chain.links[at].program;
+        let weights = program.weights_of(model.plan())?;
+        program.leaves(&weights, &program.start(&weights))
+    })
+}
+
+fn unresumable(bytes: u64) -> Diagnostic {
+    let message = format!("it takes {} MB: stopped on its way, it would be learned from the start", bytes / 1_000_000);
+    Diagnostic::new(diag::UNRESUMABLE, Severity::Note, Place::Model, message)
+}
+
+/// The bytes that what is learned of all weights at once leaves of memory.
+///
+/// # Errors
+/// Where memory does not hold it, with what takes less.
+fn fits(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<u64, PassError> {
     if !settings.learns(Part::Codes) {
-        return Ok(());
+        return Ok(cx.state_budget);
     }
     let weights = chain.links.iter().flat_map(|link| &link.program.weights).map(|(.., tensor)| tensor.len() as u64);
     let weights: u64 = weights.sum();
     let needed = weights.saturating_mul(settings.method.bytes_per_weight());
     if needed <= cx.state_budget {
-        return Ok(());
+        return Ok(cx.state_budget - needed);
     }
     let name = settings.method.about().name;
     Err(PassError::Model(format!(

@@ -6,7 +6,7 @@
 //! for passes that round in order.
 //! `chain` puts all blocks of a graph one behind the other, and `distill` learns from what the whole model returns, `saliency` tells how much that
 //! depends on every weight, `stakes` how much on every row that layers read, `block_stakes` on every element of what blocks return,
-//! `first_order` what rounding costs by that.
+//! `first_order` what rounding costs by that. `standing` is how far `distill` has come, shown to a `ledger`.
 
 mod adam;
 mod block;
@@ -19,6 +19,7 @@ mod differences;
 mod distill;
 mod fake_quant;
 mod first_order;
+mod ledger;
 mod measure;
 mod objective;
 mod parameterization;
@@ -27,6 +28,7 @@ mod saliency;
 mod samples;
 mod settings;
 mod stakes;
+mod standing;
 mod steps;
 mod teacher;
 #[cfg(test)]

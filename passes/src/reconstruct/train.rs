@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::adam::Adam;
+use super::ledger::Ledger;
 use super::objective::Objective;
 use super::parameterization::{Learned, Weight};
 use super::run::{Gradients, Outcome};
@@ -111,6 +112,15 @@ impl<'a> Course<'a> {
         {
             self.biases.step(i, &mut self.at.biases[i], grad, decay);
         }
+    }
+
+    /// Shows all that steps change.
+    pub(super) fn show(&mut self, ledger: &mut Ledger<'_>) {
+        self.learned.iter_mut().flatten().for_each(|learned| learned.show(ledger));
+        let Outcome { scales, biases, steps, .. } = &mut self.at;
+        scales.iter_mut().chain(biases).chain([steps]).for_each(|numbers| ledger.floats(numbers));
+        let beside = self.biases.adam.iter_mut().chain(&mut self.scales.adam);
+        beside.chain([&mut self.steps]).for_each(|adam| adam.show(ledger));
     }
 
     /// What it has come to, on the grid.

@@ -4,6 +4,7 @@ use super::soft::Between;
 use super::{Learned, Parameterization, Weight};
 use crate::about::About;
 use crate::reconstruct::adam::Adam;
+use crate::reconstruct::ledger::Ledger;
 
 static ABOUT: About = About {
     name: "brecq",
@@ -50,6 +51,11 @@ impl Learned for Up {
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, _: &Weight) {
         let gradient = self.between.gradient(&self.v, gradient, progress);
         self.adam.step(&mut self.v, &gradient, RATE * rate);
+    }
+
+    fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.floats(&mut self.v);
+        self.adam.show(ledger);
     }
 
     fn hard(&self, _: &Weight) -> Vec<f32> {

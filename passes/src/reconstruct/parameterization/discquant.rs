@@ -4,6 +4,7 @@ use super::soft::Between;
 use super::{Learned, Parameterization, Weight};
 use crate::about::About;
 use crate::reconstruct::adam::Adam;
+use crate::reconstruct::ledger::Ledger;
 
 static ABOUT: About = About {
     name: "discquant",
@@ -68,6 +69,11 @@ impl Learned for Relaxed {
         let decay = 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
         self.adam.step(&mut self.x, &by_x, RATE * rate * decay);
         self.x.iter_mut().for_each(|x| *x = x.clamp(0.0, 1.0));
+    }
+
+    fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.floats(&mut self.x);
+        self.adam.show(ledger);
     }
 
     fn hard(&self, _: &Weight) -> Vec<f32> {

@@ -4,6 +4,7 @@
 use super::low_rank::LowRank;
 use super::{Learned, Weight};
 use crate::reconstruct::adam::Adam;
+use crate::reconstruct::ledger::Ledger;
 
 const RATE: f32 = 5e-4;
 /// Logarithms of divisors stay within ±3.
@@ -35,6 +36,13 @@ impl Lines {
         for (row, values) in self.rows.iter().zip(values.chunks_exact_mut(self.columns.len().max(1))) {
             values.iter_mut().zip(&self.columns).for_each(|(v, column)| *v += row + column);
         }
+    }
+
+    fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.floats(&mut self.rows);
+        ledger.floats(&mut self.columns);
+        self.adam.0.show(ledger);
+        self.adam.1.show(ledger);
     }
 
     fn step(&mut self, gradient: &[f32], rate: f32) {
@@ -98,6 +106,17 @@ impl Learned for Divisors {
             Core::Product(product) => product.step(&gradient, rate),
         }
         self.lines.step(&gradient, rate);
+    }
+
+    fn show(&mut self, ledger: &mut Ledger<'_>) {
+        match &mut self.core {
+            Core::Each(each, adam) => {
+                ledger.floats(each);
+                adam.show(ledger);
+            }
+            Core::Product(product) => product.show(ledger),
+        }
+        self.lines.show(ledger);
     }
 
     fn hard(&self, weight: &Weight) -> Vec<f32> {

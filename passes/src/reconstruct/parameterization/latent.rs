@@ -3,6 +3,7 @@
 use super::{Learned, Parameterization, Weight};
 use crate::about::About;
 use crate::reconstruct::adam::Adam;
+use crate::reconstruct::ledger::Ledger;
 
 static ABOUT: About = About {
     name: "latent",
@@ -49,6 +50,11 @@ impl Learned for Moved {
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, _: &Weight) {
         let decay = 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
         self.adam.step(&mut self.w, gradient, RATE * rate * decay);
+    }
+
+    fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.floats(&mut self.w);
+        self.adam.show(ledger);
     }
 
     fn hard(&self, weight: &Weight) -> Vec<f32> {

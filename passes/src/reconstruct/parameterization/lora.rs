@@ -4,6 +4,7 @@ use super::low_rank::LowRank;
 use super::soft::Between;
 use super::{Learned, Parameterization, Weight};
 use crate::about::About;
+use crate::reconstruct::ledger::Ledger;
 
 static ABOUT: About = About {
     name: "lora-rounding",
@@ -68,6 +69,10 @@ impl Learned for Offsets {
         let mut gradient = self.between.gradient(&self.v(), gradient, progress);
         gradient.iter_mut().for_each(|g| *g /= self.temperature);
         self.offset.step(&gradient, RATE * rate);
+    }
+
+    fn show(&mut self, ledger: &mut Ledger<'_>) {
+        self.offset.show(ledger);
     }
 
     fn hard(&self, _: &Weight) -> Vec<f32> {

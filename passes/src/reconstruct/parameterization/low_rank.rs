@@ -2,6 +2,7 @@
 
 use crate::grad::gemm::{Matrix, multiply};
 use crate::reconstruct::adam::Adam;
+use crate::reconstruct::ledger::Ledger;
 use crate::seed;
 
 /// A = L U, L of `rows` × `rank`, U of `rank` × `columns`.
@@ -39,6 +40,14 @@ impl LowRank {
     pub(super) fn add_to(&self, values: &mut [f32]) {
         let (left, right) = self.factors();
         multiply(values, left, right, true);
+    }
+
+    /// Shows both factors, and all that steps change with them.
+    pub(super) fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.floats(&mut self.left);
+        ledger.floats(&mut self.right);
+        self.adam.0.show(ledger);
+        self.adam.1.show(ledger);
     }
 
     /// Moves both factors against `gradient`, that by the matrix.

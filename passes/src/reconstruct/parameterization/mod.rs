@@ -23,6 +23,7 @@ use std::fmt::Debug;
 
 use crate::about::About;
 use crate::encoding::Encoding;
+use crate::reconstruct::ledger::Ledger;
 use crate::tensor::Tensor;
 
 /// Every parameterization, in the order of the manual.
@@ -151,6 +152,8 @@ pub(super) trait Learned: Debug + Send + Sync {
     /// Moves the parameters against `gradient`, that of the loss by the units that [`Self::soft`] returned, by `rate` times what is
     /// usual.
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, weight: &Weight);
+    /// Shows the parameters, and all that steps change with them.
+    fn show(&mut self, ledger: &mut Ledger<'_>);
     /// The points that it has come to.
     fn hard(&self, weight: &Weight) -> Vec<f32>;
 }
@@ -208,6 +211,40 @@ mod tests {
                 let hard = learned.hard(&weight);
                 assert_eq!(hard, weight.rounded(&hard), "{} on {grid}", method.about().name);
                 assert_ne!(learned.soft(0.5, &weight), first, "{} on {grid} does not move", method.about().name);
+            }
+        }
+    }
+
+    /// What is put back goes on as if it had never been taken down.
+    #[test]
+    fn every_parameterization_goes_on_from_where_it_stood() {
+        let step = |learned: &mut dyn Learned, weight: &Weight, at: u8| {
+            let progress = f32::from(at) / 40.0;
+            let units = learned.soft(progress, weight);
+            let gradient: Vec<f32> = units.iter().map(|unit| unit - 1.7).collect();
+            learned.step(&gradient, progress, 10.0, weight);
+        };
+        for (grid, zero) in GRIDS {
+            let weight = weight(grid, zero);
+            for method in PARAMETERIZATIONS {
+                let name = method.about().name;
+                let mut learned = method.start(&weight, 7);
+                (0..20).for_each(|at| step(&mut *learned, &weight, at));
+                let mut out = Ledger::Write(Vec::new());
+                learned.show(&mut out);
+                let Ledger::Write(state) = out else { panic!("{out:?}") };
+                assert!(state.len() as u64 <= 24 * method.bytes_per_weight() + 1000, "{name}: {} bytes", state.len());
+                let mut again = method.start(&weight, 7);
+                let mut back = Ledger::Read(Some(&state));
+                again.show(&mut back);
+                assert!(matches!(back, Ledger::Read(Some(rest)) if rest.is_empty()), "{name} on {grid}");
+                for at in 20..40 {
+                    step(&mut *learned, &weight, at);
+                    step(&mut *again, &weight, at);
+                }
+                let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<u32>>();
+                assert_eq!(bits(learned.soft(1.0, &weight)), bits(again.soft(1.0, &weight)), "{name} on {grid}");
+                assert_eq!(learned.hard(&weight), again.hard(&weight), "{name} on {grid}");
             }
         }
     }

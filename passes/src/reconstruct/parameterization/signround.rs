@@ -2,6 +2,7 @@
 
 use super::{Learned, Parameterization, Weight};
 use crate::about::About;
+use crate::reconstruct::ledger::Ledger;
 use crate::simd::vectorized;
 
 static ABOUT: About = About {
@@ -57,6 +58,10 @@ impl Learned for Offset {
                 *v = (*v - step).clamp(-REACH, REACH);
             }
         });
+    }
+
+    fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.floats(&mut self.v);
     }
 
     fn hard(&self, weight: &Weight) -> Vec<f32> {

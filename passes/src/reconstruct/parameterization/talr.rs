@@ -4,6 +4,7 @@ use super::settled::Settled;
 use super::{Learned, Parameterization, Weight};
 use crate::about::About;
 use crate::reconstruct::adam::Adam;
+use crate::reconstruct::ledger::Ledger;
 
 static ABOUT: About = About {
     name: "talr",
@@ -93,6 +94,15 @@ impl Learned for Scheduled {
         self.rate = (self.rate + (target - self.transitions) / self.target).clamp(0.0, MOST);
         self.settled.follow(progress, &self.w, (&self.points, &points), weight);
         self.points = points;
+    }
+
+    fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.floats(&mut self.w);
+        ledger.floats(&mut self.points);
+        ledger.floats(&mut self.distance);
+        ledger.floats(std::slice::from_mut(&mut self.transitions));
+        ledger.floats(std::slice::from_mut(&mut self.rate));
+        self.adam.show(ledger);
     }
 
     fn hard(&self, _: &Weight) -> Vec<f32> {
