@@ -145,7 +145,7 @@ fn what_cannot_be_learned_is_refused_with_the_fix() {
         String::from_utf8(output.stderr).unwrap()
     };
     assert!(refused(&["brecq"]).contains("add `--recipe best`"));
-    assert!(refused(&["brec", "--recipe", "best"]).contains("brecq, lora-rounding"));
+    assert!(refused(&["brec", "--recipe", "best"]).contains("brecq, scale-aware, lora-rounding"));
     assert!(refused(&["brecq{iterations=-1}", "--recipe", "best"]).contains("between 0 and"));
     assert!(refused(&["brecq{window=2, overlap=2}", "--recipe", "best"]).contains("fewer than 2"));
     assert!(refused(&["brecq{loss=fish}", "--recipe", "best"]).contains("pd, kl, fisher, fisher-each"));

@@ -14,6 +14,7 @@ mod low_rank;
 mod lrq;
 mod projection;
 mod q_galore;
+mod scale_aware;
 mod settled;
 mod signround;
 mod soft;
@@ -29,6 +30,7 @@ use crate::tensor::Tensor;
 /// Every parameterization, in the order of the manual.
 pub static PARAMETERIZATIONS: &[&dyn Parameterization] = &[
     &brecq::Brecq,
+    &scale_aware::ScaleAware,
     &lora::LoraRounding,
     &flexround::FlexRound,
     &lrq::Lrq,
@@ -103,7 +105,8 @@ impl Weight {
     #[expect(clippy::cast_possible_truncation, reason = "points of grids of up to 16 bits are exact in f32")]
     fn neighbor(&self, i: usize) -> f32 {
         let at = f64::from(self.points[i]) + self.zero(i);
-        let nudge = 1e-6 * at.abs().max(1e-3);
+        // Points of floats with many exponent bits lie as near to 0 as 2^-62.
+        let nudge = 1e-6 * at.abs().max(1e-30);
         let (above, below) = (self.encoding.grid.above(at + nudge), self.encoding.grid.below(at - nudge));
         let up = self.float[i] > self.points[i];
         let (wanted, other) = if up { (above, below) } else { (below, above) };
@@ -259,6 +262,46 @@ mod tests {
         }
     }
 
+    /// The points of `grid`, in order, and those behind them.
+    #[expect(clippy::cast_possible_truncation, reason = "points of grids of up to 8 bits are exact in f32")]
+    fn gaps(grid: &dyn grid::Grid) -> Vec<(f32, f32)> {
+        let (low, high) = grid.range();
+        let mut pairs = Vec::new();
+        let mut at = low;
+        while at < high {
+            let next = grid.above(at + 1e-6 * at.abs().max(1e-30));
+            assert!(next > at, "{grid:?} {at}");
+            pairs.push((at as f32, next as f32));
+            at = next;
+        }
+        pairs
+    }
+
+    /// Gaps are those of the grid, point by point, for every grid of up to 8 bits: across the edges of binades, around zero, and at the
+    /// ends, where the neighbor lies inside; and every weight between two points is its share of the way from one to the other.
+    #[test]
+    fn gaps_are_those_of_the_grid_point_by_point() {
+        for grid in grid::all().filter(|grid| grid.info().bits <= 8) {
+            let pairs = gaps(grid);
+            for (share, up) in [0.1_f32, 0.4, 0.6, 0.9].into_iter().flat_map(|share| [(share, false), (share, true)]) {
+                let float: Vec<f32> = pairs.iter().map(|(low, high)| low + share * (high - low)).collect();
+                let chosen: Vec<f32> = pairs.iter().map(|(low, high)| if up { *high } else { *low }).collect();
+                let encoding = Encoding::per_tensor(grid, 1.0, 0);
+                let codes = encoding.pack_points(&chosen, &[chosen.len()]);
+                let weight = Weight::new(&Tensor::of([float.len()], float.clone()), &encoding, &codes).unwrap();
+                assert_eq!(weight.points, chosen, "{grid:?}");
+                let between = soft::Between::ends_of(&weight);
+                let again = between.at(&between.shares(&weight));
+                for (i, (low, high)) in pairs.iter().enumerate() {
+                    let (gap, other) = (high - low, if up { *low } else { *high });
+                    assert!((weight.neighbor(i) - other).abs() <= 1e-6 * gap, "{grid:?}: {low} {high}, {}", chosen[i]);
+                    assert!((between.gaps()[i].abs() - gap).abs() <= 1e-6 * gap, "{grid:?}: {low} {high}");
+                    assert!((again[i] - float[i]).abs() <= 1e-5 * float[i].abs().max(gap), "{grid:?}: {}", float[i]);
+                }
+            }
+        }
+    }
+
     /// Some methods have forces of their own: none leads away from points that are nearest.
     #[test]
     fn without_gradients_nothing_leaves_its_nearest_point() {
@@ -281,7 +324,7 @@ mod tests {
     fn methods_between_two_points_end_at_one_of_them() {
         for (grid, zero) in GRIDS {
             let weight = weight(grid, zero);
-            for name in ["brecq", "lora-rounding", "discquant"] {
+            for name in ["brecq", "scale-aware", "lora-rounding", "discquant"] {
                 for seed in 0..10_u64 {
                     let mut learned = find(name).unwrap().start(&weight, seed);
                     for step in 0..50_u8 {

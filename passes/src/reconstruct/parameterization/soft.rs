@@ -48,6 +48,11 @@ impl Between {
         Self { from, gap }
     }
 
+    /// How far the neighbors lie above, or below where negative.
+    pub(super) fn gaps(&self) -> &[f32] {
+        &self.gap
+    }
+
     /// The share of the way, 0 to 1, at which the float weights lie.
     pub(super) fn shares(&self, weight: &Weight) -> Vec<f32> {
         let share = |((float, from), gap): ((&f32, &f32), &f32)| ((float - from) / gap).clamp(0.0, 1.0);
