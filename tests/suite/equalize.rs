@@ -178,6 +178,57 @@ fn equalized_layers_keep_the_function() {
     }
 }
 
+/// Of every convolution that a batch normalization followed it is known what training saw, before and after its channels were divided;
+/// samples show about the same.
+#[test]
+fn statistics_of_training_follow_their_channels() {
+    let plain = onnx_quant::import::file(&super::fixture("models/digits-resnet.onnx")).unwrap().model;
+    let slots = onnx_quant::dataset::Slot::of(plain.graph());
+    let data = onnx_quant::dataset::Files::open(&super::fixture("data/digits"), slots, None, Some(64)).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+    let mut cx = PassContext {
+        dataset: Some(&data as &dyn Dataset),
+        scheme: passes::target::Scheme::parse("w4a8").unwrap(),
+        ..PassContext::new(targets::TARGETS[0], executor.as_ref())
+    };
+    let fold = "infer-shapes, *(fold-batch-norm, fold-constants, drop-dead), infer-shapes";
+    for text in [fold.to_owned(), format!("{fold}, calibrate, equalize-layers")] {
+        let pipeline = Pipeline::parse(&text, &passes::catalogue::passes()).unwrap();
+        let (model, _) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+        let graph = model.graph();
+        let made = graph.nodes().filter_map(|(_, node)| node.output(0));
+        let known: Vec<_> = made.filter(|value| model.stats().trained(*value).is_some()).collect();
+        assert_eq!(known.len(), 9, "{text}");
+        let part = passes::ir::walk::extract(graph, graph.inputs(), &known);
+        let session = executor.prepare(&part).unwrap();
+        let mut sums: Vec<Vec<[f64; 3]>> = known.iter().map(|_| Vec::new()).collect();
+        for index in 0..data.len() {
+            let results = session.run(&data.sample(index).unwrap()).unwrap();
+            for (sums, result) in sums.iter_mut().zip(&results) {
+                let channels = result.shape()[1];
+                sums.resize(channels, [0.0; 3]);
+                let values = result.floats().unwrap();
+                for (at, value) in values.iter().enumerate() {
+                    let sum = &mut sums[at / (values.len() / channels)];
+                    let value = f64::from(*value);
+                    *sum = [sum[0] + 1.0, sum[1] + value, sum[2] + value * value];
+                }
+            }
+        }
+        for (value, sums) in known.iter().zip(&sums) {
+            let trained = model.stats().trained(*value).unwrap();
+            let apart = |(c, [count, sum, squares]): (usize, &[f64; 3])| {
+                let mean = sum / count;
+                let deviation = (squares / count - mean * mean).sqrt();
+                let (unit, wanted) = (f64::from(trained.deviation[c]).max(1e-3), f64::from(trained.mean[c]));
+                ((mean - wanted) / unit).powi(2) + (deviation / unit - 1.0).powi(2)
+            };
+            let mean = sums.iter().enumerate().map(apart).sum::<f64>() / sums.len() as f64;
+            assert!(mean < 0.3, "{}: {mean}, {text}", graph.value(*value).name);
+        }
+    }
+}
+
 /// The weight of a small convolution as it stands in the text form.
 fn kernel(name: &str) -> String {
     let value = |i: usize| format!("{:.3}", ((i * 31 + name.len() * 17) % 41) as f32 / 20.0 - 1.0 + (i / 4) as f32);

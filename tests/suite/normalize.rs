@@ -75,6 +75,29 @@ fn folded(source: &str, steps: &str, dice: &mut Dice) -> Model {
     after
 }
 
+/// s = 2 and 1/2: means are β, deviations |γ|, whatever mean and variance were before.
+#[test]
+fn what_training_saw_outlives_the_fold() {
+    for (gamma, deviation) in [("[2, 1]", [2.0, 1.0]), ("[2, -1]", [2.0, 1.0])] {
+        let source = format!(
+            "graph (%x: f32[1,2,4,4]) -> (%y) {{
+              %w = const f32[2,2,1,1] [1, 0, 0, 1]
+              %gamma = const f32[2] {gamma}
+              %beta = const f32[2] [0, 0.5]
+              %mean = const f32[2] [1, 0]
+              %var = const f32[2] [1, 4]
+              %c = Conv(%x, %w)
+              %y = BatchNormalization(%c, %gamma, %beta, %mean, %var) {{epsilon=0.0}}
+            }}"
+        );
+        let (before, after, _) = run(&source, "fold-batch-norm");
+        let value = after.graph().outputs()[0];
+        assert!(before.stats().trained(value).is_none());
+        let trained = after.stats().trained(value).unwrap();
+        assert_eq!((&*trained.mean, &*trained.deviation), (&[0.0_f32, 0.5][..], &deviation[..]));
+    }
+}
+
 /// What folds into the linear node before it.
 const TAILS: [&str; 5] = ["BatchNormalization", "Mul", "Div", "Add", "Sub"];
 const FOLDS: &str = "*(fold-batch-norm, fold-affine), drop-dead";

@@ -1,13 +1,14 @@
 //! Cross-layer equalization of convolutions.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::region::{Region, regions};
 use super::smooth::divisors;
 use crate::id::{NodeId, ValueId};
 use crate::ir::Graph;
 use crate::ir::walk::Users;
-use crate::model::{Model, Patch};
+use crate::model::{Edit, Model, Patch, Statistic, Trained};
 use crate::observe::Peaks;
 use crate::parallel;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
@@ -93,7 +94,7 @@ impl Pass for EqualizeLayers {
         for (region, divisor) in regions.iter().zip(divisors) {
             let nodes = || region.sources.iter().chain(&region.inside).chain(&region.sinks);
             let Some(divisor) = divisor.filter(|_| !nodes().any(|id| patch.touches(*id))) else { continue };
-            if apply(graph, region, &divisor, &mut patch).is_some() {
+            if apply(model, region, &divisor, &mut patch).is_some() {
                 patch.count("regions", 1);
             }
         }
@@ -228,16 +229,17 @@ fn divisor(model: &Model, region: &Region, clamps: Option<f64>, cx: &PassContext
 }
 
 /// Writes the nodes of `region` anew with channels divided by `s`; `None`, with an unchanged patch, where a constant does not fit.
-fn apply(graph: &Graph, region: &Region, s: &[f64], patch: &mut Patch) -> Option<()> {
+fn apply(model: &Model, region: &Region, s: &[f64], patch: &mut Patch) -> Option<()> {
     let mark = patch.mark();
-    let done = renew(graph, region, s, patch);
+    let done = renew(model, region, s, patch);
     if done.is_none() {
         patch.roll_back(&mark);
     }
     done
 }
 
-fn renew(graph: &Graph, region: &Region, s: &[f64], patch: &mut Patch) -> Option<()> {
+fn renew(model: &Model, region: &Region, s: &[f64], patch: &mut Patch) -> Option<()> {
+    let graph = model.graph();
     let within = |id: &NodeId| region.sources.contains(id) || region.inside.contains(id);
     let mut renewed: BTreeMap<ValueId, ValueId> = BTreeMap::new();
     for (id, node) in graph.nodes().filter(|(id, _)| within(id)) {
@@ -263,6 +265,9 @@ fn renew(graph: &Graph, region: &Region, s: &[f64], patch: &mut Patch) -> Option
         let value = graph.value(output);
         let new = patch.node(copy, &format!("{}.equalized", value.name), value.ty.clone(), Some(id));
         renewed.insert(output, new);
+        if let Some(trained) = model.stats().trained(output).filter(|trained| trained.mean.len() == s.len()) {
+            patch.edit(Edit::Record { value: new, statistic: Statistic::Trained(Arc::new(divided(trained, s))) });
+        }
     }
     for &id in region.sinks.iter().filter(|id| !region.sources.contains(id)) {
         let node = graph.node(id)?;
@@ -275,6 +280,13 @@ fn renew(graph: &Graph, region: &Region, s: &[f64], patch: &mut Patch) -> Option
         patch.replace(id, copy);
     }
     Some(())
+}
+
+/// What training would have seen of a tensor with its channels divided by `s`.
+#[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
+fn divided(trained: &Trained, s: &[f64]) -> Trained {
+    let by = |values: &[f32]| values.iter().zip(s).map(|(v, s)| (f64::from(*v) / s) as f32).collect();
+    Trained { mean: by(&trained.mean), deviation: by(&trained.deviation) }
 }
 
 /// Which channel of its input every element of a weight reads.

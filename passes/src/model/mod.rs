@@ -13,7 +13,7 @@ use bytes::Bytes;
 
 pub use patch::{Edit, Patch, PatchError, can_redirect};
 pub use plan::{Decision, Plan};
-pub use stats::{Statistic, Stats};
+pub use stats::{Statistic, Stats, Trained};
 
 use crate::id::Name;
 use crate::ir::{Graph, check};

@@ -1,4 +1,4 @@
-//! What was measured on calibration data.
+//! What was measured on calibration data, and what is known of training data.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -35,6 +35,17 @@ pub enum Statistic {
         /// What was measured.
         gram: Arc<Gram>,
     },
+    /// What training saw of it.
+    Trained(Arc<Trained>),
+}
+
+/// What batch normalization saw of a tensor in training, channel by channel of its second axis.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trained {
+    /// Means.
+    pub mean: Arc<[f32]>,
+    /// Standard deviations.
+    pub deviation: Arc<[f32]>,
 }
 
 /// Measurements by tensor. An id never changes its meaning, so a statistic can be missing but never stale.
@@ -45,6 +56,7 @@ pub struct Stats {
     pub(crate) peaks: BTreeMap<(ValueId, usize), Arc<Peaks>>,
     pub(crate) ends: BTreeMap<(ValueId, usize), Arc<Ends>>,
     pub(crate) grams: BTreeMap<(ValueId, Rows), Arc<Gram>>,
+    pub(crate) trained: BTreeMap<ValueId, Arc<Trained>>,
 }
 
 impl Stats {
@@ -73,6 +85,11 @@ impl Stats {
         self.grams.get(&(value, rows))
     }
 
+    /// What training saw of `value`, where a batch normalization that was folded into its producer says so.
+    pub fn trained(&self, value: ValueId) -> Option<&Arc<Trained>> {
+        self.trained.get(&value)
+    }
+
     pub(crate) fn record(&mut self, value: ValueId, statistic: Statistic) {
         match statistic {
             Statistic::Distribution(sketch) => drop(self.distributions.insert(value, sketch)),
@@ -80,10 +97,11 @@ impl Stats {
             Statistic::Peaks { axis, peaks } => drop(self.peaks.insert((value, axis), peaks)),
             Statistic::Ends { axis, ends } => drop(self.ends.insert((value, axis), ends)),
             Statistic::Gram { rows, gram } => drop(self.grams.insert((value, rows), gram)),
+            Statistic::Trained(trained) => drop(self.trained.insert(value, trained)),
         }
     }
 
-    /// The tensors of which anything was measured, in the order of their ids.
+    /// The tensors of which anything was measured on samples, in the order of their ids.
     pub fn values(&self) -> impl Iterator<Item = ValueId> + '_ {
         let all: std::collections::BTreeSet<ValueId> =
             self.distributions.keys().chain(self.means.keys()).copied().collect();

@@ -1,8 +1,10 @@
 //! Batch normalization into the linear operator before it.
 
+use std::sync::Arc;
+
 use super::scale_linear::Scaled;
 use crate::ir::{Graph, Node};
-use crate::model::Patch;
+use crate::model::{Edit, Patch, Statistic, Trained};
 use crate::pass::{Facts, Miss, PassEntry, PassInfo, Rewrite, RewriteSite, Sweep};
 
 crate::declare_pass! {
@@ -14,6 +16,8 @@ crate::declare_pass! {
     /// W'[o, …] = s[o] · W[o, …]                 W: f32[C_out, C_in / groups, k…]
     /// b'[o]    = s[o] · (b[o] − μ[o]) + β[o]     b: f32[C_out], zero if absent
     /// ```
+    ///
+    /// What training saw of the result stays known as its statistics: means β and deviations |γ|, for passes that go by them.
     ///
     /// Equal over the reals; computed in f64 and rounded once. Declines when the linear result has another reader or is
     /// a graph output, when a statistic is not constant, when the node trains, when a factor is over 10⁶, and when weight, bias or
@@ -60,6 +64,7 @@ impl Rewrite for FoldBatchNorm {
             return Err(Miss::NoMatch);
         }
         let (scale, shift) = affine(site.graph(), norm, linear.channels)?;
+        let trained = trained(site.graph(), norm);
         let folded = linear.fold(&scale, &shift, "bn", patch);
         let mut folded = folded.ok_or(Miss::Blocked("a factor is over 1e6 or the bias is no row".into()))?;
         folded.outputs.clone_from(&norm.outputs);
@@ -68,9 +73,19 @@ impl Rewrite for FoldBatchNorm {
         kept.outputs.resize(norm.outputs.len(), None);
         patch.replace(site.id, kept);
         patch.erase(producer);
+        if let Some((value, trained)) = norm.output(0).zip(trained) {
+            patch.edit(Edit::Record { value, statistic: Statistic::Trained(Arc::new(trained)) });
+        }
         patch.count("folded", 1);
         Ok(())
     }
+}
+
+/// Means and deviations of the result over the data of training: β and |γ|, as those of its input were μ and √(σ² + ε).
+fn trained(graph: &Graph, norm: &Node) -> Option<Trained> {
+    let row = |input: usize| graph.constant_input(norm, input)?.floats();
+    let (gamma, beta) = (row(1)?, row(2)?);
+    Some(Trained { mean: (*beta).into(), deviation: gamma.iter().map(|g| g.abs()).collect() })
 }
 
 /// s = γ / √(σ² + ε) and β − s·μ, per channel.
