@@ -134,6 +134,40 @@ fn errors_weigh_what_the_outputs_depend_on_them() {
     assert!(fisher != run(", loss=fisher, window=2, overlap=1", "2"), "the same in windows");
 }
 
+/// What batch normalizations saw in training outlives folding and equalization; what blocks read moves towards it.
+#[test]
+fn inputs_move_towards_the_statistics_of_training() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |learn: &str, threads: &str| {
+        let out = folder.path().join(format!("{threads}.onnx"));
+        let summary = quantize(&out, &["--learn", learn, "--samples", "64", "--threads", threads]);
+        (decibels(&summary), std::fs::read(out).unwrap())
+    };
+    let plain = run("brecq{iterations=30, batch=8, loss=pd}", "2").1;
+    assert!(plain == run("brecq{iterations=30, batch=8, loss=pd, correct-distribution=0}", "2").1);
+    let learn = "brecq{iterations=30, batch=8, loss=pd, correct-distribution=1}";
+    let (db, moved) = run(learn, "1");
+    assert!(db > 10.0 && moved != plain, "{db} dB");
+    assert!(moved == run(learn, "3").1, "other bytes with other threads");
+}
+
+/// A file whose exporter folded its batch normalizations says nothing of training: that is refused, and not passed over.
+#[test]
+fn without_statistics_of_training_nothing_is_moved() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let folded = folder.path().join("folded.onnx");
+    let pipeline = "infer-shapes, *(fold-batch-norm, fold-constants, drop-dead)";
+    tool_ok(&["opt", text(&model), "--pipeline", pipeline, "-o", text(&folded)]);
+    let out = folder.path().join("q.onnx");
+    let args =
+        ["quantize", text(&folded), "--data", text(&data), "-o", text(&out), "--recipe", "best", "--scheme", "w2a8"];
+    let output = tool(&[&args[..], &["--learn", "brecq{iterations=4, correct-distribution=1}"]].concat());
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.contains("correct-distribution: nothing says"), "{said}");
+    assert!(!out.exists());
+}
+
 #[test]
 fn what_cannot_be_learned_is_refused_with_the_fix() {
     let model = fixture("models/digits-resnet.onnx");
@@ -152,6 +186,7 @@ fn what_cannot_be_learned_is_refused_with_the_fix() {
     assert!(
         refused(&["none", "--recipe", "best", "--distill", "latent{loss=fisher}"]).contains("`fisher` is about blocks")
     );
+    assert!(refused(&["brecq{correct-distribution=-1}", "--recipe", "best"]).contains("between 0 and"));
     let distill = tool(&["quantize", text(&model), "--dry-run", "--distill", "latent"]);
     assert!(String::from_utf8(distill.stderr).unwrap().contains("--distill latent needs samples"));
 }

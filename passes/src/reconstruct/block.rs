@@ -33,6 +33,8 @@ pub(super) struct Program {
     pub(super) weights: Vec<(Slot, Site, Arc<Tensor>)>,
     /// What each of those nodes computes.
     pub(super) results: Vec<Slot>,
+    /// Where everything that nodes compute is, as it is before it is rounded.
+    pub(super) computed: BTreeMap<ValueId, Slot>,
     /// Their biases as they are read, and as the float model has them.
     pub(super) biases: Vec<(Slot, Site, Arc<Tensor>)>,
     /// Which share of the activations stays in float, with a seed.
@@ -109,6 +111,7 @@ impl Program {
             float_constants: Vec::new(),
             weights: Vec::new(),
             results: Vec::new(),
+            computed: BTreeMap::new(),
             biases: Vec::new(),
             drop,
             float_biases: Vec::new(),
@@ -139,10 +142,10 @@ impl Program {
             let slot = if returned { maker.rounded(site, slot)? } else { slot };
             maker.program.outputs.push((slot, value));
         }
-        let Maker { mut program, slots, .. } = maker;
+        let mut program = maker.program;
         let result = |(_, site, _): &(Slot, Site, _)| {
             let Site::Use { node, .. } = site else { return None };
-            slots.get(&(graph.node(*node)?.output(0)?, None)).copied()
+            program.computed.get(&graph.node(*node)?.output(0)?).copied()
         };
         let results: Option<Vec<Slot>> = program.weights.iter().map(result).collect();
         program.results = results.ok_or("a bug in onnx-quant: a layer without a result")?;
@@ -193,6 +196,7 @@ impl Maker<'_> {
         for (value, slot) in node.outputs.iter().zip(outputs) {
             if let Some(value) = value {
                 self.slots.insert((*value, None), slot);
+                self.program.computed.insert(*value, slot);
             }
         }
         Ok(())

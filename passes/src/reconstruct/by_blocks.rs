@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::block::{Also, Program};
 use super::block_stakes::BlockStakes;
 use super::blocks::{self, Block};
+use super::distribution::Correction;
 use super::fake_quant;
 use super::measure;
 use super::objective::Objective;
@@ -16,6 +17,7 @@ use super::samples;
 use super::settings::{Part, Settings, Usual};
 use super::train;
 use crate::encoding::Encoding;
+use crate::grad::GradError;
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Graph;
 use crate::lockstep::{Lockstep, Span};
@@ -36,6 +38,9 @@ pub(crate) struct Turn<'a> {
     pub(crate) stakes: Option<&'a BlockStakes>,
 }
 
+/// The option that moves inputs of blocks towards the statistics of training.
+const CORRECTION: &str = "correct-distribution";
+
 /// How blocks are learned. The pass that does it lists the options.
 #[derive(Debug)]
 pub(crate) struct Learner {
@@ -45,6 +50,8 @@ pub(crate) struct Learner {
     window: usize,
     /// So many of them again in the next window.
     overlap: usize,
+    /// How freely inputs move towards the statistics of training, times what is usual; 0 where they stay.
+    correction: f64,
 }
 
 impl Learner {
@@ -57,7 +64,32 @@ impl Learner {
             let problem = format!("a window of {window} blocks shares fewer than {window} with the next one");
             return Err(OptionError { option: "overlap".into(), problem });
         }
-        Ok(Some(Self { settings, layers: options.count("layers", 4)?, window, overlap }))
+        let correction = match options.number(CORRECTION)?.unwrap_or(0.0) {
+            strength if (0.0..=1e6).contains(&strength) => strength,
+            _ => {
+                return Err(OptionError {
+                    option: CORRECTION.into(),
+                    problem: "it must lie between 0 and 1000000".into(),
+                });
+            }
+        };
+        Ok(Some(Self { settings, layers: options.count("layers", 4)?, window, overlap, correction }))
+    }
+
+    /// Whether what options ask for can be done with `model`.
+    ///
+    /// # Errors
+    /// Where inputs are to be moved towards the statistics of training, and nothing says those.
+    pub(crate) fn check(&self, model: &Model) -> Result<(), PassError> {
+        let mut made = model.graph().nodes().flat_map(|(_, node)| node.outputs.iter().flatten());
+        if self.correction > 0.0 && !made.any(|value| model.stats().trained(*value).is_some()) {
+            return Err(PassError::Model(format!(
+                "{CORRECTION}: nothing says what tensors were like in training, as no batch normalization was folded into a layer \
+                 (exporters that fold them on their own take their statistics away): leave the option out, or export the model with its \
+                 batch normalizations"
+            )));
+        }
+        Ok(())
     }
 
     /// The blocks to learn, windows of several already put together, with the stages of their weights.
@@ -187,11 +219,16 @@ impl Learner {
             return Ok(Err(format!("no gradients arrive at `{name}` from the outputs, or they are no numbers")));
         }
         let before = samples::before(model.graph(), &whole.nodes);
-        let Some(samples) = samples::gather(walk, model.graph(), cx, &program, &before, stakes)? else {
+        let corrects = self.correction > 0.0;
+        let gathered = samples::gather(walk, model.graph(), cx, &program, (&before, stakes), corrects)?;
+        let Some(mut samples) = gathered else {
             return Ok(Err("a tensor that it reads is computed behind its weights".into()));
         };
-        let learn = || {
+        let mut learn = || {
             Objective::agrees(&program, &samples.float)?;
+            if corrects {
+                self.correct(model, given, block, &program, &mut samples)?;
+            }
             let objective = {
                 let logits = |value| settings.loss.is_of_logits(model.graph(), value);
                 Objective::new(&program, &samples.all, model.plan(), settings.loss, logits)?
@@ -223,11 +260,33 @@ impl Learner {
         if cx.progress.cancelled() {
             return Err(PassError::Interrupted);
         }
-        let learned: Result<Vec<Edit>, crate::grad::GradError> = learn();
+        let learned: Result<Vec<Edit>, GradError> = learn();
         if cx.progress.cancelled() {
             return Err(PassError::Interrupted);
         }
         Ok(learned.map_err(|error| error.to_string()))
+    }
+}
+
+impl Learner {
+    /// Moves what `samples` of `block`, with which `program` begins, read.
+    fn correct(
+        &self,
+        model: &Model,
+        given: &Plan,
+        block: &Block,
+        program: &Program,
+        samples: &mut samples::Samples,
+    ) -> Result<(), GradError> {
+        // All of the plan: what only follows the block has no say, and what comes before it makes what the block reads movable.
+        let plans = (model.plan(), given);
+        let correction = Correction::of(model.graph(), model.stats(), plans, block, self.correction)?;
+        if let Some(correction) = correction {
+            let (before, after) = correction.apply(program, samples)?;
+            tracing::debug!(before, after, "inputs moved towards the statistics of training");
+        }
+        samples.floats = Vec::new();
+        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 //! `blocks` cuts the graph where a single tensor carries everything on; `block` turns one into a tape whose leaves are its
 //! weights; `samples` holds what it reads and should give, `objective` measures how far it is from that, `train` is the loop; a
 //! [`Parameterization`] says what is learned about a weight and how codes come out of it. `by_blocks` does this block after block,
-//! for passes that round in order.
+//! for passes that round in order; `distribution` moves what blocks read towards the statistics of training.
 //! `chain` puts all blocks of a graph one behind the other, and `distill` learns from what the whole model returns, `saliency` tells how much that
 //! depends on every weight, `stakes` how much on every row that layers read, `block_stakes` on every element of what blocks return,
 //! `first_order` what rounding costs by that. `standing` is how far `distill` has come, shown to a `ledger`.
@@ -17,10 +17,12 @@ mod chain;
 #[cfg(test)]
 mod differences;
 mod distill;
+mod distribution;
 mod fake_quant;
 mod first_order;
 mod ledger;
 mod measure;
+mod moments;
 mod objective;
 mod parameterization;
 mod run;

@@ -18,6 +18,11 @@ pub(super) const DISAGREEMENT: f64 = 1e-2;
 /// Samples of a batch are added up in so many sums, whatever the number of threads.
 pub(super) const LANES: usize = 4;
 
+/// Whether sample `i` of a block is held out.
+pub(super) fn is_held_out(i: usize) -> bool {
+    i % HELD_OUT == HELD_OUT / 2
+}
+
 /// How a block does, as error over signal: on the samples that were held out, and on those learned from.
 #[derive(Clone, Copy)]
 pub(super) struct Loss {
@@ -55,7 +60,7 @@ impl<'a> Objective<'a> {
         logits: impl Fn(crate::id::ValueId) -> bool,
     ) -> Result<Self, GradError> {
         let weights = program.weights_of(plan)?;
-        let (held_out, fitted) = (0..samples.len()).partition(|i| i % HELD_OUT == HELD_OUT / 2);
+        let (held_out, fitted) = (0..samples.len()).partition(|i| is_held_out(*i));
         let outputs = program.outputs.iter().enumerate();
         let measures: Vec<Measure> =
             outputs.map(|(at, (_, value))| Measure::of(wish, samples, at, logits(*value))).collect();

@@ -101,18 +101,24 @@ pub(super) fn before(graph: &Graph, nodes: &[crate::id::NodeId]) -> Vec<ValueId>
 pub(super) struct Samples {
     /// In order: all, or as many of them, spread over all, as memory holds.
     pub(super) all: Vec<Sample>,
+    /// What each of them reads in the float model, where that was asked for.
+    pub(super) floats: Vec<Vec<Value<f32>>>,
     /// The first one as the float model has it.
     pub(super) float: Sample,
 }
 
-/// The samples of a block, with errors that weigh what `stakes` say; `None` where something that it reads is not there yet.
+/// The number of a sample, the sample, and what it reads in the float model.
+type Taken = (usize, Sample, Vec<Value<f32>>);
+
+/// The samples of a block, `both` as planned and in float, with errors that weigh what `stakes` say; `None` where something that it reads
+/// is not there yet.
 pub(super) fn gather(
     walk: &Lockstep<'_>,
     graph: &Graph,
     cx: &PassContext<'_>,
     program: &Program,
-    before: &[ValueId],
-    stakes: Option<&BlockStakes>,
+    (before, stakes): (&[ValueId], Option<&BlockStakes>),
+    both: bool,
 ) -> Result<Option<Samples>, PassError> {
     let source = Source::new(graph, cx, program, before, stakes)?;
     let count = cx.dataset.map_or(0, crate::exec::Dataset::len);
@@ -128,19 +134,21 @@ pub(super) fn gather(
     )?;
     let Some(float) = first.into_iter().flatten().next() else { return Ok(None) };
     // As much again waits between the stages of the walk.
-    let room = cx.pair_budget / 2 / bytes(&float).max(1);
+    let room = cx.pair_budget / 2 / (bytes(&float).max(1) * if both { 2 } else { 1 });
     let room = usize::try_from(room).unwrap_or(usize::MAX).clamp(1, count.max(1));
     // Sample i is taken where i · room / count reaches a new whole number.
     let taken = |index: usize| index * room / count != (index + 1) * room / count;
-    let gathered = walk.each(Vec::new, |kept: &mut Vec<(usize, Sample)>, pair| {
+    let gathered = walk.each(Vec::new, |kept: &mut Vec<Taken>, pair| {
         if taken(pair.index) {
-            kept.push((pair.index, source.sample(program, pair, true)?));
+            let feeds = if both { source.sample(program, pair, false)?.feeds } else { Vec::new() };
+            kept.push((pair.index, source.sample(program, pair, true)?, feeds));
         }
         Ok(())
     })?;
-    let mut samples: Vec<(usize, Sample)> = gathered.into_iter().flatten().collect();
-    samples.sort_by_key(|(index, _)| *index);
-    Ok(Some(Samples { all: samples.into_iter().map(|(_, sample)| sample).collect(), float }))
+    let mut samples: Vec<Taken> = gathered.into_iter().flatten().collect();
+    samples.sort_by_key(|(index, ..)| *index);
+    let (all, floats) = samples.into_iter().map(|(_, sample, feeds)| (sample, feeds)).unzip();
+    Ok(Some(Samples { all, floats, float }))
 }
 
 impl Sample {

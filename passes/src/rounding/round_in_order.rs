@@ -67,6 +67,11 @@ crate::declare_pass! {
             OptionInfo { name: "layers", doc: "learning: the most weights of neighboring blocks that are learned together, 4 by default" },
             OptionInfo { name: "window", doc: "learning: so many neighboring blocks are learned together, 1 by default" },
             OptionInfo { name: "overlap", doc: "learning: so many blocks of a window are learned again in the next one, 0 by default" },
+            OptionInfo {
+                name: "correct-distribution",
+                doc: "learning: 1 moves what blocks read, a little, until what they compute has the means and deviations that batch \
+                      normalization saw in training; other numbers as many times as freely; 0 by default",
+            },
             OptionInfo { name: "rate", doc: "learning: times the usual rate of the method, 1 by default" },
             OptionInfo { name: "drop", doc: "learning: the share of activations left in float, 0 by default" },
             OptionInfo { name: "codes", doc: "learning: 0 leaves codes as they are, and learns what they are multiplied with; 1 by default" },
@@ -260,6 +265,7 @@ impl Pass for RoundInOrder {
         let stops: BTreeSet<NodeId> =
             layers.iter().map(|layer| layer.node).chain(norms.iter().map(|norm| norm.node)).collect();
         let stage_of = lockstep::stages(model.graph(), &stops);
+        self.learner.as_ref().map_or(Ok(()), |learner| learner.check(model))?;
         let blocks = match &self.learner {
             Some(learner) => learner.blocks(model.graph(), model.plan(), &stage_of),
             None => Vec::new(),
