@@ -9,6 +9,11 @@ pub fn map<T: Sync, U: Send>(items: &[T], f: impl Fn(&T) -> U + Sync + Send) -> 
     items.par_iter().map(f).collect()
 }
 
+/// `f` on every item.
+pub fn each<T: Send>(items: &mut [T], f: impl Fn(&mut T) + Sync + Send) {
+    items.par_iter_mut().for_each(f);
+}
+
 /// Runs jobs `0..jobs` on `threads` plain threads, each with a state of its own made by `start`, and returns the states.
 /// Which job lands in which state depends on timing: states must be such that merging them does not care.
 ///

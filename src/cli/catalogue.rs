@@ -153,10 +153,10 @@ fn page(about: &About) -> String {
             let _ = writeln!(text, "Option {}: {}.", option.name, option.doc);
         }
     }
-    if let Some(method) = rounding::find(about.name) {
+    if let Some(method) = rounding::ROUNDINGS.iter().find(|method| std::ptr::eq(method.about(), about)) {
         let _ = writeln!(text, "Costs: {}", method.cost());
     }
-    if let Some(learned) = reconstruct::PARAMETERIZATIONS.iter().find(|p| p.about().name == about.name) {
+    if let Some(learned) = reconstruct::PARAMETERIZATIONS.iter().find(|p| std::ptr::eq(p.about(), about)) {
         let _ = writeln!(
             text,
             "Costs: per step of `batch` samples, a block forward and back, three times the products of running it; {} bytes per weight of the \

@@ -153,6 +153,16 @@ pub static GRIDS: &[&dyn Grid] = &[
     &sign::BIPOLAR,
 ];
 
+/// The point of `grid` after the point `at`, above it where `up`, else below; on the other side where the grid ends there.
+pub(crate) fn neighbor(grid: &dyn Grid, at: f64, up: bool) -> f64 {
+    // Points of floats with many exponent bits lie as near to 0 as 2^-62.
+    let nudge = 1e-6 * at.abs().max(1e-30);
+    let (above, below) = (grid.above(at + nudge), grid.below(at - nudge));
+    let (wanted, other) = if up { (above, below) } else { (below, above) };
+    let beyond = if up { wanted <= at } else { wanted >= at };
+    if beyond { other } else { wanted }
+}
+
 /// Every grid, the minifloats of all widths included.
 pub fn all() -> impl Iterator<Item = &'static dyn Grid> {
     GRIDS.iter().chain(float::MINIFLOATS).copied()

@@ -101,7 +101,7 @@ fn factor(q: &Quadratic) -> Option<Factor> {
         };
         let Ok(factored) = Mat::from_fn(d, d, entry).llt(Side::Lower) else { continue };
         let lower = factored.L();
-        let feedback = Panels::new(d, |k, j| {
+        let feedback = Panels::new(d, d, |k, j| {
             let back = |at: usize| d - 1 - at;
             if k < j { (lower[(back(k), back(j))] / lower[(back(j), back(j))]) as f32 } else { 0.0 }
         });

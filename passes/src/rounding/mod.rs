@@ -5,9 +5,12 @@
 
 mod adaround;
 mod descend;
+mod divisors;
 mod enumerate;
+mod flexround;
 mod gptq;
 mod layer;
+mod lrq;
 mod nearest;
 mod norms;
 mod prefix;
@@ -25,6 +28,7 @@ pub(crate) use round::in_nearest;
 
 use crate::about::About;
 use crate::grid::Grid;
+use crate::parallel;
 use crate::pass::PassEntry;
 use tile::{Quadratic, Tile};
 
@@ -39,8 +43,15 @@ pub static PASSES: &[PassEntry] = &[
 ];
 
 /// Every method of `round`, in the order of the manual.
-pub static ROUNDINGS: &[&dyn Method] =
-    &[&nearest::Nearest, &stochastic::Stochastic, &gptq::Gptq, &enumerate::Enumerate, &adaround::AdaRound];
+pub static ROUNDINGS: &[&dyn Method] = &[
+    &nearest::Nearest,
+    &stochastic::Stochastic,
+    &gptq::Gptq,
+    &enumerate::Enumerate,
+    &adaround::AdaRound,
+    &flexround::FlexRound,
+    &lrq::Lrq,
+];
 
 /// A way to choose the points of a weight.
 #[allow(private_interfaces, reason = "methods are listed outside, and implemented here only")]
@@ -62,6 +73,10 @@ pub trait Method: Debug + Send + Sync {
 pub trait Prepared: Send + Sync {
     /// Chooses the points of every lane.
     fn round(&self, tile: &mut Tile, grid: &dyn Grid, q: &Quadratic);
+    /// The same for all rows that share `q`, in parallel; a method whose rows learn together sees them together here.
+    fn round_all(&self, tiles: &mut [Tile], grid: &dyn Grid, q: &Quadratic) {
+        parallel::each(tiles, |tile| self.round(tile, grid, q));
+    }
 }
 
 /// The method called `name`.
@@ -103,7 +118,8 @@ mod tests {
                 zeros: moved(&tile.zeros),
                 block: tile.block,
             };
-            for &method in ROUNDINGS {
+            // Rows of lrq share a matrix, whose gradient is a sum over them.
+            for &method in ROUNDINGS.iter().filter(|method| method.about().name != "lrq") {
                 let (here, there) = (rounded(method, &tile, grid, &q), rounded(method, &elsewhere, grid, &q));
                 assert_eq!(moved(&here.points), there.points, "{} on case {seed}", method.about().name);
             }

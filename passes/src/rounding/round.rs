@@ -82,9 +82,9 @@ impl Round {
                 layer,
                 None,
                 |q| self.method.prepare(q),
-                |tile, q, prepared| match prepared {
-                    Some(prepared) => prepared.round(tile, grid, q),
-                    None => tile.nearest(grid),
+                |tiles, q, prepared| match prepared {
+                    Some(prepared) => prepared.round_all(tiles, grid, q),
+                    None => parallel::each(tiles, |tile| tile.nearest(grid)),
                 },
             );
             if let Some(rounded) = rounded {

@@ -17,6 +17,7 @@ use crate::ir::walk::Users;
 use crate::lockstep::{self, Lockstep, Span};
 use crate::model::{Edit, Model, Patch};
 use crate::ops;
+use crate::parallel;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
 use crate::reconstruct::{Learner, Turn, stakes};
 use crate::simulate::{Cutter, Version};
@@ -182,8 +183,6 @@ impl RoundInOrder {
         bias: Option<Site>,
         scheme: &Scheme,
     ) -> Option<Vec<Edit>> {
-        // Scales of block formats have a format of their own, which fitting would leave.
-        let refits = self.refit > 0 && scheme.block_format().is_none();
         let moments = measured.of_reading.get(&inputs.reading)?;
         let sum = measured.of_sum.get(&inputs.node).filter(|_| self.target == Target::Sum);
         let layer = Layer::of(model, inputs.node)?.behind(Arc::clone(&moments.gram), bias.is_some());
@@ -192,19 +191,23 @@ impl RoundInOrder {
         let goal = prefix::target(&layer, drift, sum, self.damping);
         let layer = layer.towards(goal);
         let grid = layer.encoding.grid;
+        // Scales of block formats have a format of their own, which fitting would leave.
+        let free = scheme.block_format().is_none() && layer.scales_are_own();
         let rounded = work::over_tiles(
             &layer,
             None,
             |q| self.method.prepare(q),
-            |tile, q, prepared| {
+            |tiles, q, prepared| {
                 match prepared {
-                    Some(prepared) => prepared.round(tile, grid, q),
-                    None => tile.nearest(grid),
+                    Some(prepared) => prepared.round_all(tiles, grid, q),
+                    None => parallel::each(tiles, |tile| tile.nearest(grid)),
                 }
-                descend(tile, grid, q, self.sweeps);
-                if refits && layer.scales_are_own() {
-                    refit(tile, grid, q, self.refit, 2);
-                }
+                parallel::each(tiles, |tile| {
+                    descend(tile, grid, q, self.sweeps);
+                    if self.refit > 0 && free {
+                        refit(tile, grid, q, self.refit, 2);
+                    }
+                });
             },
         )?;
         let shift = bias.and_then(|bias| {

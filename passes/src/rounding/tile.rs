@@ -33,37 +33,37 @@ pub(super) struct Tile {
 /// Columns of a matrix that are worked on together.
 pub(super) const WIDE: usize = 4;
 
-/// A square matrix cut into panels of [`WIDE`] columns, each stored row by row; columns beyond the last are zero.
+/// A matrix cut into panels of [`WIDE`] columns, each stored row by row; columns beyond the last are zero.
 #[derive(Debug)]
 pub(super) struct Panels {
-    columns: usize,
+    rows: usize,
     values: Vec<f32>,
 }
 
 impl Panels {
     /// The matrix with `entry(row, column)`.
-    pub(super) fn new(columns: usize, entry: impl Fn(usize, usize) -> f32) -> Self {
-        let mut values = Vec::with_capacity(columns.div_ceil(WIDE) * columns * WIDE);
+    pub(super) fn new(rows: usize, columns: usize, entry: impl Fn(usize, usize) -> f32) -> Self {
+        let mut values = Vec::with_capacity(columns.div_ceil(WIDE) * rows * WIDE);
         for start in (0..columns).step_by(WIDE) {
-            for row in 0..columns {
+            for row in 0..rows {
                 values.extend(
                     (start..start + WIDE).map(|column| if column < columns { entry(row, column) } else { 0.0 }),
                 );
             }
         }
-        Self { columns, values }
+        Self { rows, values }
     }
 
     /// One entry.
     #[inline(always)]
     pub(super) fn at(&self, row: usize, column: usize) -> f32 {
-        self.values[(column / WIDE * self.columns + row) * WIDE + column % WIDE]
+        self.values[(column / WIDE * self.rows + row) * WIDE + column % WIDE]
     }
 
     /// Σ lanes\[k\] · entry(first + k, column) for the columns of the panel that begins at `start`.
     #[inline(always)]
     pub(super) fn dots(&self, lanes: &[Lanes], first: usize, start: usize) -> [Lanes; WIDE] {
-        let at = (start / WIDE * self.columns + first) * WIDE;
+        let at = (start / WIDE * self.rows + first) * WIDE;
         let rows = &self.values[at..at + lanes.len() * WIDE];
         let mut sums = [[0.0_f32; LANES]; WIDE];
         for (lane, row) in lanes.iter().zip(rows.chunks_exact(WIDE)) {
@@ -89,7 +89,7 @@ pub(super) struct Quadratic {
 impl Quadratic {
     /// The form with the row-major symmetric matrix `h`.
     pub(super) fn new(h: &[f32], columns: usize) -> Self {
-        Self { h: Panels::new(columns, |row, column| h[row * columns + column]), columns }
+        Self { h: Panels::new(columns, columns, |row, column| h[row * columns + column]), columns }
     }
 }
 
@@ -97,11 +97,18 @@ impl Tile {
     /// The points nearest to `values` in the scales of block `block`.
     #[inline(always)]
     pub(super) fn snapped(&self, grid: &dyn Grid, block: usize, values: &Lanes) -> Lanes {
-        let (scales, zeros) = (&self.scales[block], &self.zeros[block]);
+        let scales = &self.scales[block];
         let mut x = [0.0; LANES];
         for lane in 0..LANES {
             x[lane] = values[lane] / scales[lane];
         }
+        self.points_of(grid, block, x)
+    }
+
+    /// The points nearest to `x`, in units of the scales of block `block`.
+    #[inline(always)]
+    pub(super) fn points_of(&self, grid: &dyn Grid, block: usize, mut x: Lanes) -> Lanes {
+        let zeros = &self.zeros[block];
         if zeros.iter().all(|z| z.to_bits() == zeros[0].to_bits()) {
             grid.snap(&mut x, zeros[0]);
         } else {

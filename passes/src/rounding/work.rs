@@ -48,12 +48,12 @@ pub(super) fn layers(model: &Model) -> Vec<Layer<'_>> {
     nodes.filter_map(|id: NodeId| Layer::of(model, id)).filter(|layer| layer.has_gram() && own(layer)).collect()
 }
 
-/// Runs `work` on every tile of `layer`, starting from `points` where there are some; `prepare` is called once per group.
+/// Runs `work` on the tiles of every group of `layer`, starting from `points` where there are some, after `prepare`.
 pub(super) fn over_tiles<P: Sync>(
     layer: &Layer<'_>,
     points: Option<&[f32]>,
     prepare: impl Fn(&Quadratic) -> P + Sync,
-    work: impl Fn(&mut Tile, &Quadratic, &P) + Sync,
+    work: impl Fn(&mut [Tile], &Quadratic, &P) + Sync,
 ) -> Option<Rounded> {
     let weights = layer.goal()?;
     let per_group = layer.rows / layer.groups;
@@ -64,11 +64,9 @@ pub(super) fn over_tiles<P: Sync>(
         let prepared = prepare(&q);
         let starts: Vec<usize> = (group * per_group..(group + 1) * per_group).step_by(LANES).collect();
         let end = (group + 1) * per_group;
-        Some(parallel::map(&starts, |&start| {
-            let mut tile = cut(layer, &weights, points, start..end.min(start + LANES));
-            work(&mut tile, &q, &prepared);
-            (start, tile)
-        }))
+        let mut tiles = parallel::map(&starts, |&start| cut(layer, &weights, points, start..end.min(start + LANES)));
+        work(&mut tiles, &q, &prepared);
+        Some(starts.into_iter().zip(tiles).collect())
     };
     let tiles: Option<Vec<Vec<(usize, Tile)>>> = parallel::map(&groups, tiles_of).into_iter().collect();
     let mut rounded = Rounded { points: vec![0.0; weights.len()], scales: layer.encoding.scale.to_vec() };
@@ -96,7 +94,12 @@ pub(super) fn polish(
         if let Some(codes) = model.plan().codes(layer.site) {
             let points = layer.points(codes);
             let grid = layer.encoding.grid;
-            let polished = over_tiles(layer, Some(&points), |_| (), |tile, q, ()| work(tile, grid, q));
+            let polished = over_tiles(
+                layer,
+                Some(&points),
+                |_| (),
+                |tiles, q, ()| parallel::each(tiles, |tile| work(tile, grid, q)),
+            );
             if let Some(polished) = polished {
                 polished.edits(model, layer).into_iter().for_each(|edit| patch.edit(edit));
                 patch.count("polished", 1);

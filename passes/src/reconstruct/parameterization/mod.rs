@@ -24,6 +24,7 @@ use std::fmt::Debug;
 
 use crate::about::About;
 use crate::encoding::Encoding;
+use crate::grid;
 use crate::reconstruct::ledger::Ledger;
 use crate::tensor::Tensor;
 
@@ -105,13 +106,7 @@ impl Weight {
     #[expect(clippy::cast_possible_truncation, reason = "points of grids of up to 16 bits are exact in f32")]
     fn neighbor(&self, i: usize) -> f32 {
         let at = f64::from(self.points[i]) + self.zero(i);
-        // Points of floats with many exponent bits lie as near to 0 as 2^-62.
-        let nudge = 1e-6 * at.abs().max(1e-30);
-        let (above, below) = (self.encoding.grid.above(at + nudge), self.encoding.grid.below(at - nudge));
-        let up = self.float[i] > self.points[i];
-        let (wanted, other) = if up { (above, below) } else { (below, above) };
-        let beyond = if up { wanted <= at } else { wanted >= at };
-        ((if beyond { other } else { wanted }) - self.zero(i)) as f32
+        (grid::neighbor(self.encoding.grid, at, self.float[i] > self.points[i]) - self.zero(i)) as f32
     }
 
     /// The point of element `i` that lies at or under `unit` and that at or over it; where the grid ends, twice its end.
@@ -164,7 +159,6 @@ pub(super) trait Learned: Debug + Send + Sync {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::grid;
     use crate::seed::{mixed, uniform};
 
     pub(super) fn weight(grid: &str, zero: i32) -> Weight {
