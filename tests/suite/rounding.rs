@@ -172,3 +172,56 @@ fn stakes_change_codes_and_depend_on_no_threads() {
     assert!(weighed == quantized("1", "2"), "other bytes on two threads");
     assert!(weighed != quantized("0", "1"), "weights change nothing");
 }
+
+/// Ranges that the layer's output asks for: of a single layer it comes nearer to the float one, with nearest points and in order.
+#[test]
+fn ranges_by_the_layers_output_come_nearer_to_it() {
+    let source =
+        format!("opset 21\ngraph (%x: f32[512,8]) -> (%y) {{\n{}  %y = MatMul(%x, %wa)\n}}\n", matrix("wa", 8, 8));
+    let plain = passes::text::parse(&source).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+    let data = Rows { channels: 8, samples: 4 };
+    let after = |tail: &str| {
+        let mut cx = PassContext {
+            dataset: Some(&data as &dyn Dataset),
+            scheme: Scheme::parse("w2a16").unwrap(),
+            threads: 2,
+            ..PassContext::new(targets::TARGETS[0], executor.as_ref())
+        };
+        let text = format!("infer-shapes, calibrate, assign-encodings, {tail}");
+        let pipeline = Pipeline::parse(&text, &passes::catalogue::passes()).unwrap();
+        let (model, _) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+        let scales = model.plan().encodings().next().unwrap().1.scale.clone();
+        (scales, Probe::new(plain.graph(), &cx, 4, Metric::Error).unwrap().loss(model.plan()).unwrap())
+    };
+    for (with, without) in [
+        ("clip-weights{form=block}, round", "round"),
+        ("round-in-order{method=nearest, clip=1}", "round-in-order{method=nearest}"),
+    ] {
+        let ((scales, loss), (assigned, before)) = (after(with), after(without));
+        assert!(scales != assigned && loss < before, "{with}: {loss} is not below {before}");
+    }
+}
+
+/// Rows that learn together, and ranges chosen before: the same bytes on any number of threads.
+#[test]
+fn what_learns_on_the_gram_matrix_depends_on_no_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    for method in ["flexround", "lrq"] {
+        let quantized = |threads: &str| {
+            let out = folder.path().join(format!("{method}-{threads}.onnx"));
+            let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+            let pipeline = format!(
+                "infer-shapes, fold-constants, *(eliminate-identity, fold-batch-norm, fold-affine, fold-constants, infer-shapes, \
+                 drop-dead), calibrate, assign-encodings, clip-weights, round{{method={method}}}, refit-scales"
+            );
+            let args = ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--samples", "24"];
+            let more =
+                ["--scheme", "w3a8", "--pipeline", &pipeline, "--threads", threads, "--progress", "none", "--json"];
+            let json: serde_json::Value = serde_json::from_str(&tool_ok(&[&args[..], &more].concat())).unwrap();
+            assert_eq!(json["verify"]["passed"], true, "{json:#}");
+            std::fs::read(out).unwrap()
+        };
+        assert!(quantized("1") == quantized("2"), "{method}: other bytes on two threads");
+    }
+}

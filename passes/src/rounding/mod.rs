@@ -1,9 +1,10 @@
 //! Rounding: codes for encoded constants.
 //!
-//! `round` chooses codes, by a [`Method`]; `descend` and `refit-scales` improve what was chosen. All of them see a weight as
+//! `clip-weights` chooses ranges anew, `round` codes, by a [`Method`]; `descend` and `refit-scales` improve what was chosen. All of them see a weight as
 //! a matrix whose rows are independent and share one quadratic form (see [`crate::observe::Gram`]).
 
 mod adaround;
+mod clip_weights;
 mod descend;
 mod divisors;
 mod enumerate;
@@ -36,6 +37,7 @@ use tile::{Quadratic, Tile};
 pub static PASSES: &[PassEntry] = &[
     round::ENTRY,
     round_in_order::ENTRY,
+    clip_weights::ENTRY,
     descend::ENTRY,
     refit_scales::ENTRY,
     crate::reconstruct::DISTILL,

@@ -69,7 +69,7 @@ impl Pass for RefitScales {
 }
 
 /// Whether the mantissa of `scale` is 1; also for the 0 of rows beyond the last.
-fn is_power_of_two(scale: f32) -> bool {
+pub(super) fn is_power_of_two(scale: f32) -> bool {
     scale.to_bits().trailing_zeros() >= f32::MANTISSA_DIGITS - 1
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::clip_weights::{Form, clip};
 use super::descend::descend;
 use super::layer::{self, Layer};
 use super::norms::{self, Norm};
@@ -52,6 +53,7 @@ crate::declare_pass! {
             OptionInfo { name: "method", doc: "how codes are chosen: gptq (default), or any of `list roundings`" },
             OptionInfo { name: "target", doc: "weight: W itself; output: the float output; sum (default): what follows the sum" },
             OptionInfo { name: "damping", doc: "λ of the regression in mean diagonals of the moments, 1 by default" },
+            OptionInfo { name: "clip", doc: "1: ranges of weights are chosen anew before, as `clip-weights` does; 0 by default" },
             OptionInfo { name: "sweeps", doc: "sweeps of coordinate descent after it, 0 by default" },
             OptionInfo { name: "refit", doc: "rounds of fitting scales, with two sweeps each, 0 by default" },
             OptionInfo {
@@ -106,6 +108,7 @@ struct RoundInOrder {
     damping: f64,
     sweeps: usize,
     refit: usize,
+    clips: bool,
     stakes: f64,
     norms: bool,
     learner: Option<Learner>,
@@ -135,6 +138,7 @@ impl RoundInOrder {
             },
             sweeps: options.count("sweeps", 0)?,
             refit: options.count("refit", 0)?,
+            clips: options.count("clip", 0)? > 0,
             stakes: match options.number("stakes")?.unwrap_or(0.0) {
                 share if (0.0..=1.0).contains(&share) => share,
                 _ => {
@@ -198,6 +202,9 @@ impl RoundInOrder {
             None,
             |q| self.method.prepare(q),
             |tiles, q, prepared| {
+                if self.clips && free {
+                    parallel::each(tiles, |tile| clip(tile, grid, q, Form::Diagonal));
+                }
                 match prepared {
                     Some(prepared) => prepared.round_all(tiles, grid, q),
                     None => parallel::each(tiles, |tile| tile.nearest(grid)),

@@ -163,17 +163,22 @@ impl Rounded {
     /// The edits that write this into the plan. Where scales changed, the bias of the node, whose scale is that of the input
     /// times that of the weight, is encoded and rounded anew.
     pub(super) fn edits(self, model: &Model, layer: &Layer<'_>) -> Vec<Edit> {
-        let mut edits = Vec::new();
-        let encoding = Encoding { scale: self.scales.into(), ..layer.encoding.clone() };
-        let codes = Arc::new(encoding.pack_points(&self.points, layer.tensor.shape()));
-        if encoding != *layer.encoding {
-            let Some(bias) = bias::behind_weight(model, layer.node, &encoding) else {
-                return Vec::new(); // the bias would saturate: what was chosen before stays
-            };
-            edits.extend(bias);
-            edits.push(Edit::Encode { site: layer.site, encoding });
-        }
+        let codes = Arc::new(layer.encoding.pack_points(&self.points, layer.tensor.shape()));
+        let Some(mut edits) = self.scaled(model, layer) else {
+            return Vec::new(); // what was chosen before stays
+        };
         edits.push(Edit::Round { site: layer.site, codes });
         edits
+    }
+
+    /// The edits that write its scales into the plan: none where they are the same, `None` where the bias would saturate.
+    pub(super) fn scaled(self, model: &Model, layer: &Layer<'_>) -> Option<Vec<Edit>> {
+        let encoding = Encoding { scale: self.scales.into(), ..layer.encoding.clone() };
+        if encoding == *layer.encoding {
+            return Some(Vec::new());
+        }
+        let mut edits = bias::behind_weight(model, layer.node, &encoding)?;
+        edits.push(Edit::Encode { site: layer.site, encoding });
+        Some(edits)
     }
 }
