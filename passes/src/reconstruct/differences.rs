@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use super::{fisher, stakes};
+use super::{SALIENCIES, stakes};
 use crate::encoding::Encoding;
 use crate::exec::{DataError, Dataset, ExecError, Executor, Session};
 use crate::id::{NodeId, Site, ValueId};
@@ -221,7 +221,8 @@ fn sensitivities_are_what_small_changes_of_weights_do() {
     let mut cx = PassContext { dataset: Some(&data), threads: 2, ..PassContext::new(&Nowhere, &Plain) };
     let (model, layers) = two_layers(&mut cx);
     let function = Function::of(&model);
-    let found = fisher::fisher(&model, &cx, 2000, "fisher").unwrap().unwrap();
+    let fisher = SALIENCIES.iter().find(|saliency| saliency.about.name == "fisher").unwrap();
+    let found = fisher.gradient(&model, &cx, 2000, "fisher").unwrap().unwrap();
     let (x, t) = (input(0), bent(&function.first(0)));
     let of_first = function.slopes(&function.a, |a| bent(&function.second(&product(&x, a))));
     let of_second = function.slopes(&function.b, |b| bent(&product(&t, b)));

@@ -33,6 +33,23 @@ impl Ledger<'_> {
         }
     }
 
+    /// A list of codes whose length does not change.
+    pub(super) fn codes(&mut self, codes: &mut [i8]) {
+        match self {
+            Self::Count(bytes) => *bytes += 8 + codes.len() as u64,
+            Self::Write(out) => {
+                out.extend((codes.len() as u64).to_le_bytes());
+                out.extend(codes.iter().map(|code| code.cast_unsigned()));
+            }
+            Self::Read(rest) => {
+                if let Some((part, behind)) = rest.take().and_then(|rest| list(rest, 1, Some(codes.len()))) {
+                    codes.iter_mut().zip(part).for_each(|(code, read)| *code = read.cast_signed());
+                    *rest = Some(behind);
+                }
+            }
+        }
+    }
+
     /// One whole number.
     pub(super) fn whole(&mut self, number: &mut u64) {
         match self {

@@ -1,6 +1,7 @@
 //! Numbers in 8-bit codes into which small changes are rounded by chance, so that many of them add up.
 
 use super::chance::Chance;
+use crate::reconstruct::ledger::Ledger;
 
 /// Numbers that share an exponent.
 const GROUP: usize = 256;
@@ -31,6 +32,13 @@ impl Bytes {
     pub(super) fn of(values: impl Iterator<Item = f32>) -> Self {
         let codes: Vec<i8> = values.map(|value| code((value / power(FIRST)).round_ties_even())).collect();
         Self { exponents: vec![FIRST; codes.len().div_ceil(GROUP)], codes }
+    }
+
+    /// Shows what steps change.
+    pub(super) fn show(&mut self, ledger: &mut Ledger<'_>) {
+        for codes in [&mut self.codes, &mut self.exponents] {
+            ledger.codes(codes);
+        }
     }
 
     /// All of them.

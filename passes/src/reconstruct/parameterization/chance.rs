@@ -1,5 +1,6 @@
 //! Rounding by chance: up as often as it is far from the lower end, so that the mean is what was rounded.
 
+use crate::reconstruct::ledger::Ledger;
 use crate::seed;
 
 /// What chance says of every element in every step. It depends on a seed and on the numbers of both, on nothing else.
@@ -15,6 +16,11 @@ impl Chance {
     /// Before the first step.
     pub(super) fn new(seed: u64) -> Self {
         Self { seed: seed::mixed(seed), steps: 0 }
+    }
+
+    /// Shows what steps change.
+    pub(super) fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.whole(&mut self.steps);
     }
 
     /// Goes on to the next step.

@@ -4,6 +4,7 @@ use super::settled::Settled;
 use super::{Learned, Parameterization, Weight};
 use crate::about::About;
 use crate::reconstruct::adam::Adam;
+use crate::reconstruct::ledger::Ledger;
 
 static ABOUT: About = About {
     name: "latent-settled",
@@ -58,6 +59,13 @@ impl Learned for Settling {
         let points = weight.rounded(&self.w);
         self.settled.follow(progress, &self.w, (&self.points, &points), weight);
         self.points = points;
+    }
+
+    fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.floats(&mut self.w);
+        ledger.floats(&mut self.points);
+        self.settled.show(ledger);
+        self.adam.show(ledger);
     }
 
     fn hard(&self, _: &Weight) -> Vec<f32> {

@@ -4,6 +4,7 @@ use super::chance::Chance;
 use super::{Learned, Parameterization, Weight};
 use crate::about::About;
 use crate::reconstruct::adam::Adam;
+use crate::reconstruct::ledger::Ledger;
 
 static ABOUT: About = About {
     name: "latent-stochastic",
@@ -58,6 +59,12 @@ impl Learned for Drawn {
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, _: &Weight) {
         let decay = 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
         self.adam.step(&mut self.w, gradient, RATE * rate * decay);
+    }
+
+    fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.floats(&mut self.w);
+        self.chance.show(ledger);
+        self.adam.show(ledger);
     }
 
     fn hard(&self, weight: &Weight) -> Vec<f32> {

@@ -3,6 +3,7 @@
 use crate::encoding::Encoding;
 use crate::grad::gemm::{Matrix, multiply};
 use crate::grid;
+use crate::reconstruct::ledger::Ledger;
 use crate::seed;
 use crate::tensor::Tensor;
 
@@ -39,6 +40,23 @@ impl Projection {
     /// Without a basis; `rank` is no larger than either side.
     pub(super) fn new((rows, columns): (usize, usize), rank: usize, seed: u64) -> Self {
         Self { rows, columns, rank, seed, basis: None, gap: GAP, age: 0, common: Vec::new() }
+    }
+
+    /// Shows what steps change.
+    pub(super) fn show(&mut self, ledger: &mut Ledger<'_>) {
+        let (mut gap, mut age) = (u64::from(self.gap), u64::from(self.age));
+        [&mut gap, &mut age].into_iter().for_each(|number| ledger.whole(number));
+        (self.gap, self.age) = (u32::try_from(gap).unwrap_or(u32::MAX), u32::try_from(age).unwrap_or(u32::MAX));
+        let mut common = self.common.iter().flat_map(|share| share.to_le_bytes()).collect();
+        ledger.bytes(&mut common);
+        self.common = common.as_chunks::<4>().0.iter().map(|share| f32::from_le_bytes(*share)).collect();
+        let scales = |(encoding, _): &(Encoding, Tensor)| encoding.scale.iter().flat_map(|s| s.to_le_bytes()).collect();
+        let mut scales = self.basis.as_ref().map(scales).unwrap_or_default();
+        let mut codes = self.basis.as_ref().map(|(_, codes)| codes.bytes().to_vec()).unwrap_or_default();
+        [&mut scales, &mut codes].into_iter().for_each(|bytes| ledger.bytes(bytes));
+        if matches!(ledger, Ledger::Read(Some(_))) {
+            self.basis = (!scales.is_empty()).then(|| put_back(&scales, codes, self.rank, self.side())).flatten();
+        }
     }
 
     /// How many numbers a gradient is in the subspace.
@@ -151,6 +169,14 @@ fn in_four_bits(vectors: &[f32], rank: usize, side: usize) -> Option<(Encoding, 
     let encoding = Encoding::per_axis(integers, 0, vectors.chunks(side.max(1)).map(scale).collect());
     let codes = encoding.encode(vectors, &[rank, side]).ok()?;
     Some((encoding, codes))
+}
+
+/// What [`in_four_bits`] made, from the bytes of scales and codes; `None` where they are not of that size.
+fn put_back(scales: &[u8], codes: Vec<u8>, rank: usize, side: usize) -> Option<(Encoding, Tensor)> {
+    let scales: Vec<f32> = scales.as_chunks::<4>().0.iter().map(|scale| f32::from_le_bytes(*scale)).collect();
+    let (_, like) = in_four_bits(&vec![0.0; rank * side], rank, side)?;
+    let codes = Tensor::new(like.dtype(), vec![rank, side], codes.into()).ok()?;
+    (scales.len() == rank).then(|| Some((Encoding::per_axis(grid::find("int4")?, 0, scales), codes)))?
 }
 
 /// ‖P Qᵀ‖² / rank: 1 for the same subspace, and near to rank / side for two that have nothing to do with each other.

@@ -6,6 +6,7 @@ use super::projection::Projection;
 use super::{Learned, Parameterization, Weight};
 use crate::about::About;
 use crate::reconstruct::adam::Adam;
+use crate::reconstruct::ledger::Ledger;
 
 static ABOUT: About = About {
     name: "q-galore",
@@ -103,6 +104,18 @@ impl Learned for Lean {
         moved.iter_mut().enumerate().for_each(|(i, moved)| *moved /= gap(weight, i));
         self.chance.advance();
         self.offsets.add(&moved, &self.chance);
+    }
+
+    fn show(&mut self, ledger: &mut Ledger<'_>) {
+        self.offsets.show(ledger);
+        self.chance.show(ledger);
+        match &mut self.moments {
+            Moments::Whole(adam) => adam.show(ledger),
+            Moments::Within(projection, adam) => {
+                projection.show(ledger);
+                adam.show(ledger);
+            }
+        }
     }
 
     fn hard(&self, weight: &Weight) -> Vec<f32> {

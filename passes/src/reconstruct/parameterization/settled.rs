@@ -1,6 +1,7 @@
 //! Weights that keep near to their point for long are let go of: they never move again.
 
 use super::Weight;
+use crate::reconstruct::ledger::Ledger;
 
 /// Of the running mean of distances: the authors' 0.99 is for epochs, not for hundreds of steps.
 const MEMORY: f32 = 0.9;
@@ -23,6 +24,11 @@ impl Settled {
     /// Nothing has settled.
     pub(super) fn new(n: usize) -> Self {
         Self { distance: vec![1.0; n] }
+    }
+
+    /// Shows what steps change.
+    pub(super) fn show(&mut self, ledger: &mut Ledger<'_>) {
+        ledger.floats(&mut self.distance);
     }
 
     /// Puts those of `w` that have settled back to where they were `before` the step.

@@ -99,7 +99,7 @@ impl Learned for Scheduled {
     fn show(&mut self, ledger: &mut Ledger<'_>) {
         ledger.floats(&mut self.w);
         ledger.floats(&mut self.points);
-        ledger.floats(&mut self.distance);
+        self.settled.show(ledger);
         ledger.floats(std::slice::from_mut(&mut self.transitions));
         ledger.floats(std::slice::from_mut(&mut self.rate));
         self.adam.show(ledger);
