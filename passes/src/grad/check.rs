@@ -214,6 +214,11 @@ fn sums() -> Vec<Case> {
     cases.push(case("SimplifiedLayerNormalization", vec![x(), real(&[4])]));
     cases.push(case("com.microsoft:SimplifiedLayerNormalization", vec![x(), real(&[4])]));
     cases.push(case("InstanceNormalization", vec![real(&[2, 3, 2, 3]), real(&[3]), real(&[3])]));
+    let statistics = || vec![real(&[3]), real(&[3]), real(&[3]), positive(&[3])];
+    for shape in [&[2, 3, 2, 3][..], &[4, 3]] {
+        let inputs = [vec![real(shape)], statistics()].concat();
+        cases.push(case("BatchNormalization", inputs).constant_from(3));
+    }
     let group = case("GroupNormalization", vec![real(&[2, 4, 2, 3]), real(&[4]), real(&[4])]);
     cases.push(group.opset(21).with("num_groups", int(2)));
     cases

@@ -10,6 +10,10 @@ pub(super) static ROWS: &[Row] = &[
     row("SimplifiedLayerNormalization", |node| Ok(Box::new(LayerNorm::of(node, false)))),
     microsoft("SimplifiedLayerNormalization", |node| Ok(Box::new(LayerNorm::of(node, false)))),
     row("InstanceNormalization", |node| Ok(Box::new(ChannelNorm { epsilon: epsilon(node), groups: None }))),
+    row("BatchNormalization", |node| {
+        let trains = node.int("training_mode", 0) != 0 || node.outputs.iter().skip(1).any(Option::is_some);
+        if trains { err("BatchNormalization in training mode") } else { Ok(Box::new(BatchNorm(epsilon(node)))) }
+    }),
     row("GroupNormalization", |node| {
         let groups = usize::try_from(node.int("num_groups", 1)).ok().filter(|&n| n > 0);
         match groups {
@@ -175,5 +179,57 @@ impl<T: Real> Rule<T> for ChannelNorm {
             call.wants(at).then(|| filled(call.inputs.real(at)?.shape(), sums)).transpose()
         };
         Ok(vec![Some(filled(x.shape(), out)?), parameter(1, of_scale)?, parameter(2, of_shift)?])
+    }
+}
+
+/// With a mean and a variance per channel that are given, a scale and a shift.
+#[derive(Debug)]
+struct BatchNorm(f64);
+
+impl BatchNorm {
+    /// Per channel what it is multiplied with before the scale, the mean, and the elements of one channel that lie together.
+    fn parts<T: Real>(&self, inputs: &Inputs<'_, T>) -> Result<(Vec<T>, Vec<T>, usize), GradError> {
+        let shape = inputs.real(0)?.shape();
+        let Some(&channels) = shape.get(1).filter(|&&c| c > 0) else { return err("no channels") };
+        let (mean, variance) = (per_element(inputs.real(3)?, channels)?, per_element(inputs.real(4)?, channels)?);
+        let inverse = variance.iter().map(|v| T::of(1.0 / (v.wide() + self.0).sqrt())).collect();
+        Ok((inverse, mean, shape[2..].iter().product::<usize>().max(1)))
+    }
+}
+
+impl<T: Real> Rule<T> for BatchNorm {
+    fn forward(&self, inputs: &Inputs<'_, T>) -> Result<Vec<Array<T>>, GradError> {
+        let (inverse, mean, size) = self.parts(inputs)?;
+        let channels = mean.len();
+        let (scale, shift) = (per_element(inputs.real(1)?, channels)?, per_element(inputs.real(2)?, channels)?);
+        let x = dense(inputs.real(0)?);
+        let mut out = flat(&x).into_owned();
+        for (i, values) in out.chunks_exact_mut(size).enumerate() {
+            let c = i % channels;
+            values.iter_mut().for_each(|x| *x = (*x - mean[c]) * inverse[c] * scale[c] + shift[c]);
+        }
+        Ok(vec![filled(x.shape(), out)?])
+    }
+
+    /// Mean and variance are constants of the model: they get none.
+    fn backward(&self, call: &Call<'_, T>) -> Result<Grads<T>, GradError> {
+        let (inverse, mean, size) = self.parts(&call.inputs)?;
+        let channels = mean.len();
+        let scale = per_element(call.inputs.real(1)?, channels)?;
+        let (x, g) = (dense(call.inputs.real(0)?), dense(call.grad()?));
+        let (mut out, rows) = (flat(&g).into_owned(), flat(&x));
+        let (mut of_scale, mut of_shift) = (vec![T::zero(); channels], vec![T::zero(); channels]);
+        for (i, (g, x)) in out.chunks_exact_mut(size).zip(rows.chunks_exact(size)).enumerate() {
+            let c = i % channels;
+            of_shift[c] += g.iter().copied().sum::<T>();
+            of_scale[c] += g.iter().zip(x).map(|(g, x)| *g * (*x - mean[c]) * inverse[c]).sum::<T>();
+            g.iter_mut().for_each(|g| *g = *g * inverse[c] * scale[c]);
+        }
+        let parameter = |at: usize, sums: Vec<T>| -> Result<Option<Array<T>>, GradError> {
+            let Some(array) = call.inputs.optional(at)?.filter(|_| call.wants(at)) else { return Ok(None) };
+            let sums = if array.len() == sums.len() { sums } else { vec![sums.into_iter().sum()] };
+            filled(array.shape(), sums).map(Some)
+        };
+        Ok(vec![Some(filled(x.shape(), out)?), parameter(1, of_scale)?, parameter(2, of_shift)?, None, None])
     }
 }
