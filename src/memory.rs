@@ -97,7 +97,7 @@ impl Needs {
     /// # Errors
     /// [`Error::Resources`] when one thread with the fewest taps does not fit.
     pub(crate) fn budget(&self, limit: Option<u64>, threads: usize) -> Result<Budget, Error> {
-        let Some(most) = limit.or_else(available) else {
+        let Some(most) = allowed(limit) else {
             let taps = DEFAULT_TAP_BYTES;
             return Ok(Budget {
                 threads,
@@ -140,6 +140,11 @@ fn with_shapes(mut model: Model, sample: &[Tensor], target: &dyn Target, executo
     let pipeline = Pipeline::parse("*(infer-shapes, fold-constants)", &catalogue).ok()?;
     let mut cx = PassContext::new(target, executor);
     PassManager::default().run(&pipeline, model, &mut cx).ok().map(|(model, _)| model)
+}
+
+/// What a run may take: `limit`, or what is free; `None` where that is not known.
+pub(crate) fn allowed(limit: Option<u64>) -> Option<u64> {
+    limit.or_else(available)
 }
 
 /// The bytes that this process may still take: what the machine has free, or what its control group leaves, if less.

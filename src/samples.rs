@@ -9,6 +9,7 @@ use passes::pass::{PassContext, RunError};
 
 use crate::dataset::{Augmented, Files, Imagined, Slot};
 use crate::driver::{Error, Request, Select};
+use crate::memory;
 
 /// The samples of a request, when it names any.
 pub(crate) fn open(request: &Request, slots: Vec<Slot>) -> Result<Option<Files>, Error> {
@@ -65,9 +66,15 @@ pub(crate) fn augmented<'a>(
     let (files, graph) = (files.ok_or_else(nothing)?, model.graph());
     let made: Option<Box<dyn Dataset + 'a>> = match Augmented::new(files, graph, times).map_err(Error::input)? {
         Some(words) => Some(Box::new(words.spoken(graph, executor, progress))),
-        None => Imagined::new(files, (graph, remembered), times, executor, progress)
-            .map_err(Error::input)?
-            .map(|made| Box::new(made) as Box<dyn Dataset + 'a>),
+        None => Imagined::new(
+            files,
+            (graph, remembered),
+            (times, memory::allowed(request.max_memory)),
+            (executor, request.threads),
+            progress,
+        )
+        .map_err(Error::input)?
+        .map(|made| Box::new(made) as Box<dyn Dataset + 'a>),
     };
     if progress.cancelled() { Err(Error::Interrupted) } else { Ok(made) }
 }

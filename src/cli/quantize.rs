@@ -34,9 +34,10 @@ pub(crate) struct Args {
     /// Leave so many samples, spread over all, out of everything but judging: the summary's fidelity and --max-drop go by them.
     #[arg(long, value_name = "N", default_value_t = 0)]
     hold_out: usize,
-    /// Fit to so many more samples per sample as well, where there are few: half of the token ids drawn anew; for models with batch norms, inputs for which these see what they saw in training.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    augment: usize,
+    /// Fit to so many more samples per sample as well, where there are few: half of the token ids drawn anew; for models with batch norms,
+    /// inputs for which these see what they saw in training.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1000))]
+    augment: u16,
     /// Use statistics measured by `onnx-quant stats` instead of samples.
     #[arg(long, value_name = "FILE")]
     stats: Option<PathBuf>,
@@ -219,7 +220,7 @@ fn request(args: &Args) -> Result<Request, Error> {
         first_order: args.first_order,
         sensitivity: args.sensitivity.clone().or(recipe.sensitivity),
         hold_out: args.hold_out,
-        augment: args.augment,
+        augment: usize::from(args.augment),
         max_drop: args.max_drop.or(of_file(&recipe.max_drop, "max-drop")?),
         output: (!args.dry_run).then_some(output),
         stats: args.stats.clone(),

@@ -15,27 +15,35 @@ pub struct Imagined<'a> {
 }
 
 impl<'a> Imagined<'a> {
-    /// `files`, followed by `times` as many made by `graph`, whose batch norms remembered `remembered`; `None` when the user interrupts.
+    /// `files`, followed by `times` as many made by `graph`, whose batch norms remembered `remembered`, where half of `room` bytes holds them;
+    /// `None` when the user interrupts.
     ///
     /// # Errors
-    /// [`DataError`] where a sample cannot be read, or says why the model makes none.
+    /// [`DataError`] where a sample cannot be read, or says why none are made.
     pub fn new(
         files: &'a Files,
         (graph, remembered): (&Graph, &[Remembered]),
-        times: usize,
-        executor: &dyn Executor,
+        (times, room): (usize, Option<u64>),
+        (executor, threads): (&dyn Executor, usize),
         progress: &dyn Progress,
     ) -> Result<Option<Self>, DataError> {
-        let given = (0..files.len()).map(|index| Ok(files.sample(index)?.swap_remove(0)));
-        let given = given.collect::<Result<Vec<Tensor>, DataError>>()?;
+        let refused = |problem| DataError { sample: "--augment".into(), problem };
         let n = files.len().saturating_mul(times);
-        let made = imagine::imagine(graph, remembered, (&given, n), executor, progress);
-        let refuse = |error| DataError {
-            sample: "every sample".into(),
-            problem: format!(
-                "--augment makes inputs by what batch norms remember of training, or draws token ids anew, and this model can do \
-                 neither: {error}; give more samples instead"
-            ),
+        let each: usize = files.sample(0)?.iter().map(|tensor| tensor.bytes().len()).sum();
+        let needed = (n as u64).saturating_mul(each as u64);
+        if let Some(room) = room.filter(|room| needed > room / 2) {
+            return Err(refused(format!(
+                "{n} more samples of {each} bytes are {} MB, and {} MB are free for all: make fewer of them",
+                needed / 1_000_000,
+                room / 1_000_000
+            )));
+        }
+        let made = imagine::imagine(graph, remembered, (files, n), (executor, threads), progress);
+        let refuse = |error| {
+            refused(format!(
+                "it makes inputs by what batch norms remember of training, or draws token ids anew, and this model can do neither: \
+                 {error}; give more samples instead"
+            ))
         };
         Ok(made.map_err(refuse)?.map(|made| Self { files, made }))
     }

@@ -6,8 +6,8 @@
 //!
 //! [`Remembered::of`] reads the moments before batch norms are folded away; [`imagine`] makes the inputs.
 //!
-//! Source: moments of batch norms as a loss, Cai et al. 2020 (ZeroQ), arXiv:2001.00281, section 3.1; classes, smoothness and shifts, Yin et
-//! al. 2020 (DeepInversion), arXiv:1912.08795, section 3.2; logarithms of spreads, moments of the step before and two sizes ours.
+//! Source: moments of batch norms as a loss, Cai et al. 2020 (`ZeroQ`), arXiv:2001.00281, section 3.1; classes, smoothness and shifts, Yin et
+//! al. 2020 (`DeepInversion`), arXiv:1912.08795, section 3.2; logarithms of spreads, moments of the step before and two sizes ours.
 
 mod moments;
 mod picture;
@@ -17,7 +17,7 @@ pub use moments::Remembered;
 
 use self::picture::{Looks, Picture};
 use self::program::Program;
-use crate::exec::{Executor, Progress};
+use crate::exec::{Dataset, Executor, Progress};
 use crate::grad::GradError;
 use crate::ir::Graph;
 use crate::parallel;
@@ -36,36 +36,45 @@ const SMOOTHNESS: f32 = 0.5;
 const SEED: u64 = 0x1a6e_5eed;
 
 /// Makes `n` inputs for `graph`, which takes one float tensor and whose batch norms remembered `remembered`; in shape, range, mean and
-/// spread like the `given` ones. Reported to `progress` as `augment`; `None` when the user interrupts.
+/// spread like the `given` ones, so many `threads` at a time, each with a tape of the whole model. Reported to `progress` as `augment`;
+/// `None` when the user interrupts.
 ///
 /// # Errors
 /// [`GradError`] says why the model makes none: no batch norm is left, gradients do not pass, or it takes other inputs.
 pub fn imagine(
     graph: &Graph,
     remembered: &[Remembered],
-    (given, n): (&[Tensor], usize),
-    executor: &dyn Executor,
+    (given, n): (&dyn Dataset, usize),
+    (executor, threads): (&dyn Executor, usize),
     progress: &dyn Progress,
 ) -> Result<Option<Vec<Tensor>>, GradError> {
     let sizes = sizes(graph, remembered, Looks::of(given)?, executor)?;
     let batches = n.div_ceil(BATCH).max(1);
     let steps: usize = sizes.iter().map(|size| size.steps).sum();
-    progress.begin("augment", (batches * steps) as u64);
-    let mut made = Vec::with_capacity(n);
-    for batch in 0..batches {
-        let mut pictures: Vec<Picture> = (batch * n / batches..(batch + 1) * n / batches)
-            .map(|at| Picture::drawn(&sizes[0].looks, seed::mixed(SEED ^ at as u64)))
-            .collect();
-        for size in &sizes {
-            pictures.iter_mut().for_each(|picture| picture.resize(&size.looks));
-            if !size.refine(&mut pictures, progress)? {
-                return Ok(None);
-            }
-        }
-        made.extend(pictures.into_iter().map(Picture::into_tensor));
-    }
+    progress.begin("augment", (batches as u64).saturating_mul(steps as u64));
+    let made =
+        (0..batches).map(|batch| made(&sizes, batch * n / batches..(batch + 1) * n / batches, threads, progress));
+    let made = made.collect::<Result<Option<Vec<Vec<Tensor>>>, GradError>>();
     progress.end();
-    Ok(Some(made))
+    Ok(made?.map(|made| made.into_iter().flatten().collect()))
+}
+
+/// The inputs with these `numbers`; `None` when the user interrupts.
+fn made(
+    sizes: &[Size],
+    numbers: std::ops::Range<usize>,
+    threads: usize,
+    progress: &dyn Progress,
+) -> Result<Option<Vec<Tensor>>, GradError> {
+    let start = |at: usize| Picture::drawn(&sizes[0].looks, seed::mixed(SEED ^ at as u64));
+    let mut pictures: Vec<Picture> = numbers.map(start).collect();
+    for size in sizes {
+        pictures.iter_mut().for_each(|picture| picture.resize(&size.looks));
+        if !size.refine(&mut pictures, threads, progress)? {
+            return Ok(None);
+        }
+    }
+    Ok(Some(pictures.into_iter().map(Picture::into_tensor).collect()))
 }
 
 /// A size that inputs have for a while.
@@ -98,8 +107,8 @@ fn sizes(
 
 impl Size {
     /// Moves `pictures` along their gradients; whether the user let it end.
-    fn refine(&self, pictures: &mut [Picture], progress: &dyn Progress) -> Result<bool, GradError> {
-        let first = parallel::map(pictures, |picture| self.program.moments(picture));
+    fn refine(&self, pictures: &mut [Picture], threads: usize, progress: &dyn Progress) -> Result<bool, GradError> {
+        let first = at_once(threads, pictures, |picture| self.program.moments(picture));
         let mut seen = self.program.no_moments();
         for own in first {
             seen.add(&own?);
@@ -110,7 +119,7 @@ impl Size {
                 return Ok(false);
             }
             progress.step();
-            let gradients = parallel::map(pictures, |picture| self.program.gradient(picture, step, &seen));
+            let gradients = at_once(threads, pictures, |picture| self.program.gradient(picture, step, &seen));
             let rate = falling(step, self.steps);
             let mut next = self.program.no_moments();
             for (picture, moved) in pictures.iter_mut().zip(gradients) {
@@ -126,6 +135,11 @@ impl Size {
     }
 }
 
+/// `f` of every picture, of so many at once.
+fn at_once<U: Send>(threads: usize, pictures: &[Picture], f: impl Fn(&Picture) -> U + Sync + Send) -> Vec<U> {
+    pictures.chunks(threads.max(1)).flat_map(|some| parallel::map(some, &f)).collect()
+}
+
 /// Half a cosine from [`RATE`] to a twentieth of it.
 fn falling(step: usize, steps: usize) -> f32 {
     let way = step as f32 / steps.max(1) as f32;
@@ -133,23 +147,28 @@ fn falling(step: usize, steps: usize) -> f32 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::exec::{ExecError, Session, Silent};
-    use crate::ir::Graph;
+    use crate::exec::{DataError, Silent};
+    use crate::pass::{PassContext, PassManager, Pipeline};
+    use crate::reconstruct::testing::{NoTarget, Tapes};
 
-    #[derive(Debug)]
-    struct NoExecutor;
+    /// Samples of one input each.
+    pub(in crate::imagine) struct Given(pub(in crate::imagine) Vec<Tensor>);
 
-    impl Executor for NoExecutor {
-        fn name(&self) -> &'static str {
-            "none"
+    impl Dataset for Given {
+        fn len(&self) -> usize {
+            self.0.len()
         }
 
-        fn prepare(&self, _: &Graph) -> Result<Box<dyn Session>, ExecError> {
-            Err(ExecError { executor: "none", message: "nothing is run here".into() })
+        fn name(&self, index: usize) -> String {
+            format!("sample {index}")
+        }
+
+        fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
+            Ok(vec![self.0[index].clone()])
         }
     }
 
@@ -168,10 +187,17 @@ mod tests {
   %y = MatMul(%f, %v)
 }";
 
+    /// The graph of `text`, with shapes.
+    fn parsed(text: &str) -> Graph {
+        let pipeline = Pipeline::parse("infer-shapes", &crate::catalogue::passes()).unwrap();
+        let mut cx = PassContext::new(&NoTarget, &Tapes);
+        let (model, _) = PassManager::default().run(&pipeline, crate::text::parse(text).unwrap(), &mut cx).unwrap();
+        model.graph().clone()
+    }
+
     /// The model with its batch norm as one multiplication and one addition, and what the norm remembered.
     fn plain() -> (Graph, Vec<Remembered>) {
-        let model = crate::text::parse(MODEL).unwrap();
-        let remembered = Remembered::of(model.graph());
+        let remembered = Remembered::of(&parsed(MODEL));
         assert_eq!(remembered.len(), 1);
         let s = [1.0, 0.5 / 2.0_f32.sqrt(), 2.0 / 0.5_f32.sqrt(), 0.0];
         let t = [-0.3, 1.0 + 0.2 * s[1], -1.0 - 0.1 * s[2], 0.5];
@@ -182,20 +208,20 @@ mod tests {
             list(s),
             list(t)
         );
-        let graph = crate::text::parse(&MODEL.replace(norm, &plain)).unwrap().graph().clone();
+        let graph = parsed(&MODEL.replace(norm, &plain));
         let value = graph.find("n").unwrap();
         (graph, remembered.into_iter().map(|norm| Remembered { value, ..norm }).collect())
     }
 
-    fn given(n: u64) -> Vec<Tensor> {
+    fn given(n: u64) -> Given {
         #[expect(clippy::cast_possible_truncation, reason = "numbers drawn at random")]
         let numbers = |at: u64| (0..288).map(|i| 4.0 * seed::uniform(at << 32 | i) as f32 - 1.0).collect::<Vec<f32>>();
-        (0..n).map(|at| Tensor::of([1, 2, 12, 12], numbers(at))).collect()
+        Given((0..n).map(|at| Tensor::of([1, 2, 12, 12], numbers(at))).collect())
     }
 
     /// How far the norm sees what is not of training in `inputs`.
     fn loss(graph: &Graph, remembered: &[Remembered], inputs: &[Tensor]) -> f64 {
-        let program = Program::of(graph, remembered, &[1, 2, 12, 12], &NoExecutor).unwrap();
+        let program = Program::of(graph, remembered, &[1, 2, 12, 12], &Tapes).unwrap();
         let mut seen = program.no_moments();
         for input in inputs {
             seen.add(&program.moments(&Picture::of(input)).unwrap());
@@ -206,11 +232,11 @@ mod tests {
     #[test]
     fn what_is_made_has_the_moments_of_training_and_lies_in_the_range_of_what_is_given() {
         let (graph, remembered) = plain();
-        let made = imagine(&graph, &remembered, (&given(6), 40), &NoExecutor, &Silent).unwrap().unwrap();
+        let made = imagine(&graph, &remembered, (&given(6), 40), (&Tapes, 2), &Silent).unwrap().unwrap();
         assert_eq!(made.len(), 40);
         let numbers = |tensor: &Tensor| tensor.values::<f32>().unwrap().into_owned();
         assert!(made.iter().flat_map(numbers).all(|x| (-1.0..=3.0).contains(&x)));
-        let (before, after) = (loss(&graph, &remembered, &given(40)), loss(&graph, &remembered, &made));
+        let (before, after) = (loss(&graph, &remembered, &given(40).0), loss(&graph, &remembered, &made));
         assert!(after < 0.2 * before, "{before} {after}");
         assert!((1..40).all(|i| made[0] != made[i]), "no two are the same");
     }
@@ -220,7 +246,8 @@ mod tests {
         let (graph, remembered) = plain();
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| imagine(&graph, &remembered, (&given(3), 5), &NoExecutor, &Silent)).unwrap().unwrap()
+            let made = || imagine(&graph, &remembered, (&given(3), 5), (&Tapes, threads), &Silent);
+            pool.install(made).unwrap().unwrap()
         };
         assert_eq!(run(1), run(3));
     }
@@ -228,17 +255,16 @@ mod tests {
     #[test]
     fn models_that_remember_nothing_are_refused_with_the_reason() {
         let (graph, remembered) = plain();
-        let refused = |graph: &Graph, remembered: &[Remembered], given: &[Tensor]| {
-            imagine(graph, remembered, (given, 1), &NoExecutor, &Silent).unwrap_err().to_string()
+        let refused = |graph: &Graph, remembered: &[Remembered], given: &Given| {
+            imagine(graph, remembered, (given, 1), (&Tapes, 1), &Silent).unwrap_err().to_string()
         };
-        assert!(refused(&graph, &[], &given(1)).contains("no batch norm that gradients reach"));
-        assert!(refused(&graph, &remembered, &[]).contains("no sample"));
-        let cut =
-            crate::text::parse(&MODEL.replace("Conv(%x", "Round(%x").replace(", %w) {pads=[1,1,1,1]}", ")")).unwrap();
-        let refusal = refused(cut.graph(), &Remembered::of(cut.graph()), &given(1));
-        assert!(refusal.contains("no batch norm that gradients reach: node"), "{refusal}");
-        let two = crate::text::parse(&MODEL.replace("12,12])", "12,12], %z: f32[1])")).unwrap();
-        assert!(refused(two.graph(), &Remembered::of(two.graph()), &given(1)).contains("2 inputs"));
+        assert!(refused(&graph, &[], &given(1)).contains("reach 0 of its 0 batch norms"));
+        assert!(refused(&graph, &remembered, &given(0)).contains("no sample"));
+        let cut = parsed(&MODEL.replace("Conv(%x", "Round(%x").replace(", %w) {pads=[1,1,1,1]}", ")"));
+        let refusal = refused(&cut, &Remembered::of(&cut), &given(1));
+        assert!(refusal.contains("reach 0 of its 1 batch norms: node"), "{refusal}");
+        let two = parsed(&MODEL.replace("12,12])", "12,12], %z: f32[1])"));
+        assert!(refused(&two, &Remembered::of(&two), &given(1)).contains("2 inputs"));
     }
 
     #[test]
@@ -255,7 +281,7 @@ mod tests {
             }
         }
         let ((graph, remembered), third) = (plain(), Third(AtomicUsize::new(0)));
-        assert!(imagine(&graph, &remembered, (&given(3), 5), &NoExecutor, &third).unwrap().is_none());
+        assert!(imagine(&graph, &remembered, (&given(3), 5), (&Tapes, 1), &third).unwrap().is_none());
         assert_eq!(third.0.into_inner(), 3);
     }
 }

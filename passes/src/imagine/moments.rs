@@ -4,6 +4,8 @@ use crate::grad::{Array, GradError};
 use crate::id::ValueId;
 use crate::ir::Graph;
 
+/// Channels of a smaller spread than this, of the largest one of their norm, count for nothing: training has let them die.
+const DEAD: f32 = 1e-4;
 /// A variance of less than this, of that of training, counts as this.
 const LEAST: f64 = 1e-6;
 /// Means that are further off than this, in spreads, pull no harder than from here.
@@ -15,7 +17,7 @@ pub struct Remembered {
     /// Its result.
     pub(super) value: ValueId,
     pub(super) mean: Vec<f32>,
-    /// 0 for channels that never change.
+    /// 0 for channels that hardly ever change.
     pub(super) spread: Vec<f32>,
 }
 
@@ -32,7 +34,9 @@ impl Remembered {
                 let share = (variance / (variance + epsilon)).max(0.0).sqrt();
                 Some(gamma.abs() * share).filter(|spread| spread.is_finite()).unwrap_or(0.0)
             };
-            let spread = gamma.iter().zip(&variance).map(spread).collect();
+            let mut spread: Vec<f32> = gamma.iter().zip(&variance).map(spread).collect();
+            let largest = spread.iter().copied().fold(0.0, f32::max);
+            spread.iter_mut().filter(|spread| **spread < DEAD * largest).for_each(|spread| *spread = 0.0);
             (learned && mean.iter().all(|m| m.is_finite())).then_some(Self { value: node.output(0)?, mean, spread })
         };
         graph.nodes().filter(|(_, node)| node.op.is("BatchNormalization")).filter_map(|(_, node)| one(node)).collect()

@@ -1,5 +1,6 @@
 //! Inputs while they are made: their start, what they may look like, and how they are moved.
 
+use crate::exec::Dataset;
 use crate::grad::{Array, GradError};
 use crate::reconstruct::Adam;
 use crate::seed;
@@ -29,14 +30,25 @@ struct Channel {
 }
 
 impl Looks {
-    /// What all of `given` look like.
-    pub(super) fn of(given: &[Tensor]) -> Result<Self, GradError> {
-        let first = given.first().ok_or_else(|| GradError("there is no sample to make others like".into()))?;
-        let shape = first.shape().to_vec();
+    /// What the first inputs of all samples of `given` look like, which are read one by one.
+    pub(super) fn of(given: &dyn Dataset) -> Result<Self, GradError> {
+        let read = |index| match given.sample(index) {
+            Ok(mut sample) if !sample.is_empty() => Ok(sample.swap_remove(0)),
+            Ok(_) => Err(GradError(format!("{} has no input", given.name(index)))),
+            Err(error) => Err(GradError(error.to_string())),
+        };
+        if given.is_empty() {
+            return Err(GradError("there is no sample to make others like".into()));
+        }
+        let shape = read(0)?.shape().to_vec();
+        if shape.contains(&0) {
+            return Err(GradError(format!("{} is empty", given.name(0))));
+        }
         let n = shape.get(1).copied().filter(|_| shape.len() > 2).unwrap_or(1).max(1);
         let mut sums = vec![(0.0_f64, 0.0_f64, 0_usize, f32::INFINITY, f32::NEG_INFINITY); n];
         let plane = plane(&shape);
-        for tensor in given {
+        for index in 0..given.len() {
+            let tensor = read(index)?;
             let numbers = tensor.values::<f32>().filter(|_| tensor.shape() == shape);
             let numbers =
                 numbers.ok_or_else(|| GradError("samples differ in shape, or are no 32-bit floats".into()))?;
@@ -259,6 +271,7 @@ fn resized(plane: &[f32], from: (usize, usize), to: (usize, usize)) -> Vec<f32> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::Given;
     use super::*;
 
     fn looks(shape: &[usize]) -> Looks {
@@ -267,7 +280,7 @@ mod tests {
         let tensor = |seed: u64| {
             Tensor::of(shape, (0..n as u64).map(|i| 3.0 * seed::uniform(seed << 32 | i) as f32).collect::<Vec<_>>())
         };
-        Looks::of(&[tensor(1), tensor(2)]).unwrap()
+        Looks::of(&Given(vec![tensor(1), tensor(2)])).unwrap()
     }
 
     #[test]
@@ -308,14 +321,14 @@ mod tests {
         };
         let mut gradient = vec![0.0; 24];
         picture.smooth(&looks, 1.0, &mut gradient);
-        for at in 0..24 {
+        for (at, gradient) in gradient.iter().enumerate() {
             let before = picture.numbers[at];
             picture.numbers[at] = before + 1e-2;
             let up = loss(&picture);
             picture.numbers[at] = before - 1e-2;
             let slope = (up - loss(&picture)) / 2e-2;
             picture.numbers[at] = before;
-            assert!((slope - gradient[at]).abs() < 1e-3 * (1.0 + slope.abs()), "{at}: {slope} {}", gradient[at]);
+            assert!((slope - gradient).abs() < 1e-3 * (1.0 + slope.abs()), "{at}: {slope} {gradient}");
         }
     }
 
@@ -335,7 +348,8 @@ mod tests {
         for shape in [&[1, 3, 64, 63][..], &[1, 1, 28, 28], &[1, 64, 64]] {
             assert!(looks(shape).halved().is_none(), "{shape:?}");
         }
-        assert!(Looks::of(&[]).is_err());
-        assert!(Looks::of(&[Tensor::of([2], vec![1_i64, 2])]).is_err());
+        assert!(Looks::of(&Given(vec![Tensor::of([1, 4, 0, 2], Vec::<f32>::new())])).is_err());
+        assert!(Looks::of(&Given(Vec::new())).is_err());
+        assert!(Looks::of(&Given(vec![Tensor::of([2], vec![1_i64, 2])])).is_err());
     }
 }

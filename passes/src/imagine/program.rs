@@ -66,9 +66,10 @@ impl Program {
         }
         let reached = |norm: &&Remembered| maker.moving.contains(&norm.value) && norm.spread.iter().any(|s| *s > 0.0);
         let norms: Vec<Remembered> = remembered.iter().filter(reached).cloned().collect();
-        if norms.is_empty() {
+        if norms.is_empty() || 2 * norms.len() < remembered.len() {
             let reason = maker.reason.map_or(String::new(), |reason| format!(": {reason}"));
-            return Err(GradError(format!("it has no batch norm that gradients reach{reason}")));
+            let (reached, all) = (norms.len(), remembered.len());
+            return Err(GradError(format!("gradients reach {reached} of its {all} batch norms{reason}")));
         }
         let results = norms.iter().map(|norm| maker.slots[&norm.value]).collect();
         let logits = graph.outputs().iter().find_map(|value| maker.logits(graph, *value));
@@ -136,6 +137,9 @@ impl Program {
         );
         let gradient = self.tape.backward(&values, seeds, &[self.input])?.into_iter().flatten().next();
         let gradient = gradient.ok_or_else(|| GradError("no gradient arrives at its input".into()))?;
+        if !gradient.iter().all(|g| g.is_finite()) {
+            return Err(GradError("its gradients are no finite numbers".into()));
+        }
         Ok((self.moments_in(&values)?, picture.unshifted(&gradient, shift)))
     }
 }
