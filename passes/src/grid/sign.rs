@@ -69,7 +69,7 @@ mod tests {
     fn zero_is_positive() {
         let mut xs = [0.0, -0.0, -1e-30, 1e-30, -7.0, 7.0, f32::NAN];
         BIPOLAR.snap(&mut xs, 0.0);
-        assert_eq!(xs, [1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0]);
+        assert_eq!(xs.map(f32::to_bits), [1.0_f32, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0].map(f32::to_bits));
     }
 
     /// What reads 4-bit integers reads signs.

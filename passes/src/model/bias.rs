@@ -52,12 +52,50 @@ pub(crate) fn behind<'a>(
     node: NodeId,
     encoding: &dyn Fn(Site) -> Option<&'a Encoding>,
 ) -> Option<Vec<Edit>> {
-    let graph = model.graph();
-    let Some(roles) = ops::linear(graph, node) else { return Some(Vec::new()) };
-    let site = roles.bias.map(|input| Site::Use { node, input });
-    let Some((site, old)) = site.and_then(|site| Some((site, model.plan().encoding(site)?))) else {
+    let Some((input, old)) = encoded(model, node) else { return Some(Vec::new()) };
+    let encoding = anew(model, node, old, encoding)?;
+    if encoding == *old {
         return Some(Vec::new());
+    }
+    let tensor: &Tensor = model.graph().constant_input(model.graph().node(node)?, input.into())?;
+    let values = tensor.floats()?;
+    if !beyond(&values, &encoding).is_empty() {
+        return None;
+    }
+    let codes = Arc::new(encoding.encode(&values, tensor.shape()).ok()?);
+    let site = Site::Use { node, input };
+    Some(vec![Edit::Encode { site, encoding }, Edit::Round { site, codes }])
+}
+
+/// The elements of the bias of `node` that would not fit 32 bits in codes for the scales of `weight`.
+pub(crate) fn saturated(model: &Model, node: NodeId, weight: &Encoding) -> Vec<usize> {
+    let graph = model.graph();
+    let own = ops::linear(graph, node).map(|roles| Site::Use { node, input: roles.weight });
+    let of = |site: Site| if own == Some(site) { Some(weight) } else { model.plan().encoding(site) };
+    let elements = || {
+        let (input, old) = encoded(model, node)?;
+        let encoding = anew(model, node, old, &of).filter(|encoding| encoding != old)?;
+        let values = graph.constant_input(graph.node(node)?, input.into())?.floats()?;
+        Some(beyond(&values, &encoding))
     };
+    elements().unwrap_or_default()
+}
+
+/// The input that carries the bias of `node`, and its encoding, where it is encoded.
+fn encoded(model: &Model, node: NodeId) -> Option<(u16, &Encoding)> {
+    let input = ops::linear(model.graph(), node)?.bias?;
+    Some((input, model.plan().encoding(Site::Use { node, input })?))
+}
+
+/// What the encoding of the bias of `node`, which is `old`, comes to with the scales that `encoding` says.
+fn anew<'a>(
+    model: &'a Model,
+    node: NodeId,
+    old: &Encoding,
+    encoding: &dyn Fn(Site) -> Option<&'a Encoding>,
+) -> Option<Encoding> {
+    let graph = model.graph();
+    let roles = ops::linear(graph, node)?;
     // Exactly the f32 product: runtimes check it, or ignore what is stored and use it.
     let read = Site::Use { node, input: roles.activation };
     let input = encoding(read).or_else(|| encoding(Site::Value(graph.node(node)?.input(roles.activation.into())?)))?;
@@ -65,17 +103,12 @@ pub(crate) fn behind<'a>(
     let input_scale = *input.scale.first()?;
     let last = weight.scale.len() - 1;
     let scale = (0..old.scale.len()).map(|i| input_scale * weight.scale[i.min(last)]).collect();
-    let encoding = Encoding { scale, ..old.clone() };
-    if encoding == *old {
-        return Some(Vec::new());
-    }
-    let tensor: &Tensor = graph.constant_input(graph.node(node)?, roles.bias?.into())?;
-    let values = tensor.floats()?;
+    Some(Encoding { scale, ..old.clone() })
+}
+
+/// Which of the `values` of a bias are not in reach of codes of `encoding`.
+fn beyond(values: &[f32], encoding: &Encoding) -> Vec<usize> {
     let scale_of = |index: usize| encoding.scale[index.min(encoding.scale.len() - 1)];
-    let fits = |(index, value): (usize, &f32)| f64::from(*value).abs() < f64::from(scale_of(index)) * BIAS_LIMIT;
-    if !values.iter().enumerate().all(fits) {
-        return None;
-    }
-    let codes = Arc::new(encoding.encode(&values, tensor.shape()).ok()?);
-    Some(vec![Edit::Encode { site, encoding }, Edit::Round { site, codes }])
+    let fits = |index: usize| f64::from(values[index]).abs() < f64::from(scale_of(index)) * BIAS_LIMIT;
+    (0..values.len()).filter(|index| !fits(*index)).collect()
 }

@@ -26,8 +26,9 @@ crate::declare_pass! {
     /// ```
     ///
     /// The diagonal is for methods that make up for errors by other columns, the block for nearest rounding, which does not.
-    /// Ties stay with the scale that was assigned, so no block loses. Declines weights that share one scale over all rows, scales that are
-    /// powers of two on purpose, and block formats, whose scales have a format of their own.
+    /// Ties stay with the scale that was assigned, so no block loses; rows whose 32-bit bias would saturate in another keep it too. Declines
+    /// weights that share one scale over all rows, scales that are powers of two on purpose, and block formats, whose scales have a format
+    /// of their own.
     INFO {
         name: "clip-weights",
         source: "Lin et al. 2023 (AWQ), arXiv:2306.00978, its search for clipping; on the Gram matrix, and wider ranges too, ours",
@@ -98,6 +99,8 @@ impl Pass for ClipWeights {
                 |_| (),
                 |tiles, q, ()| parallel::each(tiles, |tile| clip(tile, grid, q, self.form)),
             );
+            let no_points = || Some(vec![0.0; layer.tensor.len()]); // they are chosen later
+            let clipped = clipped.and_then(|clipped| clipped.in_reach(model, layer, no_points));
             let edits = clipped.and_then(|clipped| clipped.scaled(model, layer)).unwrap_or_default();
             patch.count("clipped", u64::from(!edits.is_empty()));
             edits.into_iter().for_each(|edit| patch.edit(edit));

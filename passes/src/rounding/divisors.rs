@@ -191,18 +191,18 @@ mod tests {
             divided.divide(&at, grid, &q);
             let (low, high) = grid.range();
             for j in (0..q.columns).filter(|&j| q.h.at(j, j) > 0.0) {
-                for lane in 0..LANES {
+                for (lane, log) in at[j].iter().enumerate() {
                     let block = j / tile.block;
                     let s = f64::from(tile.scales[block][lane]);
                     let unit = |log: f64| f64::from(divided.units[j][lane]) * (-log).exp();
-                    let here = unit(f64::from(at[j][lane]));
+                    let here = unit(f64::from(*log));
                     let zero = f64::from(tile.zeros[block][lane]);
                     if here <= low - zero || here >= high - zero {
                         continue;
                     }
                     let pull: f64 =
                         (0..q.columns).map(|k| f64::from(divided.errors[k][lane]) * f64::from(q.h.at(k, j))).sum();
-                    let (log, step) = (f64::from(at[j][lane]), 1e-4);
+                    let (log, step) = (f64::from(*log), 1e-4);
                     let want = pull * s * (unit(log + step) - unit(log - step)) / (2.0 * step);
                     let got = f64::from(divided.slopes[j][lane]);
                     assert!((got - want).abs() < 2e-4 * (1.0 + want.abs()), "case {seed}, {j}: {got} {want}");

@@ -126,7 +126,9 @@ mod tests {
                 tile.weights[j] = std::array::from_fn(|l| tile.points[j][l] * s[l]);
             }
             let want = tile.points.clone();
-            FlexRound.prepare(&q).unwrap().round(&mut tile, grid, &q);
+            // Without anything that its columns are multiplied with there is nothing to learn by.
+            let Some(prepared) = FlexRound.prepare(&q) else { continue };
+            prepared.round(&mut tile, grid, &q);
             assert_eq!(tile.points, want, "case {seed}");
         }
     }

@@ -83,6 +83,8 @@ struct Common {
 
 /// What the rows of a tile have for themselves.
 struct Own {
+    /// So many lanes are rows.
+    live: usize,
     divided: Divided,
     /// L, one column after the other.
     left: Vec<Lanes>,
@@ -124,6 +126,7 @@ impl Own {
     /// L and r 0.
     fn new(tile: &Tile, grid: &dyn Grid, rank: usize) -> Self {
         Self {
+            live: tile.live,
             divided: Divided::new(tile, grid),
             left: vec![[0.0; LANES]; rank],
             rows: [0.0; LANES],
@@ -131,7 +134,7 @@ impl Own {
         }
     }
 
-    /// Divides by what ln S has come to; slopes are in units of `unit`⁻¹ then.
+    /// Divides by what ln S has come to; slopes are in units of `unit`⁻¹ then, and 0 where there is no row.
     fn divide(&mut self, right: &Panels, columns: &[f32], grid: &dyn Grid, q: &Quadratic, unit: f32) {
         let mut logs = vectorized(
             #[inline(always)]
@@ -141,7 +144,11 @@ impl Own {
             logs.iter_mut().zip(&self.rows).for_each(|(log, row)| *log += row + column);
         }
         self.divided.divide(&logs, grid, q);
-        self.divided.slopes.as_flattened_mut().iter_mut().for_each(|slope| *slope *= unit);
+        for slopes in &mut self.divided.slopes {
+            let (rows, beyond) = slopes.split_at_mut(self.live);
+            rows.iter_mut().for_each(|slope| *slope *= unit);
+            beyond.fill(0.0);
+        }
     }
 
     /// Moves L and r against the slopes.
@@ -190,13 +197,14 @@ fn by_column(own: &[Own], rank: usize, j: usize) -> (Vec<f32>, f32) {
 #[expect(clippy::cast_possible_truncation, reason = "slopes are f32")]
 fn learned(tiles: &[Tile], grid: &dyn Grid, q: &Quadratic) -> Vec<Tile> {
     let d = q.columns;
-    let rank = (d.min(tiles.len() * LANES) / SHARE).max(1);
+    let rows: usize = tiles.iter().map(|tile| tile.live).sum();
+    let rank = (d.min(rows) / SHARE).max(1);
     let mut common = Common::new(rank, d);
     let mut own = parallel::map(tiles, |tile| Own::new(tile, grid, rank));
     let (right, mut turned) = common.panels();
     parallel::each(&mut own, |own| own.divide(&right, &common.columns, grid, q, 1.0));
     let sum: f64 = own.iter().flat_map(|own| own.divided.mean_slopes()).map(f64::from).sum();
-    let mean = (sum / (tiles.len() * LANES).max(1) as f64) as f32;
+    let mean = (sum / rows.max(1) as f64) as f32;
     if !mean.is_normal() {
         return Vec::new(); // nothing is off
     }
@@ -256,6 +264,30 @@ mod tests {
             start.iter_mut().for_each(|tile| tile.nearest(grid(name)));
             let found = learned(&start, grid(name), &q);
             assert!(loss(&found, &q) < 0.9 * loss(&start, &q), "{name}");
+        }
+    }
+
+    /// Neither in the rank, nor in the unit of slopes, nor in what rows have in common, whatever their lanes hold.
+    #[test]
+    fn lanes_beyond_the_last_row_have_no_say() {
+        let (d, last) = (64, 5);
+        let q = Quadratic::new(&random_quadratic(d, 100), d);
+        for name in ["int3", "bipolar"] {
+            let points = |padding: f32, more: &[Tile]| {
+                let mut tiles = tiles(d);
+                tiles[2].live = last;
+                tiles[2].weights.iter_mut().for_each(|column| column[last..].fill(padding));
+                tiles.extend_from_slice(more);
+                tiles.iter_mut().for_each(|tile| tile.nearest(grid(name)));
+                let learned = learned(&tiles, grid(name), &q);
+                let rows = learned[..3].iter().zip([LANES, LANES, last]);
+                rows.flat_map(|(tile, live)| tile.points.iter().flat_map(move |column| column[..live].to_vec()))
+                    .collect::<Vec<f32>>()
+            };
+            let alone = points(0.0, &[]);
+            assert!(alone == points(0.37, &[]), "{name}: what padding holds");
+            let empty = Tile { live: 0, ..random_tile(d, 8, 9) };
+            assert!(alone == points(0.0, &[empty]), "{name}: how much of it there is");
         }
     }
 
@@ -322,7 +354,9 @@ mod tests {
                 tile.weights[j] = std::array::from_fn(|l| tile.points[j][l] * s[l]);
             }
             let want = tile.points.clone();
-            Lrq.prepare(&q).unwrap().round(&mut tile, grid, &q);
+            // Without anything that its columns are multiplied with there is nothing to learn by.
+            let Some(prepared) = Lrq.prepare(&q) else { continue };
+            prepared.round(&mut tile, grid, &q);
             assert_eq!(tile.points, want, "case {seed}");
         }
     }

@@ -114,6 +114,7 @@ mod tests {
         for seed in 0..CASES {
             let (tile, q, grid) = random_case(seed);
             let elsewhere = Tile {
+                live: tile.live,
                 weights: moved(&tile.weights),
                 points: moved(&tile.points),
                 scales: moved(&tile.scales),

@@ -20,8 +20,8 @@ crate::declare_pass! {
     /// s ← s − cᵀ((Ŵ − W) H)ₖ / cᵀ Hₖₖ c,     then sweeps of coordinate descent
     /// ```
     ///
-    /// Every step is exact and none loses. Scales keep their sign. Declines weights that share one scale over all rows, and
-    /// block formats, whose scales have a format of their own.
+    /// Every step is exact and none loses. Scales keep their sign; rows whose 32-bit bias would saturate stay as they are. Declines
+    /// weights that share one scale over all rows, and block formats, whose scales have a format of their own.
     INFO {
         name: "refit-scales",
         source: "least squares on the layer quadratic",

@@ -197,33 +197,37 @@ impl RoundInOrder {
         let grid = layer.encoding.grid;
         // Scales of block formats have a format of their own, which fitting would leave.
         let free = scheme.block_format().is_none() && layer.scales_are_own();
-        let rounded = work::over_tiles(
-            &layer,
-            None,
-            |q| self.method.prepare(q),
-            |tiles, q, prepared| {
-                if self.clips && free {
-                    parallel::each(tiles, |tile| clip(tile, grid, q, Form::Diagonal));
-                }
-                match prepared {
-                    Some(prepared) => prepared.round_all(tiles, grid, q),
-                    None => parallel::each(tiles, |tile| tile.nearest(grid)),
-                }
-                parallel::each(tiles, |tile| {
-                    descend(tile, grid, q, self.sweeps);
-                    if self.refit > 0 && free {
-                        refit(tile, grid, q, self.refit, 2);
+        let rounded = |free: bool| {
+            work::over_tiles(
+                &layer,
+                None,
+                |q| self.method.prepare(q),
+                |tiles, q, prepared| {
+                    if self.clips && free {
+                        parallel::each(tiles, |tile| clip(tile, grid, q, Form::Diagonal));
                     }
-                });
-            },
-        )?;
+                    match prepared {
+                        Some(prepared) => prepared.round_all(tiles, grid, q),
+                        None => parallel::each(tiles, |tile| tile.nearest(grid)),
+                    }
+                    parallel::each(tiles, |tile| {
+                        descend(tile, grid, q, self.sweeps);
+                        if self.refit > 0 && free {
+                            refit(tile, grid, q, self.refit, 2);
+                        }
+                    });
+                },
+            )
+        };
+        let kept = || rounded(false).map(|rounded| rounded.points);
+        let rounded = rounded(free)?.in_reach(model, &layer, kept)?;
         let shift = bias.and_then(|bias| {
             let decoded = rounded.decoded(&layer);
             Some((bias, prefix::shift(&layer, moments, sum, &decoded)?))
         });
         let mut edits = rounded.edits(model, &layer);
         if edits.is_empty() {
-            return None; // the bias would not fit the new scales: all stays as it was, and goes to nearest
+            return None; // the bias does not even fit the scales that were assigned: all stays as it was, and goes to nearest
         }
         if let Some((bias, shift)) = shift {
             correct(model, bias, &shift, &mut edits);
@@ -368,4 +372,31 @@ fn sum_after(graph: &Graph, users: &Users, id: NodeId) -> Option<(NodeId, usize,
         value = graph.node(add)?.output(0)?;
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::work::tests::{independent, with_a_large_bias};
+    use super::prefix::Moments;
+    use super::*;
+
+    /// One row whose bias leaves no room for a finer scale, and the others have theirs all the same.
+    #[test]
+    fn a_large_bias_holds_no_other_row_back() {
+        let (model, node) = with_a_large_bias();
+        let users = Users::of(model.graph());
+        let inputs = layers(&model, &users)[0];
+        let moments = Moments { gram: independent(), drift: None };
+        let measured = Measured { of_reading: [(inputs.reading, moments)].into(), ..Measured::default() };
+        let options = Options([("clip".to_owned(), "1".to_owned())].into());
+        let bias = ops::bias_site(model.graph(), &users, node);
+        let scheme = Scheme::parse("w4a8").unwrap();
+        let pass = RoundInOrder::new(&options).unwrap();
+        let edits = pass.layer(&model, &inputs, &measured, bias, &scheme).unwrap();
+        let scales = edits.iter().find_map(|edit| match edit {
+            Edit::Encode { site, encoding } if Some(*site) != bias => Some(encoding.scale.to_vec()),
+            _ => None,
+        });
+        assert_eq!(scales.unwrap(), [0.15, 0.3, 1.0]);
+    }
 }

@@ -18,6 +18,8 @@ pub(super) type Lanes = [f32; LANES];
 /// Rows of a weight with their points and scales. Lanes beyond the last row hold zeros.
 #[derive(Clone, Debug)]
 pub(super) struct Tile {
+    /// So many lanes are rows.
+    pub(super) live: usize,
     /// The float weight, column after column.
     pub(super) weights: Vec<Lanes>,
     /// Points of the grid, less zero points.
@@ -280,6 +282,7 @@ pub(super) mod tests {
         let weights: Vec<Lanes> = (0..d).map(|_| std::array::from_fn(|_| noise(&mut state))).collect();
         let blocks = d.div_ceil(block);
         Tile {
+            live: LANES,
             weights,
             points: vec![[0.0; LANES]; d],
             scales: vec![[0.14; LANES]; blocks],
@@ -407,7 +410,7 @@ pub(super) mod tests {
             weights.iter_mut().for_each(|column| column[lane] = 0.0);
         }
         let q = Quadratic::new(&moments(&rows), d);
-        (Tile { weights, points: vec![[0.0; LANES]; d], scales, zeros, block }, q, grid)
+        (Tile { live: LANES, weights, points: vec![[0.0; LANES]; d], scales, zeros, block }, q, grid)
     }
 
     /// What a lane loses, in f64, and what it would lose if no two terms had opposite signs: f32 is off by a share of

@@ -16,7 +16,7 @@ use crate::pass::{PassContext, PassError, Wish};
 
 /// New points and scales of a layer, in the order of storage.
 pub(super) struct Rounded {
-    points: Vec<f32>,
+    pub(super) points: Vec<f32>,
     scales: Vec<f32>,
 }
 
@@ -100,6 +100,7 @@ pub(super) fn polish(
                 |_| (),
                 |tiles, q, ()| parallel::each(tiles, |tile| work(tile, grid, q)),
             );
+            let polished = polished.and_then(|polished| polished.in_reach(model, layer, || Some(points)));
             if let Some(polished) = polished {
                 polished.edits(model, layer).into_iter().for_each(|edit| patch.edit(edit));
                 patch.count("polished", 1);
@@ -129,6 +130,7 @@ fn cut(layer: &Layer<'_>, weights: &[f32], points: Option<&[f32]>, rows: std::op
         (0..layer.blocks()).map(block).collect::<Vec<_>>()
     };
     Tile {
+        live: rows.len(),
         weights: gather(weights),
         points: points.map_or_else(|| vec![[0.0; LANES]; layer.columns], gather),
         scales: per_block(&|index| layer.encoding.scale[index], 1.0),
@@ -160,6 +162,32 @@ impl Rounded {
         values
     }
 
+    /// The same, but for rows in whose scales the bias of the node would saturate: those keep the scales that were assigned, and the points
+    /// that `kept` has chosen in these.
+    pub(super) fn in_reach(
+        mut self,
+        model: &Model,
+        layer: &Layer<'_>,
+        kept: impl FnOnce() -> Option<Vec<f32>>,
+    ) -> Option<Self> {
+        let encoding = Encoding { scale: self.scales.as_slice().into(), ..layer.encoding.clone() };
+        let mut rows = bias::saturated(model, layer.node, &encoding);
+        rows.retain(|row| *row < layer.rows);
+        if rows.is_empty() {
+            return Some(self);
+        }
+        let points = kept()?;
+        for row in rows {
+            for at in (0..layer.columns).map(|column| layer.index(row, column)) {
+                self.points[at] = points[at];
+            }
+            for at in (0..layer.blocks()).map(|block| layer.scale_index(row, block)) {
+                self.scales[at] = layer.encoding.scale[at];
+            }
+        }
+        Some(self)
+    }
+
     /// The edits that write this into the plan. Where scales changed, the bias of the node, whose scale is that of the input
     /// times that of the weight, is encoded and rounded anew.
     pub(super) fn edits(self, model: &Model, layer: &Layer<'_>) -> Vec<Edit> {
@@ -180,5 +208,65 @@ impl Rounded {
         let mut edits = bias::behind_weight(model, layer.node, &encoding)?;
         edits.push(Edit::Encode { site: layer.site, encoding });
         Some(edits)
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::super::clip_weights::{Form, clip};
+    use super::*;
+    use crate::observe::Gram;
+
+    /// Rows 0 and 2 lie on the grid of half their scale. The bias of row 2 leaves no room for that.
+    const SOURCE: &str = "graph (%x: f32[8,4]) -> (%y: f32[8,3]) {
+        %w = const f32[4,3] [0.15, 0.3, 0.5, 0.45, -0.3, -0.5, -0.15, 0.6, 1.5, 0.75, 0.3, -1.5]
+        %b = const f32[3] [1, 1, 1500000000]
+        %y = Gemm(%x, %w, %b)
+    }";
+
+    /// A layer with a bias that is encoded, and with a large one in row 2; its node.
+    pub(in super::super) fn with_a_large_bias() -> (Model, NodeId) {
+        let mut model = crate::text::parse(SOURCE).unwrap();
+        let node = model.graph().nodes().next().unwrap().0;
+        let grid = |name: &str| crate::grid::find(name).unwrap();
+        let mut patch = Patch::on(&model);
+        for (input, encoding) in [
+            (0, Encoding::per_tensor(grid("uint8"), 1.0, 0)),
+            (1, Encoding::per_axis(grid("int4"), 1, vec![0.3, 0.3, 1.0])),
+            (2, Encoding::per_axis(grid("int32"), 0, vec![0.3, 0.3, 1.0])),
+        ] {
+            patch.edit(Edit::Encode { site: Site::Use { node, input }, encoding });
+        }
+        model.apply(patch).unwrap();
+        (model, node)
+    }
+
+    /// Moments of four columns that have nothing to do with one another.
+    pub(in super::super) fn independent() -> Arc<Gram> {
+        let moments = (0..16).map(|at| if at % 5 == 0 { 1.0 } else { 0.0 }).collect();
+        Arc::new(Gram { columns: 4, moments, means: vec![0.0; 4], count: 60, effective: 1e12 })
+    }
+
+    #[test]
+    fn only_rows_whose_bias_would_saturate_keep_their_scales() {
+        let (model, node) = with_a_large_bias();
+        let layer = Layer::of(&model, node).unwrap().behind(independent(), true);
+        let grid = layer.encoding.grid;
+        let clipped = || {
+            let work = |tiles: &mut [Tile], q: &Quadratic, (): &()| {
+                parallel::each(tiles, |tile| {
+                    clip(tile, grid, q, Form::Diagonal);
+                    tile.nearest(grid);
+                });
+            };
+            over_tiles(&layer, None, |_| (), work).unwrap()
+        };
+        assert_eq!(clipped().scales, [0.15, 0.3, 0.5]);
+        assert!(clipped().scaled(&model, &layer).is_none(), "the bias fits");
+        let fitting = clipped().in_reach(&model, &layer, || Some(vec![7.0; 12])).unwrap();
+        assert_eq!(fitting.scales, [0.15, 0.3, 1.0]);
+        let kept = |row: usize| (0..4).all(|column| (fitting.points[layer.index(row, column)] - 7.0).abs() < 1e-6);
+        assert_eq!([0, 1, 2].map(kept), [false, false, true]);
+        assert!(fitting.scaled(&model, &layer).is_some());
     }
 }

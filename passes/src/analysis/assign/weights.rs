@@ -49,6 +49,15 @@ pub(super) fn weight_grid(scheme: &Scheme) -> Option<&'static dyn Grid> {
     grid::find(&format!("{sign}{}{suffix}", scheme.weight_bits))
 }
 
+/// The scale of what is all zero on a grid without 0, where every point is off: next to nothing. 16-bit floats hold it, and half of it, too
+/// (`--rest f16`), as they hold nothing below 2⁻²⁴; ranges that are chosen anew may halve it.
+const VANISHING: f32 = f32::EPSILON;
+
+/// Whether 0 is a point of `grid`: it is none of the signs.
+fn holds_zero(grid: &dyn Grid) -> bool {
+    grid.nearest(0.0) == 0.0
+}
+
 /// Symmetric scales: one per output channel, or one in all.
 pub(super) fn scales(weight: &Tensor, axis: usize, by_channel: bool, goals: &Goal) -> Option<Vec<f64>> {
     if by_channel {
@@ -58,7 +67,7 @@ pub(super) fn scales(weight: &Tensor, axis: usize, by_channel: bool, goals: &Goa
     Some(vec![if scale > 0.0 { scale } else { 1.0 }])
 }
 
-/// Symmetric scales per output channel; a channel of zeros takes the median of the others.
+/// Symmetric scales per output channel; a channel of zeros takes the median of the others, where the grid has a 0 for it.
 fn channel_scales(weight: &Tensor, axis: usize, goals: &Goal) -> Option<Vec<f64>> {
     let channels = *weight.shape().get(axis)?;
     let inner: usize = weight.shape()[axis + 1..].iter().product();
@@ -75,12 +84,13 @@ fn channel_scales(weight: &Tensor, axis: usize, goals: &Goal) -> Option<Vec<f64>
     Some(scales)
 }
 
-/// The scale for one channel: 0 when it is all zero, never below what f32 holds with full precision.
+/// The scale for one channel, never below what f32 holds with full precision; 0 when it is all zero on a grid that holds that, as any scale
+/// will do then.
 fn scale_of(channel: &[f32], goals: &Goal) -> f64 {
     let grid = goals.weight_grid;
     let top = channel.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
     if top == 0.0 {
-        return 0.0;
+        return if holds_zero(grid) { 0.0 } else { VANISHING.into() };
     }
     if grid.info().bits == 1 {
         return allowed(mean_magnitude(channel), goals, |scale| squared_error(channel, grid, scale, 0.0));
@@ -186,10 +196,10 @@ fn least_of(block: &[f32], format: &BlockFormat, top: f32) -> f32 {
 #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
 fn signed_block(block: &[f32], goals: &Goal) -> (f32, i32) {
     let longest = block.iter().copied().fold(0.0_f32, |m, v| if v.abs() > m.abs() { v } else { m });
-    if longest == 0.0 {
-        return (1.0, 0);
-    }
     let grid = goals.weight_grid;
+    if longest == 0.0 {
+        return (if holds_zero(grid) { 1.0 } else { VANISHING }, 0);
+    }
     if grid.info().bits == 1 {
         let scale = allowed(mean_magnitude(block), goals, |scale| squared_error(block, grid, scale, 0.0));
         return (scale as f32, 0);
@@ -342,6 +352,27 @@ mod tests {
                 let (block, zero) = signed_block(&values, &goals);
                 assert!((f64::from(block) - scale).abs() < 1e-6 && zero == 0, "{how:?} {seed}: {block} {scale}");
             }
+        }
+    }
+
+    /// 0 becomes 1, whose scale decides what is left of it. 16-bit floats hold that, also once its range was halved.
+    #[test]
+    fn zeros_among_signs_stay_next_to_nothing() {
+        let weight = Tensor::of([2, 4], vec![0.0_f32, 0.0, 3.0, -1.0, 0.0, 0.0, 0.0, 0.0]);
+        for scheme in ["w1a16", "w1a8pow2"] {
+            let goals = Goal::new(Scheme::parse(scheme).unwrap(), WeightScale::Mse, &Accepts::USUAL).unwrap();
+            let blocks = blocked(&weight, 1, 2, &goals).unwrap();
+            assert_eq!(blocks.scale.to_vec(), [VANISHING, 2.0, VANISHING, VANISHING], "{scheme}");
+            let mut values = weight.floats().unwrap().into_owned();
+            blocks.simulate(&mut values, weight.shape()).unwrap();
+            assert!(values[..2].iter().chain(&values[4..]).all(|value| value.abs() < 1e-6), "{scheme}: {values:?}");
+            let channels = channel_scales(&weight, 0, &goals).unwrap();
+            assert_eq!(channels, [1.0, f64::from(VANISHING)], "{scheme}");
+            let dead = Tensor::of([1, 2], vec![0.0_f32; 2]);
+            assert_eq!(scales(&dead, 0, false, &goals).unwrap(), [f64::from(VANISHING)], "{scheme}");
+        }
+        for scale in [VANISHING, 0.5 * VANISHING] {
+            assert_eq!(half::f16::from_f32(scale).to_f32().to_bits(), scale.to_bits());
         }
     }
 
