@@ -140,8 +140,8 @@ codes! {
         "More bits and more nodes in float were tried, as far as the scheme and the budget for bits allow, and the best is what was written. Allow more, use --recipe best, or more samples.";
     FLOAT_CACHE = "OQ4005", "an input that looks like a cache stays in float",
         "A cache in codes is a float input that a Concat reads, first of two along an axis before the last, whose result the model returns; the extent of its last axis is known. Beside it, Shape may read the input, and one other node where nothing in the model reads the result. Inputs in 16-bit floats are none: what is computed here is f32, behind a Cast; export the model with its caches in f32. Operators that hold the cache inside (GroupQueryAttention, Attention) have no such place: export the model with attention written out.";
-    RELAXED = "OQ4006", "clamps became Relu because no sample reaches their end",
-        "relax-clamps takes the end of a clamp away where calibration never came to it, so that scales can pass. Data that is unlike the samples may go beyond; leave the pass out, or give more samples.";
+    RELAXED = "OQ4006", "what clamps let pass is the same for the samples only",
+        "relax-clamps takes the end of a clamp away where calibration never came to it, so that scales can pass; equalize-layers{clamps=M} scales channels in front of clamps that stay, so that what no sample brought may be clamped earlier or later. Data that is unlike the samples may go beyond; leave the pass or its option out, or give more samples.";
     LEARNED_BASIS = "OQ4007", "a residual stream was turned into a basis that was learned",
         "The note of the model says what rounding the weights around the stream loses, in shares of the power of what they compute, before and after. That of a tensor gives the logarithm of its quantization space utilization rate per channel: 0 where a range for all channels is filled evenly, less where some channels are louder than others, or depend on one another.";
     BIAS_SATURATED = "OQ5001", "a bias did not fit 32 bits at its scale and the weight scale was raised",

@@ -3,14 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::region::clamp_end;
+use super::region::{clamp_end, is_kept_in_float};
 use super::shifted;
 use crate::diag::{self, Diagnostic, Place, Severity};
-use crate::exec::Dataset;
 use crate::id::{NodeId, ValueId};
 use crate::ir::Graph;
-use crate::ir::walk::{User, Users};
-use crate::model::{Model, Patch, Plan};
+use crate::ir::walk::{User, Users, reads};
+use crate::model::{Edit, Model, Patch, Plan};
 use crate::ops;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::simulate::Simulation;
@@ -25,10 +24,11 @@ crate::declare_pass! {
     ///
     /// relu(x) = relu(x − c) + c wherever x ≥ c: exact for the samples, as c is the least value that they brought. A clamp from 0 to a
     /// number is treated alike where the samples do not reach its end. With `sigmas=K`, c goes up to the mean less K standard
-    /// deviations, as in the source; the few values below it are lost, and where the outputs of the model would then keep less than
-    /// 50 dB, the least value is used and a note says so. The nodes are `Conv` and `Gemm`, with global pools and `Flatten` between
-    /// them; one without a bias gets one. A convolution that pads with zeros would have to pad with −c: it is left alone and named, and
-    /// so is a tensor with other readers.
+    /// deviations, as in the source; the few values below it are lost, and what was measured behind them is forgotten. Where an output of
+    /// the model would then keep less than 50 dB, or all outputs are integers, which do not tell, the least values are used for all pairs
+    /// and a note says so; what was measured of pairs that only `sigmas` would have changed is forgotten too, so that they are not tried
+    /// again. The nodes are `Conv` and `Gemm`, with global pools and `Flatten` between them; one without a bias gets one. A convolution
+    /// that pads with zeros would have to pad with −c: it is left alone and named, and so is a tensor with other readers.
     INFO {
         name: "absorb-high-bias",
         source: "Nagel et al. 2019, arXiv:1906.04721, section 4.1.3; the least value instead of three sigmas and the refusal of padding ours",
@@ -72,24 +72,28 @@ impl Pass for AbsorbHighBias {
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
-        let powers = self.sigmas.map(|_| Wish::Peaks { axis: 1 });
-        let of = |pair: &Pair| {
-            let value = pair.value;
-            [Some(Wish::Ends { axis: 1 }), powers].into_iter().flatten().map(move |wish| (value, wish))
-        };
-        pairs(model, cx).0.iter().flat_map(of).collect()
+        let (pairs, refused) = pairs(model, cx);
+        let values = pairs.iter().map(|pair| pair.value).chain(refused.iter().map(|refused| refused.value));
+        let ends = values.map(|value| (value, Wish::Ends { axis: 1 }));
+        let lossy = pairs.iter().filter(|_| self.sigmas.is_some());
+        ends.chain(lossy.map(|pair| (pair.value, Wish::Peaks { axis: 1 }))).collect()
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
-        let (pairs, declined) = pairs(model, cx);
+        let (pairs, refused) = pairs(model, cx);
         let mut patch = absorbed(model, &pairs, self.sigmas);
         if self.sigmas.is_some() && !patch.is_empty() && loses(model, &pairs, self.sigmas, cx)? {
             patch = absorbed(model, &pairs, None);
-            let message = "absorb-high-bias: with the values below `sigmas` lost, the outputs would keep less than 50 dB: the least \
-                           values were used instead";
+            if !patch.is_empty() {
+                // The next round would judge what is left by itself, against a model that has changed.
+                let left = |pair: &&Pair| pair.taken(model, None).is_none() && pair.taken(model, self.sigmas).is_some();
+                pairs.iter().filter(left).for_each(|pair| patch.edit(Edit::Forget(pair.value)));
+            }
+            let message = "absorb-high-bias: with the values below `sigmas` lost, an output would keep less than 50 dB, or all are integers, \
+                           which do not tell: the least values were used instead";
             patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, Place::Model, message));
         }
-        declined.into_iter().for_each(|note| patch.note(note));
+        refused.iter().filter_map(|refused| refused.told(model)).for_each(|note| patch.note(note));
         Ok(patch)
     }
 }
@@ -106,27 +110,44 @@ struct Pair {
     sinks: Vec<NodeId>,
 }
 
-/// Every pair of `model`, and why others are none.
-fn pairs(model: &Model, cx: &PassContext<'_>) -> (Vec<Pair>, Vec<Diagnostic>) {
-    let (mut pairs, mut declined) = (Vec::new(), Vec::new());
+/// A linear node and a clamp that alone reads it, behind which something does not take a constant.
+struct Refused {
+    source: NodeId,
+    /// What is clamped.
+    value: ValueId,
+    /// Where the clamp ends.
+    high: f64,
+    why: String,
+}
+
+impl Refused {
+    /// What the user should know where channels are high enough to matter.
+    fn told(&self, model: &Model) -> Option<Diagnostic> {
+        let ranges = model.stats().ends(self.value, 1)?.ranges()?;
+        ranges.iter().any(|(low, top)| *low > 0.0 && *top <= self.high).then_some(())?;
+        let place = Place::Node(Arc::clone(&model.graph().node(self.source)?.name));
+        let message = format!("absorb-high-bias: its bias stays, as {}", self.why);
+        Some(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Note, place, message))
+    }
+}
+
+/// Every pair of `model`, and what would be one but for what lies behind.
+fn pairs(model: &Model, cx: &PassContext<'_>) -> (Vec<Pair>, Vec<Refused>) {
+    let (mut pairs, mut refused) = (Vec::new(), Vec::new());
     let users = Users::of(model.graph());
-    for (id, node) in model.graph().nodes() {
+    for (id, _) in model.graph().nodes() {
         match Pair::at(model, &users, cx, id) {
             Some(Ok(pair)) => pairs.push(pair),
-            Some(Err(why)) => {
-                let place = Place::Node(Arc::clone(&node.name));
-                let message = format!("absorb-high-bias: its bias stays, as {why}");
-                declined.push(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Note, place, message));
-            }
+            Some(Err(other)) => refused.push(other),
             None => {}
         }
     }
-    (pairs, declined)
+    (pairs, refused)
 }
 
 impl Pair {
-    /// The pair that begins with `source`; or why it is none, where the pattern is there and channels are high enough to matter.
-    fn at(model: &Model, users: &Users, cx: &PassContext<'_>, source: NodeId) -> Option<Result<Self, String>> {
+    /// The pair that begins with `source`; or why it is none, where the pattern is there.
+    fn at(model: &Model, users: &Users, cx: &PassContext<'_>, source: NodeId) -> Option<Result<Self, Refused>> {
         let graph = model.graph();
         let value = graph.node(source)?.output(0)?;
         shifted::bias(graph, source)?;
@@ -139,10 +160,7 @@ impl Pair {
                 let is_free = [source].iter().chain(&inside).chain(&sinks).all(free);
                 is_free.then_some(Ok(Self { source, value, high, inside, sinks }))
             }
-            Err(why) => {
-                let ranges = model.stats().ends(value, 1)?.ranges()?;
-                ranges.iter().any(|(low, top)| *low > 0.0 && *top <= high).then_some(Err(why))
-            }
+            Err(why) => free(&source).then_some(Err(Refused { source, value, high, why })),
         }
     }
 
@@ -196,12 +214,7 @@ fn readers(graph: &Graph, users: &Users, first: NodeId) -> Result<(Vec<NodeId>, 
 /// Whether node `id` is neither in codes nor wanted in float, by its name or that of what it reads or returns.
 fn is_free(model: &Model, cx: &PassContext<'_>, id: NodeId) -> bool {
     let graph = model.graph();
-    graph.node(id).is_some_and(|node| {
-        let kept = |name: &str| cx.keep_float.contains_key(name);
-        let values = node.inputs.iter().chain(&node.outputs).flatten();
-        let named = kept(&node.name) || values.into_iter().any(|value| kept(&graph.value(*value).name));
-        !named && !model.plan().encodes_any_of(graph, id)
-    })
+    !is_kept_in_float(graph, cx, id) && !model.plan().encodes_any_of(graph, id)
 }
 
 /// The patch that moves constants from the biases in front of `pairs` to those behind them.
@@ -211,6 +224,8 @@ fn absorbed(model: &Model, pairs: &[Pair], sigmas: Option<f64>) -> Patch {
     // What is added to biases, and what then returns something else.
     let mut terms: BTreeMap<NodeId, Vec<f64>> = BTreeMap::new();
     let mut moved = BTreeSet::new();
+    // What returns something else on the samples too.
+    let mut lossy = BTreeSet::new();
     for pair in pairs {
         let Some(taken) = pair.taken(model, sigmas) else { continue };
         let given: Option<Vec<Vec<f64>>> = pair.sinks.iter().map(|&id| shifted::through(graph, id, &taken)).collect();
@@ -218,6 +233,9 @@ fn absorbed(model: &Model, pairs: &[Pair], sigmas: Option<f64>) -> Patch {
         let Some(given) = given.filter(|given| fits && given.iter().flatten().all(|v| v.is_finite())) else {
             continue;
         };
+        if sigmas.is_some() && pair.taken(model, None).as_ref() != Some(&taken) {
+            lossy.extend(pair.sinks.iter().copied());
+        }
         let lost = taken.iter().map(|c| -c).collect();
         for (id, term) in pair.sinks.iter().copied().zip(given).chain([(pair.source, lost)]) {
             let all = terms.entry(id).or_insert_with(|| vec![0.0; term.len()]);
@@ -228,7 +246,19 @@ fn absorbed(model: &Model, pairs: &[Pair], sigmas: Option<f64>) -> Patch {
         patch.count("pairs", 1);
     }
     renew(graph, &terms, &moved, &mut patch);
+    behind(graph, &lossy).into_iter().for_each(|value| patch.edit(Edit::Forget(value)));
     patch
+}
+
+/// What the nodes `first` return, and all nodes behind them.
+fn behind(graph: &Graph, first: &BTreeSet<NodeId>) -> BTreeSet<ValueId> {
+    let mut values: BTreeSet<ValueId> = BTreeSet::new();
+    for (id, node) in graph.nodes() {
+        if first.contains(&id) || reads(node).any(|value| values.contains(&value)) {
+            values.extend(node.outputs.iter().flatten());
+        }
+    }
+    values
 }
 
 /// Writes the nodes anew that have other biases, or read what `moved` returns.
@@ -257,12 +287,13 @@ fn renew(graph: &Graph, terms: &BTreeMap<NodeId, Vec<f64>>, moved: &BTreeSet<Nod
                 let new = patch.node(copy, &format!("{}.absorbed", value.name), value.ty.clone(), Some(id));
                 renewed.insert(output, new);
             }
+            // On the samples, which all that was measured comes from, its output is the same; where it is not, that is forgotten.
             None => patch.replace(id, copy),
         }
     }
 }
 
-/// Whether the outputs keep less than [`LEAST_RATIO`] on the samples when values below `sigmas` are lost.
+/// Whether some output keeps less than [`LEAST_RATIO`] on the samples when values below `sigmas` are lost, or none tells.
 fn loses(model: &Model, pairs: &[Pair], sigmas: Option<f64>, cx: &PassContext<'_>) -> Result<bool, PassError> {
     let Some(dataset) = cx.dataset.filter(|data| !data.is_empty()) else { return Ok(true) };
     let mut other = model.clone();
@@ -271,25 +302,65 @@ fn loses(model: &Model, pairs: &[Pair], sigmas: Option<f64>, cx: &PassContext<'_
     let prepared =
         |model: &Model| Simulation::prepare(model.graph(), &Plan::default(), cx.executor, model.graph().outputs());
     let runs = [prepared(model)?, prepared(&other)?];
-    let (mut signal, mut noise) = (0.0_f64, 0.0_f64);
+    let mut outputs = vec![Compared::default(); model.graph().outputs().len()];
     cx.progress.begin(INFO.about.name, dataset.len() as u64);
     for index in 0..dataset.len() {
         if cx.progress.cancelled() {
             return Err(PassError::Interrupted);
         }
-        let (before, after) = (measured(&runs[0], dataset, index)?, measured(&runs[1], dataset, index)?);
-        for (a, b) in before.iter().zip(&after).filter(|(a, b)| a.is_finite() && b.is_finite()) {
-            signal += f64::from(*a).powi(2);
-            noise += (f64::from(*a) - f64::from(*b)).powi(2);
+        let feeds = dataset.sample(index)?;
+        let (before, after) = (runs[0].run(&feeds)?, runs[1].run(&feeds)?);
+        for ((output, before), after) in outputs.iter_mut().zip(&before).zip(&after) {
+            output.see(before, after);
         }
         cx.progress.step();
     }
     cx.progress.end();
-    Ok(noise * LEAST_RATIO > signal)
+    Ok(outputs.iter().all(|output| !output.any) || outputs.iter().any(Compared::loses))
 }
 
-/// All float numbers that `run` returns for a sample.
-fn measured(run: &Simulation, dataset: &dyn Dataset, index: usize) -> Result<Vec<f32>, PassError> {
-    let outputs = run.run(&dataset.sample(index)?)?;
-    Ok(outputs.iter().filter_map(Tensor::values::<f32>).flat_map(std::borrow::Cow::into_owned).collect())
+/// An output of two models, over samples.
+#[derive(Clone, Default)]
+struct Compared {
+    /// Whether there was any finite float.
+    any: bool,
+    signal: f64,
+    noise: f64,
+}
+
+impl Compared {
+    /// Adds the numbers of a sample; what was finite and is not any more is lost altogether.
+    fn see(&mut self, before: &Tensor, after: &Tensor) {
+        let Some((before, after)) = before.values::<f32>().zip(after.values::<f32>()) else { return };
+        for (a, b) in before.iter().zip(after.iter()).filter(|(a, _)| a.is_finite()) {
+            self.any = true;
+            self.signal += f64::from(*a).powi(2);
+            self.noise += if b.is_finite() { (f64::from(*a) - f64::from(*b)).powi(2) } else { f64::INFINITY };
+        }
+    }
+
+    fn loses(&self) -> bool {
+        self.noise * LEAST_RATIO > self.signal
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn integers_tell_nothing_and_numbers_that_are_finite_no_more_are_lost() {
+        let of = |before: &[f32], after: &[f32]| {
+            let mut compared = Compared::default();
+            compared.see(&Tensor::of([before.len()], before.to_vec()), &Tensor::of([after.len()], after.to_vec()));
+            compared
+        };
+        let mut integers = Compared::default();
+        integers.see(&Tensor::of([1], vec![1_i64]), &Tensor::of([1], vec![2_i64]));
+        assert!(!integers.any && !of(&[f32::NAN], &[1.0]).any);
+        // By hand: of a power of 2, an error of 0.004² leaves 50.97 dB, and one of 0.005² leaves 49.03 dB.
+        assert!(!of(&[1.0, -1.0], &[1.004, -1.0]).loses() && of(&[1.0, -1.0], &[1.005, -1.0]).loses());
+        assert!(of(&[1e6, 1.0], &[1e6, f32::INFINITY]).loses() && of(&[1e6, 1.0], &[1e6, f32::NAN]).loses());
+        assert!(!of(&[1.0, f32::INFINITY], &[1.0, f32::INFINITY]).loses());
+    }
 }

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::region::{Region, regions};
+use super::region::{Region, is_kept_in_float, regions};
 use super::smooth::divisors;
+use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::id::{NodeId, ValueId};
 use crate::ir::Graph;
 use crate::ir::walk::Users;
@@ -26,10 +27,11 @@ crate::declare_pass! {
     /// Tensors that `Relu`, `LeakyRelu`, pools and sums connect share one s; a region that anything else writes or reads is left
     /// alone, and so is one with a clamp such as Relu6, through which no scale passes. With `clamps=M` it is not: channels of which some
     /// sample reaches the end of the clamp share one s, and the others grow until M times their largest value would reach it, so
-    /// that the clamp stays as it is and the function is the same for all samples, and for what is not M times larger.
+    /// that the clamp stays as it is and the function is the same for all samples, and for what is neither M times larger than the peak
+    /// of its channel nor beyond the end of the clamp. That is exact for the samples only, which a note says.
     /// s\[j\] = peak(x\[j\])^a / peak(w\[j\])^(1−a) with the exponent a that gives the smallest expected error of what is computed from the region at the scheme's bits; doing nothing
     /// is among the candidates. Dead channels keep s = 1, and so does every region of which
-    /// something was not measured or the user wants something in float. Exact over the reals.
+    /// something was not measured or the user wants something in float. Exact over the reals where no clamps are passed.
     INFO {
         name: "equalize-layers",
         source: "Nagel et al. 2019, arXiv:1906.04721, section 4.1; regions after Brevitas; choice by expected error ours",
@@ -91,12 +93,21 @@ impl Pass for EqualizeLayers {
         let graph = model.graph();
         let regions = free_regions(graph, cx, self.clamps.is_some());
         let divisors = parallel::map(&regions, |region| divisor(model, region, self.clamps, cx));
+        let mut clamped = 0;
         for (region, divisor) in regions.iter().zip(divisors) {
             let nodes = || region.sources.iter().chain(&region.inside).chain(&region.sinks);
             let Some(divisor) = divisor.filter(|_| !nodes().any(|id| patch.touches(*id))) else { continue };
             if apply(model, region, &divisor, &mut patch).is_some() {
                 patch.count("regions", 1);
+                clamped += u32::from(!region.clamps.is_empty());
             }
+        }
+        if let Some(margin) = self.clamps.filter(|_| clamped > 0) {
+            let message = format!(
+                "equalize-layers: {clamped} regions with clamps were changed; the function is the same for the samples, and for what is \
+                 neither {margin} times larger than the peak of its channel nor beyond the end of the clamp"
+            );
+            patch.note(Diagnostic::new(diag::RELAXED, Severity::Note, Place::Model, message));
         }
         Ok(patch)
     }
@@ -104,13 +115,7 @@ impl Pass for EqualizeLayers {
 
 /// The regions in which nothing has to stay in float: nodes and tensors get new names, which no pattern would find.
 fn free_regions(graph: &Graph, cx: &PassContext<'_>, clamps: bool) -> Vec<Region> {
-    let named = |id: &NodeId| {
-        graph.node(*id).is_some_and(|node| {
-            let values = node.inputs.iter().chain(&node.outputs).flatten();
-            let kept = |name: &str| cx.keep_float.contains_key(name);
-            kept(&node.name) || values.into_iter().any(|value| kept(&graph.value(*value).name))
-        })
-    };
+    let named = |id: &NodeId| is_kept_in_float(graph, cx, *id);
     let mut regions = regions(graph, &Users::of(graph), clamps);
     regions.retain(|region| !region.sources.iter().chain(&region.inside).chain(&region.sinks).any(named));
     regions
@@ -277,6 +282,7 @@ fn renew(model: &Model, region: &Region, s: &[f64], patch: &mut Patch) -> Option
         let name = format!("{}.equalized", graph.value(node.input(1)?).name);
         copy.inputs[1] = Some(patch.constant(&name, scaled(weight, |index| columns.factor(index))?));
         copy.inputs[0] = Some(*renewed.get(&node.input(0)?)?);
+        // Its output is the same over the reals; behind clamps on the samples, which all that was measured comes from.
         patch.replace(id, copy);
     }
     Some(())

@@ -33,7 +33,7 @@ crate::declare_pass! {
         source: "Liu et al. 2024 (SpinQuant), arXiv:2405.16406, section 3.2; utilization rate: Hu et al. 2025 (OSTQuant), arXiv:2501.13987; \
                  the loss of weights and pivots instead of that of the model: ours",
         cost: "Second moments of what norms return and of what writers read. Then per sweep three products of every weight by a d × d matrix, \
-               and about 10 d³ multiply-adds per norm. Memory: the weights once more.",
+               and about 10 d³ multiply-adds per norm. Memory: the weights once more, and eight times the largest.",
         requires: Facts::NONE,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,

@@ -6,6 +6,7 @@ use crate::id::{NodeId, ValueId};
 use crate::ir::walk::{User, Users};
 use crate::ir::{Graph, Node};
 use crate::ops;
+use crate::pass::PassContext;
 use crate::tensor::{DType, Tensor};
 
 /// A region: dividing channel c of all its tensors by s\[c\] > 0 needs nothing but other weights in `sources` and `sinks`.
@@ -21,6 +22,15 @@ pub(super) struct Region {
     pub(super) clamps: Vec<(ValueId, f64)>,
     /// Channels of its tensors.
     pub(super) channels: usize,
+}
+
+/// Whether the user wants node `id` in float, by its name or that of what it reads or returns.
+pub(super) fn is_kept_in_float(graph: &Graph, cx: &PassContext<'_>, id: NodeId) -> bool {
+    graph.node(id).is_some_and(|node| {
+        let kept = |name: &str| cx.keep_float.contains_key(name);
+        let mut values = node.inputs.iter().chain(&node.outputs).flatten();
+        kept(&node.name) || values.any(|value| kept(&graph.value(*value).name))
+    })
 }
 
 /// Where the clamp `node` ends when it begins at 0: infinity for one without an end. `None` for what is no such clamp.

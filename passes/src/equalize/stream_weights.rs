@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::pivots::{self, Errors, Moments};
 use super::rounding_loss::Rounding;
 use super::stream::{Reader, Role, Stream};
-use super::turned_loss::{Group, TurnedLoss, Weight};
+use super::turned_loss::{AT_ONCE, Group, TurnedLoss, Weight};
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, ValueId};
 use crate::ir::Graph;
@@ -57,13 +57,13 @@ impl Setting<'_> {
         Ok(TurnedLoss { width, groups, errors, levels })
     }
 
-    /// Whether memory holds the weights once more, and the moments.
+    /// Whether memory holds the weights once more, those of them that are in work, and the moments.
     fn fits(&self) -> Result<(), String> {
         let graph = self.model.graph();
         let bytes = |value: ValueId| graph.constant(value).map_or(0, |tensor| 4 * tensor.len() as u64);
-        let read: u64 = self.stream.readers.iter().map(|reader| bytes(reader.weight)).sum();
         let writers = writers(graph, self.stream);
-        let written: u64 = writers.iter().map(|(.., weight)| bytes(*weight)).sum();
+        let read = self.stream.readers.iter().map(|reader| reader.weight);
+        let weights: Vec<u64> = read.chain(writers.iter().map(|(.., weight)| *weight)).map(bytes).collect();
         let inputs = writers.iter().filter_map(|(_, read, weight)| {
             let inputs = *graph.constant(*weight)?.shape().first()?;
             self.gram(*read, inputs).map(|_| inputs)
@@ -72,7 +72,7 @@ impl Setting<'_> {
         // Some matrices of that size are in work at once: those of the stream, and before, one after the other, those of what writers read.
         let of_stream = Moments::bytes(self.stream.width).saturating_mul(norms.len() as u64 + 64);
         let of_writer = Moments::bytes(inputs.max().unwrap_or(0)).saturating_mul(8);
-        let needed = read.saturating_add(written).saturating_add(of_stream.max(of_writer));
+        let needed = of_weights(&weights).saturating_add(of_stream.max(of_writer));
         let left = self.cx.state_budget;
         if needed <= left {
             return Ok(());
@@ -143,6 +143,13 @@ pub(super) fn writers(graph: &Graph, stream: &Stream) -> Vec<(NodeId, ValueId, V
         .collect()
 }
 
+/// The bytes that weights of so many `bytes` each take: all of them once, and twice more, turned and as slopes, those in work.
+fn of_weights(bytes: &[u64]) -> u64 {
+    let largest = bytes.iter().copied().max().unwrap_or(0);
+    let in_work = largest.saturating_mul(2 * AT_ONCE as u64);
+    bytes.iter().fold(in_work, |sum, bytes| sum.saturating_add(*bytes))
+}
+
 /// The points of weights in `scheme`, and how many of them share a scale.
 fn format(scheme: &Scheme) -> Option<(&'static dyn Grid, Option<usize>)> {
     if let Some(format) = scheme.block_format() {
@@ -162,4 +169,16 @@ fn square(rows: &[f32]) -> f64 {
 /// One over `power`; `None` for a weight that computes nothing, or no numbers.
 fn share(power: f64) -> Option<f64> {
     Some(1.0 / power).filter(|share| power > 0.0 && share.is_normal())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_weight_counts_twice_more_for_every_group_in_work() {
+        assert_eq!(of_weights(&[]), 0);
+        assert_eq!(of_weights(&[10, 30, 20]), 60 + 2 * 4 * 30);
+        assert_eq!(of_weights(&[u64::MAX, 1]), u64::MAX);
+    }
 }

@@ -35,8 +35,8 @@ pub(super) struct TurnedLoss {
     pub(super) levels: Option<f64>,
 }
 
-/// So many groups are worked on at once, whatever the number of threads.
-const AT_ONCE: usize = 4;
+/// So many groups are worked on at once, whatever the number of threads: each holds one of its weights turned, and the slopes of that.
+pub(super) const AT_ONCE: usize = 4;
 
 /// The power of the mean that stands for the largest of all channels.
 const PEAK: i32 = 8;
@@ -48,7 +48,8 @@ impl TurnedLoss {
     /// The loss in the basis `r`.
     pub(super) fn at(&self, r: &Orthogonal) -> f64 {
         let single = r.single();
-        parallel::map(&self.groups, |group| self.of_group(group, r, &single, None)).iter().sum()
+        let of_some = |some: &[Group]| parallel::map(some, |group| self.of_group(group, r, &single, None));
+        self.groups.chunks(AT_ONCE).flat_map(of_some).sum()
     }
 
     /// The gradient, row by row, of the part of the loss that every `stride`-th group from `first` on makes.
@@ -216,6 +217,16 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn groups_beyond_those_that_are_worked_on_at_once_count_too() {
+        let r = Orthogonal::of(&Hadamard::new(WIDTH, 1));
+        let mut twice = loss(Errors::Compensated, Some(16.0));
+        let once = twice.at(&r);
+        twice.groups.extend(loss(Errors::Compensated, Some(16.0)).groups);
+        assert!(twice.groups.len() > AT_ONCE);
+        assert!((twice.at(&r) - 2.0 * once).abs() < 1e-9 * once);
+    }
+
+    #[test]
     fn ranges_are_least_where_channels_are_even_and_slope_as_differences_do() {
         let turned = |powers: &[f64]| -> Vec<f64> {
             let d = powers.len();
@@ -230,7 +241,7 @@ pub(super) mod tests {
         let by = |sign: f64| ranges(&turned(&[4.0 + sign * t, 2.0 - sign * t, 1.0, 1.0]), 4).0;
         let measured = (by(1.0) - by(-1.0)) / (2.0 * t);
         assert!((measured - (slopes[0] - slopes[1])).abs() < 1e-6, "{measured}");
-        assert_eq!(ranges(&[0.0; 4], 2).0, 0.0);
+        assert!(ranges(&[0.0; 4], 2).0 == 0.0);
     }
 
     /// Aᵀ times the slopes at A R, entry by entry; those themselves are compared with differences in `rounding_loss`.

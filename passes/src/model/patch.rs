@@ -10,7 +10,8 @@ use crate::id::{Name, NodeId, Site, ValueId};
 use crate::ir::{Def, Graph, Node, TensorType, Type, Value, check};
 use crate::tensor::Tensor;
 
-/// One change. Graph edits keep the function that every surviving value id stands for.
+/// One change. Graph edits keep the function that every surviving value id stands for; those of a pass that is exact on the samples
+/// only keep it there, and `Forget` says where not even that holds.
 #[derive(Clone, Debug)]
 pub enum Edit {
     /// Graph: adds a node, before `before` in the order, or last.
@@ -97,6 +98,8 @@ pub enum Edit {
         /// What was measured.
         statistic: Statistic,
     },
+    /// Stats: what samples brought of a value is not known any more. What training saw of it stays.
+    Forget(ValueId),
 }
 
 impl Edit {
@@ -109,6 +112,7 @@ impl Edit {
                 | Self::Substitute { .. }
                 | Self::Decide { .. }
                 | Self::Record { .. }
+                | Self::Forget(_)
         )
     }
 }
@@ -315,6 +319,7 @@ impl Model {
                 Edit::Substitute { site, tensor } => drop(self.plan.substitutes.insert(site, tensor)),
                 Edit::Decide { node, decision } => drop(self.plan.decisions.insert(node, decision)),
                 Edit::Record { value, statistic } => self.stats.record(value, statistic),
+                Edit::Forget(value) => self.stats.forget(value),
                 _ => {}
             }
         }

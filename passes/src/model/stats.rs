@@ -101,6 +101,15 @@ impl Stats {
         }
     }
 
+    /// Drops what samples brought of `value`; what training saw stays.
+    pub(crate) fn forget(&mut self, value: ValueId) {
+        self.distributions.remove(&value);
+        self.means.remove(&value);
+        self.peaks.retain(|(of, _), _| *of != value);
+        self.ends.retain(|(of, _), _| *of != value);
+        self.grams.retain(|(of, _), _| *of != value);
+    }
+
     /// The tensors of which anything was measured on samples, in the order of their ids.
     pub fn values(&self) -> impl Iterator<Item = ValueId> + '_ {
         let all: std::collections::BTreeSet<ValueId> =
