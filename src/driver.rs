@@ -8,7 +8,7 @@ use passes::exec::{Dataset, Executor, Progress};
 use passes::imagine::Remembered;
 use passes::ir::Graph;
 use passes::model::Model;
-use passes::pass::{Instrument, Pass, PassContext, PassError, PassManager, Pipeline, Trace};
+use passes::pass::{Instrument, Pass, PassContext, PassManager, Pipeline, Trace};
 use passes::reconstruct::{self, Costs};
 use passes::target::{Lowered, Target};
 
@@ -177,11 +177,11 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     cx.dataset = judge;
     let (verdict, fidelity) =
         on_a_worker(|| check(path.as_deref(), (&model, &given), &mut cx, held_out.is_some(), &mut clock))?;
-    let costs = costs(request, &model, &cx, &mut notes, &mut clock)?;
     finish(staged, verdict.as_ref())?;
-    if let Some(journal) = journal {
+    if let Some(journal) = &journal {
         journal.remove();
     }
+    let costs = costs(request, &model, &cx, &mut notes, &mut clock);
     notes.extend(verdict.iter().flat_map(|v| v.findings.iter().cloned()));
     notes.extend(outcome_notes(&sizes, fidelity.as_ref(), model.graph()));
     notes.sort_by_key(|note| std::cmp::Reverse(note.severity));
@@ -265,34 +265,34 @@ fn check(
     let fidelity =
         cx.dataset.map(|samples| verify::fidelity(model, Some(given), cx.executor, samples, most)).transpose()?;
     clock.lap("compare");
+    if cx.progress.cancelled() {
+        return Err(Error::Interrupted);
+    }
     Ok((verdict, fidelity))
 }
 
-/// What the plan of `model` costs to first order, where that is asked for; a note where gradients cannot tell.
+/// What the plan of `model` costs to first order, where that is asked for. The output is in its place by then: what stands in the way, an
+/// interruption too, is a note.
 fn costs(
     request: &Request,
     model: &Model,
     cx: &PassContext<'_>,
     notes: &mut Vec<Diagnostic>,
     clock: &mut Clock,
-) -> Result<Option<Costs>, Error> {
-    if cx.progress.cancelled() {
-        return Err(Error::Interrupted);
-    }
+) -> Option<Costs> {
     if !request.first_order {
-        return Ok(None);
+        return None;
     }
-    let found = match reconstruct::first_order(model, cx, FIRST_ORDER, "first order") {
-        Err(PassError::Interrupted) => return Err(Error::Interrupted),
-        found => found.map_err(Error::input)?,
-    };
+    let found = reconstruct::first_order(model, cx, FIRST_ORDER, "first order");
     clock.lap("first order");
-    let note = |reason: &String| {
-        let message = format!("--first-order: gradients do not tell what rounding costs: {reason}");
-        Diagnostic::new(diag::NO_GRADIENTS, Severity::Warning, Place::Model, message)
+    let reason = match found {
+        Ok(Ok(costs)) => return Some(costs),
+        Ok(Err(reason)) => reason,
+        Err(error) => error.to_string(),
     };
-    notes.extend(found.as_ref().err().map(note));
-    Ok(found.ok())
+    let message = format!("--first-order: gradients do not tell what rounding costs: {reason}");
+    notes.push(Diagnostic::new(diag::NO_GRADIENTS, Severity::Warning, Place::Model, message));
+    None
 }
 
 /// Moves the files into place. A file that failed verification is written too, so that it can be looked at: the exit code
@@ -556,5 +556,84 @@ impl passes::pass::Instrument for StageTimes<'_> {
 impl Drop for StageTimes<'_> {
     fn drop(&mut self) {
         self.clock.lap(self.current);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use passes::target::{Goal, Scheme};
+
+    use super::*;
+    use crate::emit::Layout;
+
+    /// Stopped by the user when a stage of this name begins.
+    struct Stopped(&'static str, AtomicBool);
+
+    impl Progress for Stopped {
+        fn begin(&self, stage: &str, _: u64) {
+            self.1.fetch_or(stage == self.0, Ordering::Relaxed);
+        }
+
+        fn step(&self) {}
+
+        fn end(&self) {}
+
+        fn cancelled(&self) -> bool {
+            self.1.load(Ordering::Relaxed)
+        }
+    }
+
+    fn first_order(output: &Path) -> Request {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+        Request {
+            input: fixtures.join("models/digits-resnet.onnx"),
+            output: Some(output.to_owned()),
+            data: Some(fixtures.join("data/digits")),
+            image: None,
+            samples: Some(8),
+            select: Select::First,
+            hold_out: 0,
+            augment: 0,
+            stats: None,
+            target: targets::TARGETS[0],
+            layout: Layout::default(),
+            scheme: Scheme::W8A8,
+            goal: Goal::Balanced,
+            rotate: false,
+            rest: Rest::F32,
+            learn: None,
+            distill: None,
+            pipeline: None,
+            observer: None,
+            rounding: None,
+            keep_float: Vec::new(),
+            set: Vec::new(),
+            embeddings: None,
+            cache: None,
+            budget: None,
+            sensitivity: None,
+            first_order: true,
+            max_drop: None,
+            executor: "auto".into(),
+            threads: 1,
+            max_memory: None,
+            journal: Kept::Used,
+        }
+    }
+
+    /// What is only told of the output does not take it away.
+    #[test]
+    fn an_interruption_while_costs_are_told_leaves_the_output() {
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("a.onnx");
+        let request = first_order(&output);
+        let outcome = quantize(&request, &Stopped("first order", AtomicBool::new(false))).unwrap();
+        assert!(outcome.costs.is_none() && output.exists());
+        let told = |note: &Diagnostic| note.code == diag::NO_GRADIENTS && note.message.contains("interrupted");
+        assert!(outcome.notes.iter().any(told), "{:?}", outcome.notes);
+        let told = quantize(&request, &Stopped("none", AtomicBool::new(false))).unwrap();
+        assert!(told.costs.is_some_and(|costs| !costs.is_empty()));
     }
 }

@@ -79,10 +79,9 @@ impl FileJournal {
             bytes.clear();
         }
         let standing = extended(path, STATE);
-        match begins(&standing, STANDING).map_err(fail)? {
-            Some(false) => return Err(JournalError::Foreign(standing.display().to_string())),
-            Some(true) if fresh => std::fs::remove_file(&standing).map_err(fail)?,
-            _ => {}
+        let stands = begins(&standing, STANDING).map_err(fail)?;
+        if stands == Some(false) {
+            return Err(JournalError::Foreign(standing.display().to_string()));
         }
         let header = [MAGIC, &identity].concat();
         let mut records = BTreeMap::new();
@@ -98,6 +97,10 @@ impl FileJournal {
         } else {
             return Err(JournalError::Other(shown()));
         };
+        // The first record says how much memory there was: without it, nobody knows what where a pass stood was learned from.
+        if records.is_empty() && stands.is_some() {
+            std::fs::remove_file(&standing).map_err(fail)?;
+        }
         file.set_len(end as u64).map_err(fail)?;
         file.seek(SeekFrom::Start(end as u64)).map_err(fail)?;
         Ok(Self { path: path.to_owned(), identity, records: Mutex::new(records), file: Mutex::new(file) })
@@ -120,8 +123,8 @@ impl FileJournal {
     }
 
     /// Takes the file away: what it held is in the output.
-    pub(crate) fn remove(self) {
-        for path in [extended(&self.path, NEW), extended(&self.path, STATE), self.path] {
+    pub(crate) fn remove(&self) {
+        for path in [extended(&self.path, NEW), extended(&self.path, STATE), self.path.clone()] {
             // The lock is held until all are gone.
             if let Err(error) = std::fs::remove_file(&path)
                 && error.kind() != io::ErrorKind::NotFound
@@ -277,10 +280,11 @@ mod tests {
         let open = |identity: u8, fresh| FileJournal::open(&path, [identity; SUM], fresh, false);
         let journal = open(1, false).unwrap();
         assert!(!journal.stands() && journal.standing("way").is_none());
+        journal.put("one", b"first").unwrap();
         journal.stand("way", b"first").unwrap();
         journal.stand("way", &[7; 1000]).unwrap();
         assert_eq!(journal.standing("way"), Some(vec![7; 1000]));
-        assert_eq!((journal.standing("other"), journal.len()), (None, 0));
+        assert_eq!((journal.standing("other"), journal.len()), (None, 1));
         drop(journal);
         let state = extended(&path, STATE);
         let whole = std::fs::read(&state).unwrap();
@@ -306,6 +310,28 @@ mod tests {
         std::fs::write(&state, "my notes").unwrap();
         assert!(matches!(open(2, true), Err(JournalError::Foreign(_))));
         assert_eq!(std::fs::read(&state).unwrap(), b"my notes");
+    }
+
+    #[test]
+    fn where_a_pass_stands_is_gone_with_the_first_record() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = FileJournal::beside(&folder.path().join("a.onnx"));
+        let open = || FileJournal::open(&path, [1; SUM], false, false).unwrap();
+        let (state, header) = (extended(&path, STATE), MAGIC.len() + SUM);
+        for left in [None, Some(0), Some(header - 1), Some(header), Some(header + 9)] {
+            let journal = open();
+            journal.put("one", b"first").unwrap();
+            journal.stand("way", b"where").unwrap();
+            drop(journal);
+            assert!(open().standing("way").is_some());
+            let whole = std::fs::read(&path).unwrap();
+            match left {
+                None => std::fs::remove_file(&path).unwrap(),
+                Some(left) => std::fs::write(&path, &whole[..left]).unwrap(),
+            }
+            let journal = open();
+            assert!(!journal.stands() && journal.standing("way").is_none() && !state.exists(), "{left:?}");
+        }
     }
 
     #[test]

@@ -23,7 +23,8 @@ pub(crate) fn open_journal(
     let mut paths: Vec<&Path> = vec![&request.input];
     paths.extend(external.iter().map(|source| source.path.as_path()));
     paths.extend(request.data.iter().chain(&request.stats).map(PathBuf::as_path));
-    let asked = Request { output: None, threads: 0, journal: Kept::Used, ..request.clone() };
+    // What changes no byte of the output may differ.
+    let asked = Request { output: None, threads: 0, journal: Kept::Used, first_order: false, ..request.clone() };
     let words = format!("{} {pipeline} {asked:?}", env!("CARGO_PKG_VERSION"));
     let identity = journal::identity(&paths, &words).map_err(Error::input)?;
     let path = FileJournal::beside(output);

@@ -187,6 +187,10 @@ fn what_cannot_be_learned_is_refused_with_the_fix() {
         refused(&["none", "--recipe", "best", "--distill", "latent{loss=fisher}"]).contains("`fisher` is about blocks")
     );
     assert!(refused(&["brecq{correct-distribution=-1}", "--recipe", "best"]).contains("between 0 and"));
+    // Where nothing is learned, what is said of learning is checked all the same.
+    assert!(refused(&["none{loss=nonsense}", "--recipe", "best"]).contains("pd, kl, fisher, fisher-each"));
+    assert!(refused(&["none{correct-distribution=-5}", "--recipe", "best"]).contains("between 0 and"));
+    assert!(refused(&["none{correct-distribution=1}", "--recipe", "best"]).contains("say how (learn=brecq)"));
     let distill = tool(&["quantize", text(&model), "--dry-run", "--distill", "latent"]);
     assert!(String::from_utf8(distill.stderr).unwrap().contains("--distill latent needs samples"));
 }

@@ -195,7 +195,9 @@ mod tests {
         assert_eq!(cut(&[1.0, 65504.0, -65519.0, f32::INFINITY, f32::NAN]), None);
         let said = cut(&[1.0, 65520.0, -1e9, f32::NEG_INFINITY]).unwrap();
         assert!(said.starts_with("2 of its 4") && said.contains("1e9"), "{said}");
-        assert_eq!([65519.0, -65520.0, -1e9].map(rounded), [65504.0, -65504.0, -65504.0]);
+        for (given, sign) in [(65519.0, 1.0), (-65520.0, -1.0), (-1e9, -1.0)] {
+            assert!((rounded(given) - sign * 65504.0).abs() < 1.0, "{given}");
+        }
         assert!(rounded(f32::NEG_INFINITY) == f32::NEG_INFINITY && rounded(1e-20) > 0.0);
     }
 }

@@ -114,10 +114,10 @@ mod tests {
         let squares = draw.squares(&model, &context(&data), &outputs, &square).unwrap().unwrap();
         let float = Simulation::prepare(model.graph(), &Plan::default(), &Tapes, &[h]).unwrap();
         let b = model.graph().constant(value(&model, "b")).unwrap().floats().unwrap().to_vec();
-        for sample in 0..3 {
+        for (sample, squares) in squares[&h].iter().enumerate() {
             let values = float.run(&data.sample(sample).unwrap()).unwrap();
             let values: Vec<f64> = values[0].floats().unwrap().iter().map(|v| f64::from(*v)).collect();
-            for (at, found) in squares[&h][sample].iter().enumerate() {
+            for (at, found) in squares.iter().enumerate() {
                 let found = f64::from(*found) / DRAWS as f64;
                 let moved = |by| divergence(&values, &b, at, by);
                 let want = (moved(1e-3) + moved(-1e-3)) / 2e-6;

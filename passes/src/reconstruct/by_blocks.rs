@@ -11,7 +11,7 @@ use super::distribution::Correction;
 use super::fake_quant;
 use super::measure;
 use super::objective::Objective;
-use super::parameterization::Weight;
+use super::parameterization::{PARAMETERIZATIONS, Weight};
 use super::run::Outcome;
 use super::samples;
 use super::settings::{Part, Settings, Usual};
@@ -38,7 +38,8 @@ pub(crate) struct Turn<'a> {
     pub(crate) stakes: Option<&'a BlockStakes>,
 }
 
-/// The option that moves inputs of blocks towards the statistics of training.
+/// The option that moves inputs of blocks towards the statistics of training. What errors weigh by `loss=fisher` is measured before, on
+/// samples that are not moved.
 const CORRECTION: &str = "correct-distribution";
 
 /// How blocks are learned. The pass that does it lists the options.
@@ -57,7 +58,13 @@ pub(crate) struct Learner {
 impl Learner {
     /// What `options` say; `None` where nothing is to be learned.
     pub(crate) fn of(options: &Options) -> Result<Option<Self>, OptionError> {
-        let Some(settings) = Settings::of(options, &USUAL)? else { return Ok(None) };
+        let learns = options.text("learn", USUAL.learn) != "none";
+        // Where nothing is learned, options are checked as if it were.
+        let mut read = options.clone();
+        if let Some(any) = PARAMETERIZATIONS.first().filter(|_| !learns) {
+            read.0.insert("learn".into(), any.about().name.into());
+        }
+        let Some(settings) = Settings::of(&read, &USUAL)? else { return Ok(None) };
         let window = options.count("window", 1)?.max(1);
         let overlap = options.count("overlap", 0)?;
         if overlap >= window {
@@ -73,7 +80,12 @@ impl Learner {
                 });
             }
         };
-        Ok(Some(Self { settings, layers: options.count("layers", 4)?, window, overlap, correction }))
+        let learner = Self { settings, layers: options.count("layers", 4)?, window, overlap, correction };
+        if !learns && correction > 0.0 {
+            let problem = "inputs are moved only for blocks that are learned: say how (learn=brecq), or leave it out";
+            return Err(OptionError { option: CORRECTION.into(), problem: problem.into() });
+        }
+        Ok(Some(learner).filter(|_| learns))
     }
 
     /// Whether what options ask for can be done with `model`.
@@ -168,6 +180,12 @@ impl Learner {
         (blocks * self.settings.iterations) as u64
     }
 
+    /// What the journal keeps the answer of block `number` under: another plan (more bits, other blocks before it) is another question,
+    /// and so are other options.
+    fn key(&self, number: usize, plan: &Plan) -> String {
+        format!("block {number} behind {:016x} by {self:?}", record::digest(plan))
+    }
+
     /// What the journal says that the block of `turn` came to, or what [`Self::learn`] says now, which the journal is told.
     pub(crate) fn learn_once(
         &self,
@@ -176,8 +194,7 @@ impl Learner {
         cx: &PassContext<'_>,
         turn: &Turn<'_>,
     ) -> Result<Result<Vec<Edit>, String>, PassError> {
-        // Another plan (more bits, other blocks before it) is another question.
-        let key = format!("block {} behind {:016x}", turn.number, record::digest(model.plan()));
+        let key = self.key(turn.number, model.plan());
         if let Some(edits) = record::kept(cx.journal, &key) {
             (0..self.settings.iterations).for_each(|_| cx.progress.step());
             return Ok(Ok(edits));
@@ -346,4 +363,30 @@ pub(super) fn edits(
     }
     let encoded = encodings.into_iter().map(|(site, encoding)| Edit::Encode { site, encoding });
     Some(encoded.chain(rounded).chain(biases).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_options_are_another_question() {
+        let key = |name: &str, value: &str| {
+            let mut options = BTreeMap::from([("learn".to_owned(), "latent".to_owned())]);
+            options.insert(name.to_owned(), value.to_owned());
+            Learner::of(&Options(options)).unwrap().unwrap().key(3, &Plan::default())
+        };
+        let options = [
+            ("learn", "brecq"),
+            ("iterations", "7"),
+            ("layers", "3"),
+            ("window", "2"),
+            (CORRECTION, "1"),
+            ("loss", "fisher"),
+            ("steps", "1"),
+        ];
+        let keys: BTreeSet<String> = options.iter().map(|(name, value)| key(name, value)).collect();
+        assert_eq!(keys.len(), options.len(), "{keys:?}");
+        assert!(!keys.contains(&key("learn", "latent")));
+    }
 }

@@ -88,6 +88,9 @@ impl Moment {
 /// All activations in float, in thousandths.
 pub(super) const FLOAT: (i64, u64) = (1000, 0);
 
+/// What is done with a link, a sample, the values of its tape, and what arrives.
+pub(super) type See<'a> = &'a (dyn Fn(&Link, usize, &Values<f32>, Arrived) + Sync);
+
 /// What arrives somewhere on the way back; `None` where nothing does.
 pub(super) type Arrived = Vec<Option<Array<f32>>>;
 
@@ -393,7 +396,7 @@ impl Chain {
         batch: &[usize],
         drawn: u64,
         wanted: &(dyn Fn(&Link) -> Vec<Slot> + Sync),
-        see: &(dyn Fn(&Link, usize, &Values<f32>, Arrived) + Sync),
+        see: See<'_>,
     ) -> Result<(), GradError> {
         let mut states = self.forward(batch, FLOAT, &mut |at| Ok(self.links[at].program.float_leaves()))?;
         for link in self.links.iter().rev() {

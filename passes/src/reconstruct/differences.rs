@@ -201,7 +201,7 @@ fn stakes_are_what_small_changes_of_rows_do() {
     let function = Function::of(&model);
     let draws = 600;
     let found = stakes::stakes(&model, &cx, draws, "stakes").unwrap().unwrap();
-    for sample in 0..2 {
+    for sample in [0, 1] {
         let h = function.first(sample);
         let u = function.second(&h);
         let of_rows = |slopes: Vec<f64>, channels: usize| slopes.chunks(channels).map(|row| row.iter().sum()).collect();

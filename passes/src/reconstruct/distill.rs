@@ -75,14 +75,15 @@ impl Distill {
 }
 
 /// The edits that all links together come to from where learning stands; none where it does no better. Every check is kept in the journal
-/// under `key`, where there is one.
+/// under a key and in so many bytes, where it is to be `kept`; `patch` says where it takes more.
 fn learn(
     model: &Model,
     cx: &PassContext<'_>,
     chain: &Chain,
     settings: &Settings,
     mut at: Standing<'_>,
-    key: Option<&str>,
+    mut kept: Option<(&str, u64)>,
+    patch: &mut Patch,
 ) -> Result<Vec<Edit>, PassError> {
     let mut order = Order::new(&chain.fitted, SEED);
     let first = at.steps;
@@ -101,8 +102,11 @@ fn learn(
         if settings.is_check(iteration) && iteration > first {
             at.best = better(model, chain, &at.courses, at.best, iteration).map_err(|reason| refused(&reason))?;
             at.steps = iteration;
-            if let Some(key) = key {
-                at.keep(cx.journal, key)?;
+            if let Some((key, room)) = kept
+                && !at.keep(cx.journal, key, room)?
+            {
+                kept = None;
+                patch.note(unresumable(at.bytes()));
             }
         }
         let batch = order.next(settings.batch);
@@ -189,7 +193,8 @@ impl Pass for Distill {
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         let mut patch = Patch::on(model);
         cx.dataset.filter(|data: &&dyn Dataset| !data.is_empty()).ok_or(PassError::NoData)?;
-        let key = format!("distilled by {:?} from {:016x}", self.settings, record::digest(model.plan()));
+        // All options of the pass: what was learned by others is another answer.
+        let key = format!("distilled by {self:?} from {:016x}", record::digest(model.plan()));
         let made = if let Some(made) = record::kept(cx.journal, &key) {
             made
         } else {
@@ -232,21 +237,20 @@ impl Distill {
         let mut at = begin()?;
         let room = cx.journal.room().map(|room| room.min(left));
         let bytes = at.bytes();
-        let is_kept = room.is_some_and(|room| bytes <= room);
-        if room.is_some() && !is_kept {
+        let kept = room.filter(|room| bytes <= *room).map(|room| (key, room));
+        if room.is_some() && kept.is_none() {
             patch.note(unresumable(bytes));
         }
         // What does not fit may have changed what was there.
-        let stood = cx.journal.standing(key).filter(|_| is_kept).and_then(|state| at.put_back(&state));
-        at = match stood.filter(|at| at.steps < settings.iterations) {
-            Some(at) => at,
-            None => {
-                let mut at = begin()?;
-                at.best.0 = start_loss(model, &chain).map_err(|reason| refused(&reason))?;
-                at
-            }
+        let stood = cx.journal.standing(key).filter(|_| kept.is_some()).and_then(|state| at.put_back(&state));
+        at = if let Some(at) = stood.filter(|at| at.steps < settings.iterations) {
+            at
+        } else {
+            let mut at = begin()?;
+            at.best.0 = start_loss(model, &chain).map_err(|reason| refused(&reason))?;
+            at
         };
-        let learned = learn(model, cx, &chain, &settings, at, is_kept.then_some(key));
+        let learned = learn(model, cx, &chain, &settings, at, kept, patch);
         cx.progress.end();
         if cx.progress.cancelled() {
             return Err(PassError::Interrupted);
@@ -290,4 +294,48 @@ fn fits(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<u64,
         needed / 1_000_000,
         cx.state_budget / 1_000_000
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Drawn, Memory, NoTarget, Tapes, two_products};
+    use super::*;
+    use crate::journal::{Journal, NoJournal};
+    use crate::pass::{PassManager, Pipeline};
+    use crate::rounding;
+
+    /// A digest of what the pipeline `text` learns with `journal`, and how often it says that it cannot go on from a check.
+    fn distilled(text: &str, journal: &dyn Journal) -> (u64, usize) {
+        let data = Drawn(9);
+        let mut cx = PassContext { dataset: Some(&data), journal, ..PassContext::new(&NoTarget, &Tapes) };
+        let pipeline = Pipeline::parse(text, &crate::catalogue::passes()).unwrap();
+        let model = rounding::in_nearest(&two_products(0.7)).unwrap();
+        let (model, trace) = PassManager::default().run(&pipeline, model, &mut cx).unwrap();
+        let notes = trace.notes.iter().filter(|note| note.code == diag::UNRESUMABLE).count();
+        (record::digest(model.plan()), notes)
+    }
+
+    /// At a rate of 0 nothing is learned, so that both begin at the same plan.
+    #[test]
+    fn other_options_are_another_question() {
+        for rate in [0, 30] {
+            let pass = |layers: u8| format!("distill{{iterations=20, drop=0.5, rate={rate}, layers={layers}}}");
+            let text = [pass(1), pass(4)].join(", ");
+            let journal = Memory { room: u64::MAX, ..Memory::default() };
+            assert_eq!(distilled(&text, &journal), distilled(&text, &NoJournal), "{rate}");
+            assert_eq!(journal.records.lock().unwrap().len(), 2, "{rate}: one answer for both");
+        }
+    }
+
+    #[test]
+    fn no_standing_is_larger_than_there_is_room_for() {
+        let text = "distill{learn=q-galore, iterations=20, rate=30}";
+        let roomy = Memory { room: u64::MAX, ..Memory::default() };
+        let (wanted, notes) = distilled(text, &roomy);
+        let largest = roomy.standings.lock().unwrap().iter().copied().max();
+        let (Some(largest), 0) = (largest, notes) else { panic!("{largest:?} {notes}") };
+        let tight = Memory { room: largest - 1, ..Memory::default() };
+        assert_eq!(distilled(text, &tight), (wanted, 1));
+        assert!(tight.standings.lock().unwrap().is_empty());
+    }
 }

@@ -8,6 +8,7 @@
 //! ```
 //!
 //! with m and s of the group, μ and σ of training, all of it in the float model. Both versions of what the block reads are moved alike.
+//! What errors weigh (`loss=fisher`) was measured on samples that are not moved.
 //!
 //! Source: Liu et al. 2023 (PD-Quant), arXiv:2212.07048, section 3.4; statistics of groups, in units of σ, and moving the planned version
 //! along ours.

@@ -8,13 +8,14 @@
 //! as large as it is, so that numbers cut off at the ends of their range are in it.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::block::Also;
 use super::chain::{Arrived, Chain, Link};
 use super::measure::Wish;
 use super::objective::LANES;
-use crate::grad::{Array, Slot, Values};
+use super::saliency::fits;
+use crate::grad::{Array, GradError, Slot, Values};
 use crate::id::Site;
 use crate::model::{Model, Plan};
 use crate::pass::{PassContext, PassError};
@@ -40,6 +41,10 @@ pub type Costs = BTreeMap<Site, Cost>;
 /// Sums of one sample: Σ |g| |e| and Σ g² e².
 type Sums = BTreeMap<Site, (f64, f64)>;
 
+/// By sample and place, of which not all readers have been passed: how many have, and the sum of their gradients. These are of tensors that
+/// links hand on, whose gradients are held meanwhile in any case.
+type Arriving = BTreeMap<(usize, Site), (usize, Option<Array<f32>>)>;
+
 /// What the plan of `model` costs to first order, place by place, on at most so many `samples` of the data; or why gradients cannot
 /// tell. Activations before the first layer have no gradient, and weights that several nodes read are left out. Reported to the progress
 /// of `cx` as `stage`.
@@ -59,39 +64,63 @@ pub fn first_order(
         Ok(chain) => chain,
         Err(reason) => return Ok(Err(reason)),
     };
+    // The errors of every weight are a number each, like the gradients of `saliency`.
+    if let Err(reason) = fits(&chain, cx) {
+        return Ok(Err(reason));
+    }
     let errors = errors(model, plan, &chain)?;
+    let mut readers: BTreeMap<Site, usize> = BTreeMap::new();
+    chain.links.iter().flat_map(places).for_each(|(_, site)| *readers.entry(site).or_default() += 1);
     let all: Vec<usize> = (0..chain.samples()).collect();
-    let sums = Mutex::new(vec![Sums::new(); all.len()]);
-    let wanted = |link: &Link| {
-        let weights = link.program.weights.iter().map(|(slot, ..)| *slot);
-        weights.chain(link.program.roundings.iter().map(|(slot, _)| *slot)).collect::<Vec<Slot>>()
-    };
+    let (sums, arriving) = (Mutex::new(vec![Sums::new(); all.len()]), Mutex::new(Arriving::new()));
+    let wanted = |link: &Link| places(link).map(|(slot, _)| slot).collect::<Vec<Slot>>();
     let see = |link: &Link, sample: usize, values: &Values<f32>, grads: Arrived| {
-        let places = link.program.weights.iter().map(|(slot, site, _)| (*slot, *site));
-        for ((slot, site), grad) in places.chain(link.program.roundings.iter().copied()).zip(grads) {
-            let Some(grad) = grad else { continue };
+        for ((slot, site), grad) in places(link).zip(grads) {
+            let Some(grad) = joined(&mut locked(&arriving), (sample, site), grad, readers[&site]) else { continue };
             let of_values = || error(plan, site, values.real(slot)?);
-            let (most, square) = match errors.get(&site) {
+            let cost = match errors.get(&site) {
                 Some(errors) => cost(&grad, errors),
                 None => of_values().map_or((0.0, 0.0), |errors| cost(&grad, &errors)),
             };
-            let mut sums = sums.lock().unwrap_or_else(PoisonError::into_inner);
-            let sum = sums[sample].entry(site).or_default();
-            *sum = (sum.0 + most, sum.1 + square);
+            locked(&sums)[sample].insert(site, cost);
         }
     };
     cx.progress.begin(stage, all.chunks(LANES).len() as u64);
-    for batch in all.chunks(LANES) {
-        if cx.progress.cancelled() {
-            return Err(PassError::Interrupted);
-        }
-        if let Err(error) = chain.trace(batch, seed::mixed(SEED), &wanted, &see) {
-            return Ok(Err(error.to_string()));
-        }
+    let traced = all.chunks(LANES).take_while(|_| !cx.progress.cancelled()).try_for_each(|batch| {
+        chain.trace(batch, seed::mixed(SEED), &wanted, &see)?;
         cx.progress.step();
-    }
+        Ok::<(), GradError>(())
+    });
     cx.progress.end();
-    Ok(means(&sums.into_inner().unwrap_or_else(PoisonError::into_inner)))
+    if cx.progress.cancelled() {
+        return Err(PassError::Interrupted);
+    }
+    Ok(traced.map_err(|error| error.to_string()).and_then(|()| means(&locked(&sums))))
+}
+
+/// Where numbers that rounding alters are read in `link`: its weights, and what it rounds.
+fn places(link: &Link) -> impl Iterator<Item = (Slot, Site)> {
+    let weights = link.program.weights.iter().map(|(slot, site, _)| (*slot, *site));
+    weights.chain(link.program.roundings.iter().copied())
+}
+
+/// What arrives at the place and of the sample `at` from all of its `readers` together, once `grad`, that of one more, was the last;
+/// `None` before, and where nothing arrives.
+fn joined(arriving: &mut Arriving, at: (usize, Site), grad: Option<Array<f32>>, readers: usize) -> Option<Array<f32>> {
+    let (passed, sum) = arriving.remove(&at).unwrap_or_default();
+    let sum = match (sum, grad) {
+        (Some(sum), Some(grad)) => Some(sum + &grad),
+        (sum, grad) => sum.or(grad),
+    };
+    if passed + 1 >= readers {
+        return sum;
+    }
+    arriving.insert(at, (passed + 1, sum));
+    None
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Of every weight of `chain`, the errors that `plan` makes.
@@ -154,6 +183,31 @@ mod tests {
         let grad = Array::from_shape_vec(vec![1, 3], vec![2.0, -0.5, 0.0]).unwrap();
         let (most, square) = cost(&grad, &[0.25, 1.0, 9.0]);
         assert!((most - 1.0).abs() < 1e-12 && (square - 0.5).abs() < 1e-12);
+    }
+
+    /// What two readers make of an error may cancel out: they see the same error.
+    #[test]
+    fn readers_of_one_place_are_added_up_before_they_are_squared() {
+        let grad = |values: [f32; 2]| Some(Array::from_shape_vec(vec![1, 2], values.to_vec()).unwrap());
+        let (one, other) = ((0, Site::Value(ValueId(0))), (1, Site::Value(ValueId(0))));
+        let mut arriving = Arriving::new();
+        assert!(joined(&mut arriving, one, grad([2.0, 1.0]), 3).is_none());
+        assert_eq!(joined(&mut arriving, other, grad([5.0, 5.0]), 1), grad([5.0, 5.0]), "another sample");
+        assert!(joined(&mut arriving, one, None, 3).is_none(), "nothing comes back from this one");
+        let sum = joined(&mut arriving, one, grad([-2.0, 3.0]), 3).unwrap();
+        let (most, square) = cost(&sum, &[0.5, 0.5]);
+        assert!((most - 2.0).abs() < 1e-12 && (square - 4.0).abs() < 1e-12, "{most} {square}");
+        assert!(arriving.is_empty());
+        assert!(joined(&mut arriving, one, None, 1).is_none());
+    }
+
+    #[test]
+    fn what_memory_does_not_hold_is_no_error() {
+        let data = Drawn(5);
+        let cx = PassContext::new(&NoTarget, &Tapes);
+        let cx = PassContext { dataset: Some(&data), state_budget: 0, pair_budget: 100, ..cx };
+        let reason = first_order(&two_products(0.7), &cx, 5, "test").unwrap().unwrap_err();
+        assert!(reason.contains("MB"), "{reason}");
     }
 
     #[test]

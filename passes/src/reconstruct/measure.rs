@@ -133,7 +133,9 @@ impl Measure {
         match wish {
             // Of more dimensions it is not known which one classes lie along.
             Wish::Divergence | Wish::Fitting | Wish::Prediction if logits && matches!(rank, 2 | 3) => Self::Divergence,
-            Wish::Fisher | Wish::FisherEach => Self::Weighed(power * mean_weight(samples, output)),
+            Wish::Fisher | Wish::FisherEach => {
+                Self::Weighed((power * mean_weight(samples, output)).max(f64::MIN_POSITIVE))
+            }
             _ if rank == 3 => Self::Rows(power * FLOOR),
             _ => Self::Square(power),
         }
@@ -441,8 +443,12 @@ mod tests {
         assert!((both / same - 1.0).abs() < 1e-6, "{both} {same}");
         assert!(gradient.iter().zip(&plain).all(|(g, p)| (g / p - 1.5).abs() < 1e-5), "{gradient} {plain}");
         // What weighs nothing makes no error, nor a gradient.
-        let (none, gradient) = error(Wish::Fisher, &[weighed([0.0; 6])]);
-        assert!(none == 0.0 && gradient.iter().all(|g| *g == 0.0), "{none} {gradient}");
+        let nothing = weighed([0.0; 6]);
+        let silent = Sample { targets: vec![nothing.targets[0].mapv(|_| 0.0).into_shared()], ..nothing.clone() };
+        for sample in [nothing, silent] {
+            let (none, gradient) = error(Wish::Fisher, &[sample]);
+            assert!(none == 0.0 && gradient.iter().all(|g| *g == 0.0), "{none} {gradient}");
+        }
     }
 
     #[test]

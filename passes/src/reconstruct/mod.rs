@@ -34,7 +34,7 @@ mod standing;
 mod steps;
 mod teacher;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod train;
 
 pub(crate) use adam::Adam;

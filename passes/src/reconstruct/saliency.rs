@@ -115,8 +115,8 @@ impl Saliency {
     }
 }
 
-/// Whether memory holds a number per weight beside the gradients of one block.
-fn fits(chain: &Chain, cx: &PassContext<'_>) -> Result<(), String> {
+/// Whether memory holds a number per weight beside the gradients of one block; what is missing where it does not.
+pub(super) fn fits(chain: &Chain, cx: &PassContext<'_>) -> Result<(), String> {
     let of_links =
         chain.links.iter().map(|link| link.program.weights.iter().map(|(.., w)| w.len() as u64).sum::<u64>());
     let (all, largest) = of_links.fold((0, 0), |(all, largest): (u64, u64), n| (all + n, largest.max(n)));

@@ -70,6 +70,9 @@ pub(super) struct Draw<'a> {
 /// Squared gradients, by what they are of and by sample.
 type Squares<K> = BTreeMap<K, Vec<Vec<f32>>>;
 
+/// What is kept of what arrives at a key; nothing where it does not count.
+type Kept<'a, K> = &'a (dyn Fn(K, &Array<f32>) -> Option<Vec<f32>> + Sync);
+
 impl Draw<'_> {
     /// For everything in the slots that `wanted` names, sample by sample, what `kept` makes of the squared gradients that arrive there,
     /// summed over the draws; left out where they are no numbers or all 0. Or why gradients cannot tell.
@@ -81,7 +84,7 @@ impl Draw<'_> {
         model: &Model,
         cx: &PassContext<'_>,
         wanted: &(dyn Fn(&Link) -> Vec<(K, Slot)> + Sync),
-        kept: &(dyn Fn(K, &Array<f32>) -> Option<Vec<f32>> + Sync),
+        kept: Kept<'_, K>,
     ) -> Result<Result<Squares<K>, String>, PassError> {
         let also = Also { steps: false, norms: false, inputs: true, rest: 0 };
         let rounded = rounding::in_nearest(model)?;

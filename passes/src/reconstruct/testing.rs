@@ -1,12 +1,15 @@
 //! A small model with its samples, and an executor that runs it on a tape: for tests of gradients.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
 
 use crate::encoding::Encoding;
 use crate::exec::{DataError, Dataset, ExecError, Executor, Session};
 use crate::grad::{self, Slot, Tape, Value};
 use crate::id::Site;
 use crate::ir::{Graph, Node};
+use crate::journal::Journal;
 use crate::model::{Edit, Model, Patch};
 use crate::pass::{PassContext, PassManager, Pipeline};
 use crate::seed;
@@ -61,7 +64,7 @@ impl Dataset for Drawn {
 
 /// Runs every node by its rule.
 #[derive(Debug)]
-pub(super) struct Tapes;
+pub(crate) struct Tapes;
 
 /// A graph on a tape.
 struct Taped {
@@ -117,7 +120,7 @@ impl Session for Taped {
 
 /// Takes everything and runs nothing.
 #[derive(Debug)]
-pub(super) struct NoTarget;
+pub(crate) struct NoTarget;
 
 impl Target for NoTarget {
     fn info(&self) -> &'static TargetInfo {
@@ -140,5 +143,38 @@ impl Target for NoTarget {
 
     fn lower(&self, _: &Model) -> Result<Lowered, LowerError> {
         unreachable!("nothing is written here")
+    }
+}
+
+/// A journal in memory that takes standings of so many bytes.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    pub(super) room: u64,
+    pub(super) records: Mutex<BTreeMap<String, Vec<u8>>>,
+    /// The size of every standing that it was given.
+    pub(super) standings: Mutex<Vec<u64>>,
+}
+
+impl Journal for Memory {
+    fn get(&self, key: &str) -> Option<Vec<u8>> {
+        self.records.lock().unwrap().get(key).cloned()
+    }
+
+    fn put(&self, key: &str, record: &[u8]) -> Result<(), String> {
+        self.records.lock().unwrap().insert(key.to_owned(), record.to_vec());
+        Ok(())
+    }
+
+    fn room(&self) -> Option<u64> {
+        Some(self.room)
+    }
+
+    fn standing(&self, _: &str) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn stand(&self, _: &str, state: &[u8]) -> Result<(), String> {
+        self.standings.lock().unwrap().push(state.len() as u64);
+        Ok(())
     }
 }

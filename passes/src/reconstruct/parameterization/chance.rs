@@ -25,7 +25,8 @@ impl Chance {
 
     /// Goes on to the next step.
     pub(super) fn advance(&mut self) {
-        self.steps += 1;
+        // A state that was put back may say anything.
+        self.steps = self.steps.wrapping_add(1);
     }
 
     /// Whether element `i` goes up, where that is to happen with probability `share`: never for 0 and for what is no number.
@@ -37,6 +38,14 @@ impl Chance {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn any_number_of_steps_goes_on() {
+        let mut chance = Chance::new(3);
+        chance.show(&mut Ledger::Read(Some(&[0xff; 8])));
+        chance.advance();
+        assert!(chance.is_up(5, 1.0) && !chance.is_up(5, 0.0));
+    }
 
     #[test]
     fn shares_are_kept_and_the_ends_are_sure() {

@@ -47,7 +47,6 @@ impl Parameterization for LatentStochastic {
 
 impl Learned for Drawn {
     fn soft(&mut self, _: f32, weight: &Weight) -> Vec<f32> {
-        self.chance.advance();
         let drawn = |(i, w): (usize, &f32)| {
             let (below, above) = weight.around(i, *w);
             let share = f64::from(w - below) / f64::from(above - below);
@@ -59,6 +58,7 @@ impl Learned for Drawn {
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, _: &Weight) {
         let decay = 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
         self.adam.step(&mut self.w, gradient, RATE * rate * decay);
+        self.chance.advance();
     }
 
     fn show(&mut self, ledger: &mut Ledger<'_>) {
@@ -86,6 +86,7 @@ mod tests {
             let (n, mut sums) = (10_000_u16, [0.0_f64; 24]);
             let mut drawn = Drawn { adam: Adam::new(24), w: w.clone(), chance: Chance::new(11) };
             for _ in 0..n {
+                drawn.chance.advance();
                 let points = drawn.soft(0.0, &weight);
                 assert_eq!(points, weight.rounded(&points), "{grid}: off the grid");
                 sums.iter_mut().zip(points).for_each(|(sum, point)| *sum += f64::from(point));
@@ -106,7 +107,13 @@ mod tests {
         let weight = weight("int4", 0);
         let run = |seed: u64| {
             let mut learned = LatentStochastic.start(&weight, seed);
-            (0..5).map(|_| learned.soft(0.0, &weight)).collect::<Vec<_>>()
+            let mut drawn = || {
+                let points = learned.soft(0.0, &weight);
+                assert_eq!(points, learned.soft(0.0, &weight), "the way back sees what the way forward saw");
+                learned.step(&[0.0; 24], 0.0, 1.0, &weight);
+                points
+            };
+            (0..5).map(|_| drawn()).collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));

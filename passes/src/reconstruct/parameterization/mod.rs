@@ -145,7 +145,7 @@ impl Weight {
 
 /// The parameters of one weight.
 pub(super) trait Learned: Debug + Send + Sync {
-    /// The weight as the block is run with it at `progress` of the way, 0 to 1, in units of its scales.
+    /// The weight as the block is run with it at `progress` of the way, 0 to 1, in units of its scales: the same until the next step.
     fn soft(&mut self, progress: f32, weight: &Weight) -> Vec<f32>;
     /// Moves the parameters against `gradient`, that of the loss by the units that [`Self::soft`] returned, by `rate` times what is
     /// usual.
@@ -174,6 +174,22 @@ mod tests {
         let tensor = Tensor::of([4, 6], float);
         let codes = encoding.encode(&tensor.values::<f32>().unwrap(), &[4, 6]).unwrap();
         Weight::new(&tensor, &encoding, &codes).unwrap()
+    }
+
+    /// A step may ask twice: on its way forward, and on its way back.
+    #[test]
+    fn every_parameterization_is_the_same_until_the_next_step() {
+        let weight = weight("int4", 0);
+        for method in PARAMETERIZATIONS {
+            let mut learned = method.start(&weight, 7);
+            for step in 0..20_u8 {
+                let progress = f32::from(step) / 20.0;
+                let units = learned.soft(progress, &weight);
+                assert_eq!(learned.soft(progress, &weight), units, "{} at step {step}", method.about().name);
+                let gradient: Vec<f32> = units.iter().map(|unit| unit - 1.7).collect();
+                learned.step(&gradient, progress, 100.0, &weight);
+            }
+        }
     }
 
     const GRIDS: [(&str, i32); 5] = [("int4", 0), ("int2", 0), ("uint4", 7), ("float4e2m1", 0), ("float8e4m3fn", 0)];
@@ -226,11 +242,15 @@ mod tests {
             for method in PARAMETERIZATIONS {
                 let name = method.about().name;
                 let mut learned = method.start(&weight, 7);
+                let mut most = Ledger::Count(0);
+                learned.show(&mut most);
                 (0..20).for_each(|at| step(&mut *learned, &weight, at));
                 let mut out = Ledger::Write(Vec::new());
                 learned.show(&mut out);
                 let Ledger::Write(state) = out else { panic!("{out:?}") };
                 assert!(state.len() as u64 <= 24 * method.bytes_per_weight() + 1000, "{name}: {} bytes", state.len());
+                let is_bound = matches!(most, Ledger::Count(most) if state.len() as u64 <= most);
+                assert!(is_bound, "{name} on {grid}: {} bytes, and {most:?} at the start", state.len());
                 let mut again = method.start(&weight, 7);
                 let mut back = Ledger::Read(Some(&state));
                 again.show(&mut back);

@@ -44,6 +44,12 @@ impl Projection {
 
     /// Shows what steps change.
     pub(super) fn show(&mut self, ledger: &mut Ledger<'_>) {
+        if let Ledger::Count(bytes) = ledger {
+            // As many as there ever are: the first gradient finds a basis, and each further one adds to what bases have in common.
+            let lists = 4 * PATIENCE + 4 * self.rank + (self.rank * self.side()).div_ceil(2);
+            *bytes += 5 * 8 + lists as u64;
+            return;
+        }
         let (mut gap, mut age) = (u64::from(self.gap), u64::from(self.age));
         [&mut gap, &mut age].into_iter().for_each(|number| ledger.whole(number));
         (self.gap, self.age) = (u32::try_from(gap).unwrap_or(u32::MAX), u32::try_from(age).unwrap_or(u32::MAX));
@@ -54,8 +60,12 @@ impl Projection {
         let mut scales = self.basis.as_ref().map(scales).unwrap_or_default();
         let mut codes = self.basis.as_ref().map(|(_, codes)| codes.bytes().to_vec()).unwrap_or_default();
         [&mut scales, &mut codes].into_iter().for_each(|bytes| ledger.bytes(bytes));
-        if matches!(ledger, Ledger::Read(Some(_))) {
-            self.basis = (!scales.is_empty()).then(|| put_back(&scales, codes, self.rank, self.side())).flatten();
+        if let Ledger::Read(rest) = ledger {
+            let is_found = !scales.is_empty() || !codes.is_empty();
+            self.basis = is_found.then(|| put_back(&scales, codes, self.rank, self.side())).flatten();
+            if is_found && self.basis.is_none() {
+                *rest = None;
+            }
         }
     }
 
@@ -173,7 +183,8 @@ fn in_four_bits(vectors: &[f32], rank: usize, side: usize) -> Option<(Encoding, 
 
 /// What [`in_four_bits`] made, from the bytes of scales and codes; `None` where they are not of that size.
 fn put_back(scales: &[u8], codes: Vec<u8>, rank: usize, side: usize) -> Option<(Encoding, Tensor)> {
-    let scales: Vec<f32> = scales.as_chunks::<4>().0.iter().map(|scale| f32::from_le_bytes(*scale)).collect();
+    let (scales, []) = scales.as_chunks::<4>() else { return None };
+    let scales: Vec<f32> = scales.iter().map(|scale| f32::from_le_bytes(*scale)).collect();
     let (_, like) = in_four_bits(&vec![0.0; rank * side], rank, side)?;
     let codes = Tensor::new(like.dtype(), vec![rank, side], codes.into()).ok()?;
     (scales.len() == rank).then(|| Some((Encoding::per_axis(grid::find("int4")?, 0, scales), codes)))?
@@ -254,6 +265,29 @@ mod tests {
                 assert!(away(&rounded, 32, 256) < 0.08, "{sides:?}: {}", away(&rounded, 32, 256));
             }
         }
+    }
+
+    #[test]
+    fn a_basis_that_does_not_fit_is_told() {
+        let state = |rank: usize| {
+            let mut projection = Projection::new((96, 64), rank, 7);
+            projection.down(&of_rank(4, (96, 64), 1.0));
+            let mut out = Ledger::Write(Vec::new());
+            projection.show(&mut out);
+            let Ledger::Write(state) = out else { panic!("{out:?}") };
+            state
+        };
+        let fits = |state: &[u8]| {
+            let mut back = Ledger::Read(Some(state));
+            let mut projection = Projection::new((96, 64), 16, 7);
+            projection.show(&mut back);
+            matches!(back, Ledger::Read(Some([]))) && projection.basis.is_some()
+        };
+        assert!(fits(&state(16)));
+        assert!(!fits(&state(15)), "another rank");
+        // Neither bases before nor scales, and codes of nine bytes.
+        let codes = [0_u64, 0, 0, 0, 9, 0].into_iter().flat_map(u64::to_le_bytes).chain([0]);
+        assert!(!fits(&codes.collect::<Vec<u8>>()), "codes without scales");
     }
 
     /// What lies in the subspace comes back out of it, but for what 4 bits lose.

@@ -169,7 +169,7 @@ mod tests {
         for (rows, columns) in [(64, 48), (48, 64), (40, 40), (8, 100), (3, 50), (1, 60), (60, 1)] {
             let weight = weight(rows, columns);
             let (left, points) = descended(&weight, 7);
-            assert!(left < 0.2, "{rows} × {columns}: {left} of the loss is left");
+            assert!(left < 0.25, "{rows} × {columns}: {left} of the loss is left");
             assert_eq!(points, weight.rounded(&points));
             assert_eq!(descended(&weight, 7).1, points, "the same seed");
         }
