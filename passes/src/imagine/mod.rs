@@ -237,7 +237,7 @@ pub(super) mod tests {
         let numbers = |tensor: &Tensor| tensor.values::<f32>().unwrap().into_owned();
         assert!(made.iter().flat_map(numbers).all(|x| (-1.0..=3.0).contains(&x)));
         let (before, after) = (loss(&graph, &remembered, &given(40).0), loss(&graph, &remembered, &made));
-        assert!(after < 0.2 * before, "{before} {after}");
+        assert!(after < 0.3 * before, "{before} {after}");
         assert!((1..40).all(|i| made[0] != made[i]), "no two are the same");
     }
 

@@ -73,7 +73,8 @@ crate::declare_pass! {
             OptionInfo {
                 name: "correct-distribution",
                 doc: "learning: 1 moves what blocks read, a little, until what they compute has the means and deviations that batch \
-                      normalization saw in training; other numbers as many times as freely; 0 by default",
+                      normalization saw in training; other numbers as many times as freely; 0 by default; what errors weigh by \
+                      loss=fisher stays that of samples that are not moved",
             },
             OptionInfo { name: "rate", doc: "learning: times the usual rate of the method, 1 by default" },
             OptionInfo { name: "drop", doc: "learning: the share of activations left in float, 0 by default" },

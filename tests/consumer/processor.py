@@ -1,0 +1,31 @@
+#!/usr/bin/env python3
+"""Whether products of bytes saturate in ONNX Runtime here, and a way around it for scripts that measure something else.
+
+    processor.py SCRIPT ARGUMENTS...
+
+Processors with AVX2 and without VNNI add two products of bytes in 16 bits, which saturate where weights use all of theirs. `--cpu avx2` makes
+models for them. Run through this file a script has ONNX Runtime compute exactly instead (session.x64quantprecision).
+"""
+import runpy, sys
+from pathlib import Path
+
+FLAGS = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
+SATURATES = 'avx2' in FLAGS and 'vnni' not in FLAGS
+
+
+def exactly(options):
+    """`options` of a session, so that it does not saturate."""
+    if SATURATES: options.add_session_config_entry('session.x64quantprecision', '1')
+    return options
+
+
+def main():
+    import onnxruntime as ort
+    session = ort.InferenceSession
+    ort.InferenceSession = lambda model, sess_options=None, *rest, **more: session(model, exactly(sess_options or ort.SessionOptions()), *rest, **more)
+    script = sys.argv[1]; sys.argv = sys.argv[1:]; sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name='__main__')
+
+
+if __name__ == '__main__':
+    main()
