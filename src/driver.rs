@@ -1,7 +1,7 @@
 //! A whole run: import, passes, lower, emit, verify, in order.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::exec::{Dataset, Executor, Progress};
@@ -19,10 +19,13 @@ use crate::max_drop::{self, Checkpoint, Search};
 use crate::memory::Needs;
 use crate::overrides::{Overrides, overrides};
 use crate::recipe::{pipeline_text, pipelines};
+pub(crate) use crate::refusals::guard_inputs;
+use crate::refusals::{check_budget, check_request};
 pub use crate::request::{Error, Kept, Request, Rest, Select};
 use crate::resume::{keep_budget, open_journal, paused, resumed};
+use crate::stages::{Clock, StageTimes, outcome_notes};
 use crate::verify::{self, Fidelity, Verdict};
-use crate::{exec, import, lint, samples, stats, targets};
+use crate::{exec, import, lint, samples, stats};
 
 /// A stage and the time it took.
 #[derive(Clone, Debug)]
@@ -77,21 +80,6 @@ pub struct Sizes {
     pub output_opset: u32,
 }
 
-struct Clock {
-    stages: Vec<Stage>,
-    since: Instant,
-}
-
-impl Clock {
-    fn lap(&mut self, name: &'static str) {
-        self.stages.push(Stage { name, time: self.since.elapsed() });
-        self.since = Instant::now();
-    }
-}
-
-/// Below this, an 8-bit model deserves a look.
-const LOW_SQNR_DB: f64 = 5.0;
-
 /// So many samples tell what rounding costs to first order.
 const FIRST_ORDER: usize = 32;
 
@@ -100,7 +88,7 @@ const FIRST_ORDER: usize = 32;
 /// # Errors
 /// [`Error`]; whatever stood at the output before still stands there.
 pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, Error> {
-    let mut clock = Clock { stages: Vec::new(), since: Instant::now() };
+    let mut clock = Clock::start();
     check_request(request)?;
     let imported = import::in_f32(&request.input).map_err(Error::input)?;
     let (mut notes, input_opset, external) = (imported.notes, imported.opset, imported.external);
@@ -304,98 +292,6 @@ fn finish(staged: Option<Staged>, verdict: Option<&Verdict>) -> Result<(), Error
     staged.map_or(Ok(()), |staged| Ok(staged.publish()?))
 }
 
-fn check_request(request: &Request) -> Result<(), Error> {
-    if let Some(what) = request.target.refuses(&request.scheme) {
-        let name = request.target.info().about.name;
-        return Err(Error::Target(format!("target `{name}` cannot take scheme {}: {what}", request.scheme)));
-    }
-    if request.rest == Rest::F16 && !request.target.accepts().half {
-        let name = request.target.info().about.name;
-        return Err(Error::Target(format!(
-            "target `{name}` computes what stays in float in 32 bits: leave --rest f16 out"
-        )));
-    }
-    if request.rotate && request.pipeline.is_some() {
-        return Err(Error::Input(
-            "--rotate changes the recipe's pipeline: put `rotate` into the one of --pipeline instead".into(),
-        ));
-    }
-    if let Some(bits) = request.cache.filter(|bits| ![4, 8].contains(bits) || request.pipeline.is_some()) {
-        return Err(Error::Input(if request.pipeline.is_some() {
-            "--cache changes the recipe's pipeline: put `encode-caches` into the one of --pipeline instead".into()
-        } else {
-            format!("--cache {bits}: numbers in a cache have 4 or 8 bits")
-        }));
-    }
-    if let Some(bits) = request.cache.filter(|_| !request.target.accepts().caches) {
-        let take =
-            targets::TARGETS.iter().filter(|target| target.accepts().caches).map(|target| target.info().about.name);
-        return Err(Error::Target(format!(
-            "--cache {bits}: {} takes no caches in codes; {} do",
-            request.target.info().about.name,
-            take.collect::<Vec<_>>().join(" and ")
-        )));
-    }
-    if let Some(method) = request.learn.as_ref().filter(|_| !pipeline_text(request).contains("round-in-order")) {
-        return Err(Error::Input(format!(
-            "--learn {method}: codes are learned from those that `round-in-order` chose, which this recipe does not run: add \
-                 `--recipe best`"
-        )));
-    }
-    for (option, method) in [("--learn", &request.learn), ("--distill", &request.distill)] {
-        if let Some(method) = method.as_ref().filter(|_| request.data.is_none()) {
-            return Err(Error::Input(format!("{option} {method} needs samples to learn from: pass them with --data")));
-        }
-    }
-    if let Some(scheme) = request.embeddings {
-        let blocks = scheme.weight_format.is_none() && scheme.activation_bits.is_none() && scheme.block.is_some();
-        if !blocks || request.target.refuses(&scheme).is_some() {
-            return Err(Error::Target(format!(
-                "--embeddings {scheme}: tables are integers of 2 to 8 bits in blocks of 16, 32, 64, 128 or 256 columns, and what is \
-                 gathered is float: write w8a16g32 or w4a16g32asym"
-            )));
-        }
-    }
-    if request.first_order && request.data.is_none() {
-        return Err(Error::Input("--first-order needs samples to take gradients on: pass them with --data".into()));
-    }
-    if let Some(problem) = request.output.as_ref().and_then(|o| emit::obstacle(request.target, o, &request.input)) {
-        return Err(Error::Input(problem));
-    }
-    let measures = request.scheme.measures();
-    if measures && request.data.is_none() && request.stats.is_none() && request.pipeline.is_none() {
-        return Err(Error::Input(format!(
-            "scheme {} needs calibration samples: pass a folder or file with --data, or measured statistics with --stats",
-            request.scheme
-        )));
-    }
-    Ok(())
-}
-
-/// Refuses a budget that the pipeline `text` has no place for, and a way to judge weights where nothing is to be spent on them.
-fn check_budget(request: &Request, text: &str) -> Result<(), Error> {
-    if let Some(metric) = &request.sensitivity {
-        let problem = match (request.budget, request.max_drop) {
-            (None, _) => Some("--sensitivity says how --budget judges weights: give that too"),
-            (_, Some(_)) => {
-                Some("--sensitivity is for --budget alone: --max-drop goes by squared errors of the outputs")
-            }
-            _ if text.contains(&format!("metric={metric}")) => None,
-            _ => Some(
-                "--sensitivity: the pipeline has an `allocate-bits` of its own, or no `assign-encodings`; set metric= there",
-            ),
-        };
-        if let Some(problem) = problem {
-            return Err(Error::Input(problem.into()));
-        }
-    }
-    if request.budget.is_none() || text.contains("allocate-bits") {
-        return Ok(());
-    }
-    let problem = "--budget gives weights their bits behind `assign-encodings`, which the pipeline does not have";
-    Err(Error::Input(problem.into()))
-}
-
 /// `planned`, or what is planned instead from what was `measured`, so that no more is lost than `allowed`.
 fn within_drop(
     request: &Request,
@@ -412,26 +308,6 @@ fn within_drop(
     let tails = pipelines(request).iter().map(tail).collect::<Result<_, _>>().map_err(Error::input)?;
     let search = Search { measured, tails, allowed, judge };
     max_drop::keep_within(&search, planned, cx)
-}
-
-/// Refuses an output that would replace the input model at `input` or one of its external files.
-///
-/// # Errors
-/// [`Error::Input`] names the file.
-pub(crate) fn guard_inputs(output: &Path, input: &Path, external: &[Source]) -> Result<(), Error> {
-    let mut data = output.as_os_str().to_owned();
-    data.push(".data");
-    for written in [output, Path::new(&data)] {
-        let Ok(written) = written.canonicalize() else { continue };
-        let read = std::iter::once(input).chain(external.iter().map(|source| source.path.as_path()));
-        if read.filter_map(|path| path.canonicalize().ok()).any(|path| path == written) {
-            let name = written.display();
-            return Err(Error::Input(format!(
-                "writing `{name}` would replace the input, which is never touched: choose another -o"
-            )));
-        }
-    }
-    Ok(())
 }
 
 fn output_name(request: &Request) -> String {
@@ -494,71 +370,6 @@ fn input_bytes(path: &Path, external: &[Source]) -> u64 {
     size(path) + external.iter().map(|source| size(&source.path)).sum::<u64>()
 }
 
-fn outcome_notes(sizes: &Sizes, fidelity: Option<&Fidelity>, graph: &Graph) -> Vec<Diagnostic> {
-    let mut notes = body_notes(graph);
-    if sizes.output_bytes >= sizes.input_bytes {
-        let message = format!("{} bytes became {}", sizes.input_bytes, sizes.output_bytes);
-        notes.push(Diagnostic::new(diag::GREW, Severity::Warning, Place::Model, message));
-    }
-    if let Some(fidelity) = fidelity.filter(|f| f.sqnr_db < LOW_SQNR_DB) {
-        let message = format!("its outputs keep {:.1} dB of the float model's", fidelity.sqnr_db);
-        let help = "keep the worst layers of the summary in float with --keep-float, or try --observer";
-        notes.push(Diagnostic::new(diag::LOW_FIDELITY, Severity::Warning, Place::Model, message).help(help));
-    }
-    notes
-}
-
-/// What is inside the bodies of `If`, `Loop` and `Scan` is carried, not quantized: say how much that is.
-fn body_notes(graph: &Graph) -> Vec<Diagnostic> {
-    fn inside(node: &passes::ir::Node) -> usize {
-        node.bodies.iter().map(|body| body.graph.nodes().map(|(_, node)| 1 + inside(node)).sum::<usize>()).sum()
-    }
-    let note = |node: &passes::ir::Node| {
-        let n = inside(node);
-        let message =
-            format!("the {n} nodes in its bodies stay in float: this version does not quantize inside bodies");
-        (n > 0).then(|| Diagnostic::new(diag::KEPT_FLOAT, Severity::Warning, Place::Node(node.name.clone()), message))
-    };
-    graph.nodes().filter_map(|(_, node)| note(node)).collect()
-}
-
-/// Charges the time of passes to stages as users know them.
-struct StageTimes<'a> {
-    clock: &'a mut Clock,
-    current: &'static str,
-}
-
-impl<'a> StageTimes<'a> {
-    fn new(clock: &'a mut Clock) -> Self {
-        Self { clock, current: "normalize" }
-    }
-
-    fn stage_of(pass: &str) -> &'static str {
-        let stage = passes::catalogue::STAGES.iter().find(|(_, table)| table.iter().any(|e| e.info.about.name == pass));
-        match stage.map(|(name, _)| *name) {
-            Some("calibrate") => "calibrate",
-            Some("analysis" | "rounding" | "correct") => "quantize",
-            _ => "normalize",
-        }
-    }
-}
-
-impl passes::pass::Instrument for StageTimes<'_> {
-    fn before(&mut self, pass: &passes::pass::PassInfo, _: &Model) {
-        let stage = Self::stage_of(pass.about.name);
-        if stage != self.current {
-            self.clock.lap(self.current);
-            self.current = stage;
-        }
-    }
-}
-
-impl Drop for StageTimes<'_> {
-    fn drop(&mut self) {
-        self.clock.lap(self.current);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -597,7 +408,7 @@ mod tests {
             hold_out: 0,
             augment: 0,
             stats: None,
-            target: targets::TARGETS[0],
+            target: crate::targets::TARGETS[0],
             layout: Layout::default(),
             scheme: Scheme::W8A8,
             goal: Goal::Balanced,
