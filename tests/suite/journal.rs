@@ -105,16 +105,13 @@ fn a_killed_run_goes_on_where_it_was() {
 fn a_run_killed_while_it_learns_the_whole_model_goes_on_from_its_last_check() {
     let folder = tempfile::tempdir().unwrap();
     // The second draws what it starts with, and learns scales of activations too.
-    let ways = [
-        "brecq{iterations=60, batch=16, loss=mse, rate=0.5}",
-        "lrq{iterations=60, batch=8, loss=mse, steps=1, drop=0.3}",
-    ];
+    let ways = ["brecq{iterations=60, batch=16, rate=0.5}", "lrq{iterations=60, batch=8, loss=mse, steps=1, drop=0.3}"];
     let mut learned = Vec::new();
     for distill in ways {
         let arguments = |output: &Path| {
             let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
             let words = ["quantize", text(&model), "--data", text(&data), "-o", text(output), "--progress", "none"];
-            let more = ["--scheme", "w2a8", "--recipe", "best", "--distill", distill];
+            let more = ["--scheme", "w2a4", "--recipe", "best", "--distill", distill];
             words.into_iter().chain(more).map(str::to_owned).collect::<Vec<String>>()
         };
         let whole = folder.path().join("whole.onnx");
