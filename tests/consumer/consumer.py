@@ -14,16 +14,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from processor import SATURATES, exactly
+from processor import CPU, SATURATES
 
 ROOT = Path(__file__).resolve().parents[2]
 # ONNX Runtime 1.22 computes MatMulNBits in float for 4 bits only, and says so.
 ONLY_FOUR_BITS = tuple(map(int, ort.__version__.split('.')[:2])) <= (1, 22)
 
 
-def session(path, optimized=True, dump=None, as_is=False):
+def session(path, optimized=True, dump=None):
     o = ort.SessionOptions(); o.log_severity_level = 3
-    if not as_is: exactly(o)
     if not optimized: o.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if dump: o.optimized_model_filepath = str(dump)
     return ort.InferenceSession(str(path), o, providers=['CPUExecutionProvider'])
@@ -41,12 +40,12 @@ def sqnr(a, b):
 
 def digits(tool, name, tmp):
     model, out = ROOT / 'fixtures/models' / f'{name}.onnx', Path(tmp) / f'{name}.q.onnx'
-    subprocess.run([tool, 'quantize', str(model), '--data', str(ROOT / 'fixtures/data/digits'), '-o', str(out), '--progress', 'none', *(['--cpu', 'avx2'] if SATURATES else [])], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([tool, 'quantize', str(model), '--data', str(ROOT / 'fixtures/data/digits'), '-o', str(out), '--progress', 'none', *CPU], check=True, stdout=subprocess.DEVNULL)
     onnx.checker.check_model(str(out), full_check=True)
     held = np.load(ROOT / 'fixtures/data/digits-eval.npz')
     x, y = held['images'].astype(np.float32)[:, None] / 255, held['labels']
     want = session(model).run(None, {'input': x})[0]
-    plain, fused = (session(out, optimized, as_is=True).run(None, {'input': x})[0] for optimized in (False, True))
+    plain, fused = (session(out, optimized).run(None, {'input': x})[0] for optimized in (False, True))
     ops = operators(out, tmp)
     accuracy = [float((o.argmax(1) == y).mean()) for o in (want, plain, fused)]
     print(f'{name}: float {accuracy[0]:.3f}, quantized {accuracy[1]:.3f}, fused {accuracy[2]:.3f}, {sqnr(want, plain):.1f} dB; {dict(ops)}')
@@ -63,8 +62,8 @@ def halves(tool, tmp):
     x = held['images'].astype(np.float32)[:, None] / 255
     want = session(model).run(None, {'input': x})[0]
     files = [Path(tmp) / f'halves.{what}.onnx' for what in ('rest', 'float', 'quantized')]
-    for source, out, options in [(model, files[0], ['--rest', 'f16']), (model, files[1], ['--rest', 'f16', '--keep-float', '*']), (files[1], files[2], [])]:
-        target = 'tensorrt' if options else 'ort-cpu'
+    for source, out, options in [(model, files[0], ['--rest', 'f16']), (model, files[1], ['--rest', 'f16', '--keep-float', '*']), (files[1], files[2], CPU)]:
+        target = 'ort-cpu' if source == files[1] else 'tensorrt'
         subprocess.run([tool, 'quantize', str(source), '--data', str(data), '-o', str(out), '--target', target, *options, '--progress', 'none'], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         onnx.checker.check_model(str(out), full_check=True)
     found = [sqnr(want, session(file).run(None, {'input': x})[0]) for file in files]

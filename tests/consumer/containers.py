@@ -17,6 +17,8 @@ import onnxruntime as ort
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from safetensors.numpy import load_file
 
+from processor import SATURATES
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, DATA = ROOT / 'fixtures/models/digits-resnet.onnx', ROOT / 'fixtures/data/digits'
 
@@ -67,7 +69,7 @@ def from_onnxruntime(binary, x, tmp):
     quant_pre_process(str(MODEL), str(prepared), skip_symbolic_shape=True)
     for kind in QuantFormat.QDQ, QuantFormat.QOperator:
         theirs, ours, qonnx = (tmp / f'{kind.name}.{what}.onnx' for what in ('theirs', 'ours', 'qonnx'))
-        quantize_static(str(prepared), str(theirs), Digits(), quant_format=kind, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+        quantize_static(str(prepared), str(theirs), Digits(), quant_format=kind, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=SATURATES)
         tool(binary, 'convert', theirs, '--target', 'onnx-qdq', '-o', ours, '--data', DATA)
         tool(binary, 'convert', ours, '--target', 'qonnx', '-o', qonnx)
         a, b = run(theirs, x), run(ours, x)
