@@ -123,6 +123,20 @@ impl Chain {
         also: Also,
         wish: Wish,
     ) -> Result<Result<Self, String>, PassError> {
+        match Self::linked(graph, plan, cx, layers, also)? {
+            Ok(chain) => chain.with_samples(graph, cx, (samples, cx.pair_budget), wish),
+            Err(reason) => Ok(Err(reason)),
+        }
+    }
+
+    /// The same before there are samples.
+    pub(super) fn linked(
+        graph: &Graph,
+        plan: &Plan,
+        cx: &PassContext<'_>,
+        layers: usize,
+        also: Also,
+    ) -> Result<Result<Self, String>, PassError> {
         // What several nodes read is one tensor, and stays so.
         let users = Users::of(graph);
         let constant = |node, input: u16| graph.node(node)?.input(input.into());
@@ -159,7 +173,7 @@ impl Chain {
         let carried = reads.collect(); // the last one of each counts
         let last = links.last().map(|link| &*link.block.nodes).unwrap_or_default();
         let teacher = Teacher::of(graph, cx, last, returned)?;
-        let mut chain = Self {
+        Ok(Ok(Self {
             links,
             teacher,
             given: Vec::new(),
@@ -168,14 +182,29 @@ impl Chain {
             shares: Vec::new(),
             fitted: Vec::new(),
             held_out: Vec::new(),
-        };
-        chain.take_samples(graph, cx, samples, wish)?;
-        let agrees = chain.agrees().map_err(|error| error.to_string());
-        Ok(agrees.map(|()| chain))
+        }))
     }
 
-    /// Reads all samples, or `most` of them, or as many, spread over all, as memory holds.
-    fn take_samples(&mut self, graph: &Graph, cx: &PassContext<'_>, most: usize, wish: Wish) -> Result<(), PassError> {
+    /// With all samples, or `most` of them, or as many, spread over all, as `room` bytes hold; or why gradients do not pass the chain.
+    pub(super) fn with_samples(
+        mut self,
+        graph: &Graph,
+        cx: &PassContext<'_>,
+        (most, room): (usize, u64),
+        wish: Wish,
+    ) -> Result<Result<Self, String>, PassError> {
+        self.take_samples(graph, cx, (most, room), wish)?;
+        let agrees = self.agrees().map_err(|error| error.to_string());
+        Ok(agrees.map(|()| self))
+    }
+
+    fn take_samples(
+        &mut self,
+        graph: &Graph,
+        cx: &PassContext<'_>,
+        (most, room): (usize, u64),
+        wish: Wish,
+    ) -> Result<(), PassError> {
         let dataset = cx.dataset.filter(|data| !data.is_empty()).ok_or(PassError::NoData)?;
         let feeds = self.links.iter().flat_map(|link| &link.program.feeds).map(|(_, v)| *v);
         let fixed: BTreeSet<ValueId> = feeds.filter(|v| !self.carried.contains_key(v)).collect();
@@ -186,8 +215,8 @@ impl Chain {
         let own = first.bytes();
         let of_targets: u64 = targets.targets.iter().map(|target| 4 * target.len() as u64).sum();
         let most = most.clamp(1, dataset.len());
-        let keeps = most as u64 * (own + of_targets) <= cx.pair_budget;
-        let room = usize::try_from(cx.pair_budget / own.max(1)).unwrap_or(usize::MAX).clamp(1, most);
+        let keeps = most as u64 * (own + of_targets) <= room;
+        let room = usize::try_from(room / own.max(1)).unwrap_or(usize::MAX).clamp(1, most);
         let indices: Vec<usize> = (0..room).map(|i| i * dataset.len() / room).collect();
         let given = parallel::workers(cx.threads, indices.len(), Vec::new, |kept, at| {
             if cx.progress.cancelled() {

@@ -229,9 +229,11 @@ impl Distill {
         let settings = self.settings.with_scales(free);
         let also =
             Also { steps: settings.learns(Part::Steps), norms: settings.learns(Part::Norms), inputs: true, rest: 0 };
-        let chain = Chain::of(model.graph(), model.plan(), cx, (self.layers, usize::MAX), also, settings.loss)?;
+        let chain = Chain::linked(model.graph(), model.plan(), cx, self.layers, also)?;
         let chain = chain.map_err(|reason| refused(&reason))?;
-        let left = fits(&settings, &chain, cx)?;
+        let (for_samples, left) = shares(&settings, &chain, cx)?;
+        let chain = chain.with_samples(model.graph(), cx, (usize::MAX, for_samples), settings.loss)?;
+        let chain = chain.map_err(|reason| refused(&reason))?;
         cx.progress.begin(INFO.about.name, settings.iterations as u64);
         let begin = || Standing::begin(model, &chain, &settings, SEED).map_err(|reason| refused(&reason));
         let mut at = begin()?;
@@ -273,26 +275,30 @@ fn unresumable(bytes: u64) -> Diagnostic {
     Diagnostic::new(diag::UNRESUMABLE, Severity::Note, Place::Model, message)
 }
 
-/// The bytes that what is learned of all weights at once leaves of memory.
+/// The bytes that samples may take beside what is learned of all weights at once, and those that both leave. What is learned comes first:
+/// there can be fewer samples, or their targets computed anew.
 ///
 /// # Errors
-/// Where memory does not hold it, with what takes less.
-fn fits(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<u64, PassError> {
+/// Where memory does not hold what is learned, with what takes less.
+fn shares(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(u64, u64), PassError> {
     if !settings.learns(Part::Codes) {
-        return Ok(cx.state_budget);
+        return Ok((cx.pair_budget, cx.state_budget));
     }
     let weights = chain.links.iter().flat_map(|link| &link.program.weights).map(|(.., tensor)| tensor.len() as u64);
     let weights: u64 = weights.sum();
     let needed = weights.saturating_mul(settings.method.bytes_per_weight());
-    if needed <= cx.state_budget {
-        return Ok(cx.state_budget - needed);
+    // Nothing is measured meanwhile.
+    let free = cx.state_budget.saturating_add(cx.pair_budget).saturating_add(cx.tap_budget);
+    if let Some(left) = free.checked_sub(needed) {
+        let for_samples = left.min(cx.pair_budget);
+        return Ok((for_samples, left - for_samples));
     }
     let name = settings.method.about().name;
     Err(PassError::Model(format!(
         "distill: what {name} learns of {weights} weights takes {} MB, and {} MB are left: leave codes as they are (codes=0), take a \
          method that keeps less (q-galore, lrq), or give more memory",
         needed / 1_000_000,
-        cx.state_budget / 1_000_000
+        free / 1_000_000
     )))
 }
 
@@ -337,5 +343,33 @@ mod tests {
         let tight = Memory { room: largest - 1, ..Memory::default() };
         assert_eq!(distilled(text, &tight), (wanted, 1));
         assert!(tight.standings.lock().unwrap().is_empty());
+    }
+    #[test]
+    fn what_is_learned_comes_before_samples() {
+        let data = Drawn(9);
+        let learned = |state_budget: u64, pair_budget: u64| {
+            let cx = PassContext {
+                dataset: Some(&data),
+                state_budget,
+                pair_budget,
+                tap_budget: 0,
+                ..PassContext::new(&NoTarget, &Tapes)
+            };
+            let model = rounding::in_nearest(&two_products(0.7)).unwrap();
+            let also = Also { steps: false, norms: true, inputs: true, rest: 0 };
+            let chain = Chain::linked(model.graph(), model.plan(), &cx, 1, also).unwrap().unwrap();
+            let settings = Settings::of(&Options::default(), &USUAL).unwrap().unwrap();
+            let (for_samples, left) = shares(&settings, &chain, &cx).map_err(|error| error.to_string())?;
+            let chain = chain.with_samples(model.graph(), &cx, (usize::MAX, for_samples), settings.loss).unwrap();
+            Ok::<_, String>((for_samples, left, chain.unwrap().samples()))
+        };
+        // Latent takes 12 bytes for each of 4 · 5 + 5 · 3 weights: 420.
+        assert_eq!(learned(1000, 1000), Ok((1000, 580, 9)));
+        assert_eq!(learned(20, 1000), Ok((600, 0, 9)));
+        let (for_samples, left, samples) = learned(0, 460).unwrap();
+        assert_eq!((for_samples, left), (40, 0));
+        assert!((1..9).contains(&samples), "{samples}");
+        let said = learned(0, 400).unwrap_err();
+        assert!(said.contains("q-galore") && said.contains("more memory"), "{said}");
     }
 }
