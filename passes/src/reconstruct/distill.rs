@@ -344,6 +344,7 @@ mod tests {
         assert_eq!(distilled(text, &tight), (wanted, 1));
         assert!(tight.standings.lock().unwrap().is_empty());
     }
+
     #[test]
     fn what_is_learned_comes_before_samples() {
         let data = Drawn(9);
