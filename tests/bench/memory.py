@@ -3,17 +3,24 @@
 
     memory.py --tool target/release/onnx-quant --zoo ../shared/zoo --language-model DIR [--max-memory 4G] [--methods brecq,latent] [--free brecq,latent] [--ways model]
 
-DIR is what smollm2.py wrote. Few samples and steps: what is held does not depend on how many steps there are, and the samples are
-streamed. `blocks` learns block after block (--learn), `model` from what the whole model returns (--distill), holding one block's tape at
+DIR is what smollm2.py wrote. Few samples and steps: what is held does not depend on how many steps there are; more
+samples may take more, up to the bound. What does not fit, or fails, says why in its row. `blocks` learns block after block (--learn), `model` from what the whole model returns (--distill), holding one block's tape at
 a time and running blocks anew on the way back. Methods of --free run without a bound as well, to tell what the bound costs in time.
 """
-import argparse, subprocess, sys, tempfile
+import argparse, os, subprocess, sys, tempfile, time
 from pathlib import Path
-
-from peers import run
 
 METHODS = ['brecq', 'lora-rounding', 'flexround', 'lrq', 'signround', 'latent', 'latent-stochastic', 'latent-settled', 'talr', 'q-galore', 'discquant']
 WAYS = {'blocks': ('--learn', '{iterations=4, batch=4}'), 'model': ('--distill', '{iterations=2, batch=4}')}
+
+
+def run(command, log):
+    """Seconds and megabytes of `command`, or the last line that it says where it fails."""
+    start = time.perf_counter()
+    with open(log, 'w+') as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said); _, status, usage = os.wait4(process.pid, 0)
+        said.seek(0); lines = said.read().splitlines()
+    return f'{lines[-1] if lines else "it fails"} | |' if status else f'{time.perf_counter() - start:.0f} | {usage.ru_maxrss / 1000:.0f} |'
 
 
 def main():
@@ -32,8 +39,8 @@ def main():
             for method in o.methods.split(',') if option else ['best']:
                 for bound in [o.max_memory, *([None] if method in o.free.split(',') else [])]:
                     learn = [option, method + settings] if option else []
-                    took = run([*common, *learn, *(['--max-memory', bound] if bound else [])])
-                    print(f'| {way} | {method} | {bound or "none"} | ' + (f'{took[0]:.0f} | {took[2]:.0f} |' if took else 'refused | |'), flush=True)
+                    took = run([*common, *learn, *(['--max-memory', bound] if bound else [])], Path(tmp) / 'said')
+                    print(f'| {way} | {method} | {bound or "none"} | {took}', flush=True)
 
 
 if __name__ == '__main__':

@@ -198,6 +198,7 @@ impl Chain {
         Ok(agrees.map(|()| self))
     }
 
+    /// Reads the samples, and what the float model says of them where `room` holds it for all.
     fn take_samples(
         &mut self,
         graph: &Graph,

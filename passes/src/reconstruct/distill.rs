@@ -231,7 +231,7 @@ impl Distill {
             Also { steps: settings.learns(Part::Steps), norms: settings.learns(Part::Norms), inputs: true, rest: 0 };
         let chain = Chain::linked(model.graph(), model.plan(), cx, self.layers, also)?;
         let chain = chain.map_err(|reason| refused(&reason))?;
-        let (for_samples, left) = shares(&settings, &chain, cx)?;
+        let (for_samples, left) = split(&settings, &chain, cx)?;
         let chain = chain.with_samples(model.graph(), cx, (usize::MAX, for_samples), settings.loss)?;
         let chain = chain.map_err(|reason| refused(&reason))?;
         cx.progress.begin(INFO.about.name, settings.iterations as u64);
@@ -280,7 +280,7 @@ fn unresumable(bytes: u64) -> Diagnostic {
 ///
 /// # Errors
 /// Where memory does not hold what is learned, with what takes less.
-fn shares(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(u64, u64), PassError> {
+fn split(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(u64, u64), PassError> {
     if !settings.learns(Part::Codes) {
         return Ok((cx.pair_budget, cx.state_budget));
     }
@@ -295,7 +295,7 @@ fn shares(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(u
     }
     let name = settings.method.about().name;
     Err(PassError::Model(format!(
-        "distill: what {name} learns of {weights} weights takes {} MB, and {} MB are left: leave codes as they are (codes=0), take a \
+        "what {name} learns of {weights} weights takes {} MB, and {} MB are left: leave codes as they are (codes=0), take a \
          method that keeps less (q-galore, lrq), or give more memory",
         needed / 1_000_000,
         free / 1_000_000
@@ -360,7 +360,7 @@ mod tests {
             let also = Also { steps: false, norms: true, inputs: true, rest: 0 };
             let chain = Chain::linked(model.graph(), model.plan(), &cx, 1, also).unwrap().unwrap();
             let settings = Settings::of(&Options::default(), &USUAL).unwrap().unwrap();
-            let (for_samples, left) = shares(&settings, &chain, &cx).map_err(|error| error.to_string())?;
+            let (for_samples, left) = split(&settings, &chain, &cx).map_err(|error| error.to_string())?;
             let chain = chain.with_samples(model.graph(), &cx, (usize::MAX, for_samples), settings.loss).unwrap();
             Ok::<_, String>((for_samples, left, chain.unwrap().samples()))
         };
