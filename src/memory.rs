@@ -35,6 +35,10 @@ const COPIES: u64 = 5;
 /// measured, the message it is handed over in, and the codes.
 const COPIES_OF_LARGE: u64 = 4;
 
+/// The same while parameters of all weights are learned, and nothing is measured: the mapped file, weights that a pass has made others of,
+/// and the codes with those of the best step so far.
+const COPIES_WHILE_LEARNED: u64 = 3;
+
 /// Executors prepare weights below this for their kernels, which holds them once more.
 pub(crate) const PREPACK_LIMIT: u64 = 256 << 20;
 
@@ -59,7 +63,7 @@ pub(crate) struct Budget {
     pub(crate) taps: u64,
     /// Bytes of tensors that may wait between the stages of a walk: what is left, as samples that do not fit run again.
     pub(crate) pairs: u64,
-    /// Bytes that are left for what is learned of all weights at once.
+    /// Bytes that are left while nothing is measured: for what is learned of all weights at once, and samples that wait meanwhile.
     pub(crate) state: u64,
     /// What the run will take in all.
     pub(crate) estimate: u64,
@@ -79,12 +83,16 @@ impl Needs {
     }
 
     fn total(&self, threads: usize, taps: u64) -> u64 {
-        let threads = threads as u64;
         // A model that is not large is packed by the executors, in two versions.
         let copies = if self.weights > PREPACK_LIMIT { COPIES_OF_LARGE } else { COPIES + 2 };
+        let taps = taps.min((threads as u64).saturating_mul(self.all));
+        self.base(threads, copies).saturating_add(taps)
+    }
+
+    /// The program, so many `copies` of the weights, and what runs of one sample per thread hold.
+    fn base(&self, threads: usize, copies: u64) -> u64 {
         let weights = self.weights.saturating_mul(copies);
-        let taps = taps.min(threads.saturating_mul(self.all));
-        BASE.saturating_add(weights).saturating_add(threads.saturating_mul(self.live)).saturating_add(taps)
+        BASE.saturating_add(weights).saturating_add((threads as u64).saturating_mul(self.live))
     }
 
     /// The bytes of tensors that wait between the stages of a walk over so many samples, both versions of them, within `pairs`.
@@ -113,7 +121,7 @@ impl Needs {
             if taps >= LEAST_TAP_BYTES.min((threads as u64).saturating_mul(self.all)) {
                 let estimate = self.total(threads, taps);
                 let pairs = most.saturating_sub(estimate).min(DEFAULT_PAIR_BYTES);
-                let state = most.saturating_sub(estimate).saturating_sub(pairs);
+                let state = most.saturating_sub(self.base(threads, COPIES_WHILE_LEARNED));
                 return Ok(Budget { threads, taps, pairs, state, estimate });
             }
         }
@@ -180,6 +188,8 @@ mod tests {
         let tight = needs().budget(Some(one), 4).unwrap();
         assert_eq!((tight.threads, tight.taps), (1, LEAST_TAP_BYTES));
         assert!(tight.estimate <= one);
+        assert_eq!(tight.state, one - needs().base(1, COPIES_WHILE_LEARNED));
+        assert!(tight.state > tight.taps + tight.pairs, "nothing is measured while weights are learned");
         let error = needs().budget(Some(one - (1 << 20)), 4).unwrap_err().to_string();
         assert!(error.contains("--max-memory allows"), "{error}");
     }

@@ -10,7 +10,7 @@ a time and running blocks anew on the way back. Methods of --free run without a 
 import argparse, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
-METHODS = ['brecq', 'lora-rounding', 'flexround', 'lrq', 'signround', 'latent', 'latent-stochastic', 'latent-settled', 'talr', 'q-galore', 'discquant']
+METHODS = ['brecq', 'scale-aware', 'lora-rounding', 'flexround', 'lrq', 'signround', 'latent', 'latent-stochastic', 'latent-settled', 'talr', 'q-galore', 'discquant']
 WAYS = {'blocks': ('--learn', '{iterations=4, batch=4}'), 'model': ('--distill', '{iterations=2, batch=4}')}
 
 

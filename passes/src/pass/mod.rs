@@ -123,7 +123,8 @@ pub struct PassContext<'a> {
     pub tap_budget: u64,
     /// The most bytes that tensors of samples may take while they wait for the next stage of a walk.
     pub pair_budget: u64,
-    /// The most bytes that what a pass learns of all weights at once may take.
+    /// The most bytes that what a pass learns of all weights at once may take, with samples that wait meanwhile. What is measured is not
+    /// held then.
     pub state_budget: u64,
     /// The bytes of tensors for one sample, where they are known; empty to have them worked out from the shapes.
     pub sizes: BTreeMap<ValueId, u64>,

@@ -282,14 +282,12 @@ fn unresumable(bytes: u64) -> Diagnostic {
 /// Where memory does not hold what is learned, with what takes less.
 fn split(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(u64, u64), PassError> {
     if !settings.learns(Part::Codes) {
-        return Ok((cx.pair_budget, cx.state_budget));
+        return Ok((cx.pair_budget, cx.state_budget.saturating_sub(cx.pair_budget)));
     }
     let weights = chain.links.iter().flat_map(|link| &link.program.weights).map(|(.., tensor)| tensor.len() as u64);
     let weights: u64 = weights.sum();
     let needed = weights.saturating_mul(settings.method.bytes_per_weight());
-    // Nothing is measured meanwhile.
-    let free = cx.state_budget.saturating_add(cx.pair_budget).saturating_add(cx.tap_budget);
-    if let Some(left) = free.checked_sub(needed) {
+    if let Some(left) = cx.state_budget.checked_sub(needed) {
         let for_samples = left.min(cx.pair_budget);
         return Ok((for_samples, left - for_samples));
     }
@@ -298,7 +296,7 @@ fn split(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(u6
         "what {name} learns of {weights} weights takes {} MB, and {} MB are left: leave codes as they are (codes=0), take a \
          method that keeps less (q-galore, lrq), or give more memory",
         needed / 1_000_000,
-        free / 1_000_000
+        cx.state_budget / 1_000_000
     )))
 }
 
@@ -349,13 +347,8 @@ mod tests {
     fn what_is_learned_comes_before_samples() {
         let data = Drawn(9);
         let learned = |state_budget: u64, pair_budget: u64| {
-            let cx = PassContext {
-                dataset: Some(&data),
-                state_budget,
-                pair_budget,
-                tap_budget: 0,
-                ..PassContext::new(&NoTarget, &Tapes)
-            };
+            let cx =
+                PassContext { dataset: Some(&data), state_budget, pair_budget, ..PassContext::new(&NoTarget, &Tapes) };
             let model = rounding::in_nearest(&two_products(0.7)).unwrap();
             let also = Also { steps: false, norms: true, inputs: true, rest: 0 };
             let chain = Chain::linked(model.graph(), model.plan(), &cx, 1, also).unwrap().unwrap();
@@ -365,12 +358,12 @@ mod tests {
             Ok::<_, String>((for_samples, left, chain.unwrap().samples()))
         };
         // Latent takes 12 bytes for each of 4 · 5 + 5 · 3 weights: 420.
-        assert_eq!(learned(1000, 1000), Ok((1000, 580, 9)));
-        assert_eq!(learned(20, 1000), Ok((600, 0, 9)));
-        let (for_samples, left, samples) = learned(0, 460).unwrap();
+        assert_eq!(learned(2000, 1000), Ok((1000, 580, 9)));
+        assert_eq!(learned(1020, 1000), Ok((600, 0, 9)));
+        let (for_samples, left, samples) = learned(460, 460).unwrap();
         assert_eq!((for_samples, left), (40, 0));
         assert!((1..9).contains(&samples), "{samples}");
-        let said = learned(0, 400).unwrap_err();
+        let said = learned(400, 400).unwrap_err();
         assert!(said.contains("q-galore") && said.contains("more memory"), "{said}");
     }
 }

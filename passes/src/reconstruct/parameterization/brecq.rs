@@ -32,9 +32,9 @@ impl Parameterization for Brecq {
         &ABOUT
     }
 
-    /// Two ends, v and two moments.
+    /// The gap, v and two moments.
     fn bytes_per_weight(&self) -> u64 {
-        20
+        16
     }
 
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
@@ -44,8 +44,8 @@ impl Parameterization for Brecq {
 }
 
 impl Learned for Up {
-    fn soft(&mut self, _: f32, _: &Weight) -> Vec<f32> {
-        self.between.units(&self.v)
+    fn soft(&mut self, _: f32, weight: &Weight) -> Vec<f32> {
+        self.between.units(&self.v, weight)
     }
 
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, _: &Weight) {
@@ -58,7 +58,7 @@ impl Learned for Up {
         self.adam.show(ledger);
     }
 
-    fn hard(&self, _: &Weight) -> Vec<f32> {
-        self.between.ends(&self.v)
+    fn hard(&self, weight: &Weight) -> Vec<f32> {
+        self.between.ends(&self.v, weight)
     }
 }

@@ -30,8 +30,6 @@ pub(super) struct DiscQuant;
 #[derive(Debug)]
 struct Relaxed {
     between: Between,
-    /// −(2y − 1), where y is the share of the way at which the float weight lies.
-    force: Vec<f32>,
     x: Vec<f32>,
     adam: Adam,
 }
@@ -42,30 +40,30 @@ impl Parameterization for DiscQuant {
         &ABOUT
     }
 
-    /// Two ends, the force, x and two moments.
+    /// The gap, x and two moments.
     fn bytes_per_weight(&self) -> u64 {
-        24
+        16
     }
 
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         let between = Between::ends_of(weight);
-        let y = between.shares(weight);
-        let x: Vec<f32> = y.iter().map(|y| (START * y).min(0.49)).collect();
-        let force = y.iter().map(|y| 1.0 - 2.0 * y).collect();
-        Box::new(Relaxed { between, force, adam: Adam::new(x.len()), x })
+        let x: Vec<f32> = between.shares(weight).into_iter().map(|y| (START * y).min(0.49)).collect();
+        Box::new(Relaxed { between, adam: Adam::new(x.len()), x })
     }
 }
 
 impl Learned for Relaxed {
-    fn soft(&mut self, _: f32, _: &Weight) -> Vec<f32> {
-        self.between.at(&self.x)
+    fn soft(&mut self, _: f32, weight: &Weight) -> Vec<f32> {
+        self.between.at(&self.x, weight)
     }
 
-    fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, _: &Weight) {
+    fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, weight: &Weight) {
         let mut by_x = self.between.by_shares(gradient);
         let mean = by_x.iter().map(|g| g.abs()).sum::<f32>() / by_x.len().max(1) as f32;
         let unit = if mean > 0.0 { RHO / mean } else { 0.0 };
-        by_x.iter_mut().zip(&self.force).for_each(|(g, force)| *g = force + (*g * unit).clamp(-KAPPA, KAPPA));
+        // The force is −(2y − 1), where y is the share of the way at which the float weight lies.
+        let pulled = |(g, y): (&mut f32, f32)| *g = 1.0 - 2.0 * y + (*g * unit).clamp(-KAPPA, KAPPA);
+        by_x.iter_mut().zip(self.between.shares(weight)).for_each(pulled);
         let decay = 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
         self.adam.step(&mut self.x, &by_x, RATE * rate * decay);
         self.x.iter_mut().for_each(|x| *x = x.clamp(0.0, 1.0));
@@ -76,9 +74,9 @@ impl Learned for Relaxed {
         self.adam.show(ledger);
     }
 
-    fn hard(&self, _: &Weight) -> Vec<f32> {
+    fn hard(&self, weight: &Weight) -> Vec<f32> {
         let ends: Vec<f32> = self.x.iter().map(|x| if *x > 0.5 { 1.0 } else { 0.0 }).collect();
-        self.between.at(&ends)
+        self.between.at(&ends, weight)
     }
 }
 

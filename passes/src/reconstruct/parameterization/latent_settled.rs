@@ -23,7 +23,6 @@ pub(super) struct LatentSettled;
 #[derive(Debug)]
 struct Settling {
     w: Vec<f32>,
-    points: Vec<f32>,
     adam: Adam,
     settled: Settled,
 }
@@ -34,21 +33,20 @@ impl Parameterization for LatentSettled {
         &ABOUT
     }
 
-    /// The weight, its point, its distance and two moments.
+    /// The weight, its distance and two moments.
     fn bytes_per_weight(&self) -> u64 {
-        20
+        16
     }
 
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         let w = weight.within_reach();
-        let (adam, settled) = (Adam::new(w.len()), Settled::new(w.len()));
-        Box::new(Settling { points: weight.points.clone(), adam, settled, w })
+        Box::new(Settling { adam: Adam::new(w.len()), settled: Settled::new(w.len()), w })
     }
 }
 
 impl Learned for Settling {
-    fn soft(&mut self, _: f32, _: &Weight) -> Vec<f32> {
-        self.points.clone()
+    fn soft(&mut self, _: f32, weight: &Weight) -> Vec<f32> {
+        self.hard(weight)
     }
 
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, weight: &Weight) {
@@ -56,19 +54,17 @@ impl Learned for Settling {
         let decay = 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
         self.adam.step(&mut self.w, gradient, RATE * rate * decay);
         self.settled.hold(&mut self.w, &before);
-        let points = weight.rounded(&self.w);
-        self.settled.follow(progress, &self.w, (&self.points, &points), weight);
-        self.points = points;
+        let (old, points) = (weight.rounded(&before), weight.rounded(&self.w));
+        self.settled.follow(progress, &self.w, (&old, &points), weight);
     }
 
     fn show(&mut self, ledger: &mut Ledger<'_>) {
         ledger.floats(&mut self.w);
-        ledger.floats(&mut self.points);
         self.settled.show(ledger);
         self.adam.show(ledger);
     }
 
-    fn hard(&self, _: &Weight) -> Vec<f32> {
-        self.points.clone()
+    fn hard(&self, weight: &Weight) -> Vec<f32> {
+        weight.rounded(&self.w)
     }
 }

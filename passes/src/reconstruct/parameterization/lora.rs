@@ -36,7 +36,7 @@ impl Parameterization for LoraRounding {
         &ABOUT
     }
 
-    /// Two ends; matrices of low rank are small.
+    /// The gap and v at the start; matrices of low rank are small.
     fn bytes_per_weight(&self) -> u64 {
         8
     }
@@ -59,10 +59,10 @@ impl Offsets {
 }
 
 impl Learned for Offsets {
-    fn soft(&mut self, progress: f32, _: &Weight) -> Vec<f32> {
+    fn soft(&mut self, progress: f32, weight: &Weight) -> Vec<f32> {
         let along = ((progress - COOLING.0) / (1.0 - COOLING.0)).clamp(0.0, 1.0);
         self.temperature = COOLING.1.powf(along);
-        self.between.units(&self.v())
+        self.between.units(&self.v(), weight)
     }
 
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, _: &Weight) {
@@ -75,7 +75,7 @@ impl Learned for Offsets {
         self.offset.show(ledger);
     }
 
-    fn hard(&self, _: &Weight) -> Vec<f32> {
-        self.between.ends(&self.v())
+    fn hard(&self, weight: &Weight) -> Vec<f32> {
+        self.between.ends(&self.v(), weight)
     }
 }

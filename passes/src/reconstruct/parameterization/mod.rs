@@ -305,7 +305,7 @@ mod tests {
                 let weight = Weight::new(&Tensor::of([float.len()], float.clone()), &encoding, &codes).unwrap();
                 assert_eq!(weight.points, chosen, "{grid:?}");
                 let between = soft::Between::ends_of(&weight);
-                let again = between.at(&between.shares(&weight));
+                let again = between.at(&between.shares(&weight), &weight);
                 for (i, (low, high)) in pairs.iter().enumerate() {
                     let (gap, other) = (high - low, if up { *low } else { *high });
                     assert!((weight.neighbor(i) - other).abs() <= 1e-6 * gap, "{grid:?}: {low} {high}, {}", chosen[i]);

@@ -24,8 +24,8 @@ pub(super) struct ScaleAware;
 #[derive(Debug)]
 struct Up {
     between: Between,
-    /// σ of every element.
-    sigma: Vec<f32>,
+    /// The mean gap.
+    mean: f32,
     u: Vec<f32>,
     adam: Adam,
 }
@@ -36,40 +36,44 @@ impl Parameterization for ScaleAware {
         &ABOUT
     }
 
-    /// Two ends, σ, u and two moments.
+    /// The gap, u and two moments.
     fn bytes_per_weight(&self) -> u64 {
-        24
+        16
     }
 
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         let (between, v) = Between::of(weight);
-        let sigma = relative(between.gaps());
-        let u: Vec<f32> = v.iter().zip(&sigma).map(|(v, sigma)| v * sigma).collect();
-        Box::new(Up { between, adam: Adam::new(u.len()), sigma, u })
+        let mean = mean(between.gaps());
+        let u: Vec<f32> = v.iter().zip(between.gaps()).map(|(v, gap)| v * sigma(*gap, mean)).collect();
+        Box::new(Up { between, adam: Adam::new(u.len()), mean, u })
     }
 }
 
-/// Magnitudes of `gaps` over their mean.
+/// The mean magnitude of `gaps`.
 #[expect(clippy::cast_possible_truncation, reason = "a mean of f32")]
-fn relative(gaps: &[f32]) -> Vec<f32> {
-    let mean = gaps.iter().map(|gap| f64::from(gap.abs())).sum::<f64>() / gaps.len().max(1) as f64;
-    gaps.iter().map(|gap| (gap.abs() / mean as f32).clamp(RATIO.0, RATIO.1)).collect()
+fn mean(gaps: &[f32]) -> f32 {
+    (gaps.iter().map(|gap| f64::from(gap.abs())).sum::<f64>() / gaps.len().max(1) as f64) as f32
+}
+
+/// σ of an element.
+fn sigma(gap: f32, mean: f32) -> f32 {
+    (gap.abs() / mean).clamp(RATIO.0, RATIO.1)
 }
 
 impl Up {
     fn v(&self) -> Vec<f32> {
-        self.u.iter().zip(&self.sigma).map(|(u, sigma)| u / sigma).collect()
+        self.u.iter().zip(self.between.gaps()).map(|(u, gap)| u / sigma(*gap, self.mean)).collect()
     }
 }
 
 impl Learned for Up {
-    fn soft(&mut self, _: f32, _: &Weight) -> Vec<f32> {
-        self.between.units(&self.v())
+    fn soft(&mut self, _: f32, weight: &Weight) -> Vec<f32> {
+        self.between.units(&self.v(), weight)
     }
 
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, _: &Weight) {
         let mut gradient = self.between.gradient(&self.v(), gradient, progress);
-        gradient.iter_mut().zip(&self.sigma).for_each(|(g, sigma)| *g /= sigma);
+        gradient.iter_mut().zip(self.between.gaps()).for_each(|(g, gap)| *g /= sigma(*gap, self.mean));
         self.adam.step(&mut self.u, &gradient, RATE * rate);
     }
 
@@ -78,8 +82,8 @@ impl Learned for Up {
         self.adam.show(ledger);
     }
 
-    fn hard(&self, _: &Weight) -> Vec<f32> {
-        self.between.ends(&self.u)
+    fn hard(&self, weight: &Weight) -> Vec<f32> {
+        self.between.ends(&self.u, weight)
     }
 }
 
@@ -114,7 +118,8 @@ mod tests {
     fn what_lies_between_near_points_decides_in_fewer_steps() {
         let weight = weight("float4e2m1", 0);
         let (between, v) = Between::of(&weight);
-        let sigma = relative(between.gaps());
+        let mean = mean(between.gaps());
+        let sigma: Vec<f32> = between.gaps().iter().map(|gap| sigma(*gap, mean)).collect();
         assert!(sigma.iter().any(|s| *s < 0.8) && sigma.iter().any(|s| *s > 1.2), "{sigma:?}");
         let mut learned = ScaleAware.start(&weight, 0);
         learned.step(&[1e-3; 24], 0.0, 1.0, &weight);
@@ -122,8 +127,8 @@ mod tests {
         let moved = learned.soft(0.0, &weight);
         for (i, unit) in moved.into_iter().enumerate() {
             let step = -RATE * by_v[i].signum() / sigma[i];
-            let want = between.units(&v.iter().map(|v| v + step).collect::<Vec<f32>>())[i];
-            let start = between.units(&v)[i];
+            let want = between.units(&v.iter().map(|v| v + step).collect::<Vec<f32>>(), &weight)[i];
+            let start = between.units(&v, &weight)[i];
             // Where the sigmoid is cut there is no gradient.
             let cut = (unit - start).abs() < 1e-9;
             assert!(cut || (unit - want).abs() < 1e-4 * want.abs().max(0.1), "{i}: {unit} {want}");

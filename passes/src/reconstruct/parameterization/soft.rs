@@ -13,10 +13,9 @@ const START: f32 = 0.1;
 /// How far the rectified sigmoid reaches beyond 0 and 1.
 const STRETCH: f32 = 0.1;
 
-/// Every element on its way from one point to another.
+/// Every element on its way from the point of a weight to another.
 #[derive(Debug)]
 pub(super) struct Between {
-    from: Vec<f32>,
     gap: Vec<f32>,
 }
 
@@ -43,9 +42,8 @@ fn sigmoids(v: &[f32]) -> Vec<f32> {
 impl Between {
     /// From the points that were chosen to their neighbors.
     pub(super) fn ends_of(weight: &Weight) -> Self {
-        let from = weight.points.clone();
-        let gap = (0..from.len()).map(|i| weight.neighbor(i) - from[i]).collect();
-        Self { from, gap }
+        let gap = |(i, from): (usize, &f32)| weight.neighbor(i) - from;
+        Self { gap: weight.points.iter().enumerate().map(gap).collect() }
     }
 
     /// How far the neighbors lie above, or below where negative.
@@ -56,12 +54,12 @@ impl Between {
     /// The share of the way, 0 to 1, at which the float weights lie.
     pub(super) fn shares(&self, weight: &Weight) -> Vec<f32> {
         let share = |((float, from), gap): ((&f32, &f32), &f32)| ((float - from) / gap).clamp(0.0, 1.0);
-        weight.float.iter().zip(&self.from).zip(&self.gap).map(share).collect()
+        weight.float.iter().zip(&weight.points).zip(&self.gap).map(share).collect()
     }
 
     /// from + share · gap.
-    pub(super) fn at(&self, shares: &[f32]) -> Vec<f32> {
-        shares.iter().zip(&self.from).zip(&self.gap).map(|((share, from), gap)| from + share * gap).collect()
+    pub(super) fn at(&self, shares: &[f32], weight: &Weight) -> Vec<f32> {
+        shares.iter().zip(&weight.points).zip(&self.gap).map(|((share, from), gap)| from + share * gap).collect()
     }
 
     /// Gradients by the shares, of those by units.
@@ -78,10 +76,13 @@ impl Between {
     }
 
     /// from + h(v) · gap.
-    pub(super) fn units(&self, v: &[f32]) -> Vec<f32> {
+    pub(super) fn units(&self, v: &[f32], weight: &Weight) -> Vec<f32> {
         let mut s = sigmoids(v);
         vectorized(|| {
-            s.iter_mut().zip(&self.from).zip(&self.gap).for_each(|((s, from), gap)| *s = from + rectified(*s).0 * gap);
+            s.iter_mut()
+                .zip(&weight.points)
+                .zip(&self.gap)
+                .for_each(|((s, from), gap)| *s = from + rectified(*s).0 * gap);
         });
         s
     }
@@ -104,8 +105,8 @@ impl Between {
     }
 
     /// The nearer end for every v.
-    pub(super) fn ends(&self, v: &[f32]) -> Vec<f32> {
+    pub(super) fn ends(&self, v: &[f32], weight: &Weight) -> Vec<f32> {
         let end = |((v, from), gap): ((&f32, &f32), &f32)| if *v >= 0.0 { from + gap } else { *from };
-        v.iter().zip(&self.from).zip(&self.gap).map(end).collect()
+        v.iter().zip(&weight.points).zip(&self.gap).map(end).collect()
     }
 }

@@ -28,7 +28,6 @@ pub(super) struct Talr;
 #[derive(Debug)]
 struct Scheduled {
     w: Vec<f32>,
-    points: Vec<f32>,
     adam: Adam,
     /// The running mean of the share of codes that change.
     transitions: f32,
@@ -45,9 +44,9 @@ impl Parameterization for Talr {
         &ABOUT
     }
 
-    /// The weight, its point, its distance and two moments.
+    /// The weight, its distance and two moments.
     fn bytes_per_weight(&self) -> u64 {
-        20
+        16
     }
 
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
@@ -64,49 +63,39 @@ impl Scheduled {
         let w = weight.within_reach();
         #[expect(clippy::cast_precision_loss, reason = "few bits")]
         let target = TRANSITIONS * (weight.encoding.grid.info().bits as f32).sqrt();
-        Self {
-            points: weight.points.clone(),
-            adam: Adam::new(w.len()),
-            transitions: target,
-            rate: 1.0,
-            target,
-            settled: Settled::new(w.len()),
-            w,
-        }
+        Self { adam: Adam::new(w.len()), transitions: target, rate: 1.0, target, settled: Settled::new(w.len()), w }
     }
 }
 
 impl Learned for Scheduled {
-    fn soft(&mut self, _: f32, _: &Weight) -> Vec<f32> {
-        self.points.clone()
+    fn soft(&mut self, _: f32, weight: &Weight) -> Vec<f32> {
+        self.hard(weight)
     }
 
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, weight: &Weight) {
         let before = self.w.clone();
         self.adam.step(&mut self.w, gradient, RATE * rate * self.rate);
         self.settled.hold(&mut self.w, &before);
-        let points = weight.rounded(&self.w);
-        let changed = points.iter().zip(&self.points).filter(|(new, old)| (*new - *old).abs() > 0.0).count();
+        let (old, points) = (weight.rounded(&before), weight.rounded(&self.w));
+        let changed = points.iter().zip(&old).filter(|(new, old)| (*new - *old).abs() > 0.0).count();
         let share = changed as f32 / points.len().max(1) as f32;
         self.transitions = MEMORY * self.transitions + (1.0 - MEMORY) * share;
         let target = self.target * 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
         // One more of the rate for as much too few changes as there are at the start.
         self.rate = (self.rate + (target - self.transitions) / self.target).clamp(0.0, MOST);
-        self.settled.follow(progress, &self.w, (&self.points, &points), weight);
-        self.points = points;
+        self.settled.follow(progress, &self.w, (&old, &points), weight);
     }
 
     fn show(&mut self, ledger: &mut Ledger<'_>) {
         ledger.floats(&mut self.w);
-        ledger.floats(&mut self.points);
         self.settled.show(ledger);
         ledger.floats(std::slice::from_mut(&mut self.transitions));
         ledger.floats(std::slice::from_mut(&mut self.rate));
         self.adam.show(ledger);
     }
 
-    fn hard(&self, _: &Weight) -> Vec<f32> {
-        self.points.clone()
+    fn hard(&self, weight: &Weight) -> Vec<f32> {
+        weight.rounded(&self.w)
     }
 }
 
