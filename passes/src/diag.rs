@@ -144,6 +144,8 @@ codes! {
         "relax-clamps takes the end of a clamp away where calibration never came to it, so that scales can pass; equalize-layers{clamps=M} scales channels in front of clamps that stay, so that what no sample brought may be clamped earlier or later. Data that is unlike the samples may go beyond; leave the pass or its option out, or give more samples.";
     LEARNED_BASIS = "OQ4007", "a residual stream was turned into a basis that was learned",
         "The note of the model says what rounding the weights around the stream loses, in shares of the power of what they compute, before and after. That of a tensor gives the logarithm of its quantization space utilization rate per channel: 0 where a range for all channels is filled evenly, less where some channels are louder than others, or depend on one another.";
+    HELD_OUT = "OQ4008", "codes that some samples chose were judged by the others",
+        "A few rows of layers that read more columns than the samples can tell apart are rounded by one half of the samples and judged by the other. The message says what they lose there, beside nearest codes: near 1 the samples tell next to nothing about the worst layer, and more of them, or --augment, would help. Where it saves loss, such moments are trusted less.";
     BIAS_SATURATED = "OQ5001", "a bias did not fit 32 bits at its scale and the weight scale was raised",
         "The bias is stored at input scale times weight scale. Where the weights of a channel are tiny, that product is too fine for the bias; the channel's weight scale was raised until it fits.";
     RESUMED = "OQ5002", "the run went on from what an earlier one has learned",

@@ -22,6 +22,8 @@ use crate::tensor::Tensor;
 pub(crate) struct Pair {
     /// The number of the sample.
     pub(crate) index: usize,
+    /// That of the sample which it is a variant of.
+    pub(crate) origin: usize,
     float: Known,
     planned: Known,
     mask: Option<Mask>,
@@ -278,7 +280,7 @@ impl<'a> Lockstep<'a> {
         let mask = Mask::of(self.graph, &feeds);
         let inputs = self.graph.inputs().iter().zip(&feeds);
         let known: Known = inputs.map(|(&value, tensor)| ((value, None), tensor.clone())).collect();
-        Ok(Pair { index, float: known.clone(), planned: known, mask })
+        Ok(Pair { index, origin: self.dataset.origin(index), float: known.clone(), planned: known, mask })
     }
 
     /// Lets go of what nobody reads after `stage`, or when its span is run again, and of rounded versions.

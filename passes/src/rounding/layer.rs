@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::held_out::Trust;
 use crate::encoding::{self, Encoding, Granularity};
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::{Graph, Node};
@@ -19,6 +20,7 @@ const MAX_ENTRIES: usize = 1 << 27;
 /// Strides, paddings and dilations from here on are no geometry that a model was trained with.
 const MAX_GEOMETRY: usize = 1 << 16;
 
+#[derive(Clone)]
 /// An encoded weight: `rows` output channels of `columns` each, cut into `groups` of rows that read different channels.
 pub(super) struct Layer<'a> {
     pub(super) node: NodeId,
@@ -31,8 +33,10 @@ pub(super) struct Layer<'a> {
     /// Whether the weight is stored column by column.
     transposed: bool,
     gram: Option<Arc<Gram>>,
+    /// How far those moments are trusted.
+    trust: Trust,
     /// What its rows should imitate, instead of its own weight, in the order of storage.
-    target: Option<Vec<f32>>,
+    target: Option<Arc<[f32]>>,
     /// Whether a mean error of the output is taken back in a bias.
     centered: bool,
 }
@@ -105,6 +109,7 @@ impl<'a> Layer<'a> {
             groups: cut.groups(),
             transposed: roles.out_axis == 1,
             gram,
+            trust: Trust::default(),
             target: None,
             centered: bias.is_some_and(|bias| model.plan().encoding(bias).is_some()),
         };
@@ -166,7 +171,17 @@ impl<'a> Layer<'a> {
 
     /// The same layer with another weight to imitate.
     pub(super) fn towards(self, target: Option<Vec<f32>>) -> Self {
-        Self { target, ..self }
+        Self { target: target.map(Arc::from), ..self }
+    }
+
+    /// The same layer with other moments of what it reads.
+    pub(super) fn measured_by(&self, gram: Arc<Gram>) -> Self {
+        Self { gram: Some(gram).filter(|gram| gram.columns == self.columns), ..self.clone() }
+    }
+
+    /// The same layer, its moments being trusted so far.
+    pub(super) fn trusted(&self, trust: Trust) -> Self {
+        Self { trust, ..self.clone() }
     }
 
     /// What rounding should come near to, in the order in which it is stored.
@@ -179,9 +194,15 @@ impl<'a> Layer<'a> {
         self.gram.as_ref().filter(|_| self.centered).map(|gram| gram.group_means(group))
     }
 
+    /// How far its moments are trusted.
+    #[cfg(test)]
+    pub(super) fn trust(&self) -> Trust {
+        self.trust
+    }
+
     /// The share that is kept of what was measured off the diagonal: few rows overfit.
     pub(super) fn share_kept(&self) -> f64 {
-        let effective = self.gram.as_ref().map_or(0.0, |gram| gram.effective);
+        let effective = self.trust.rows * self.gram.as_ref().map_or(0.0, |gram| gram.effective);
         effective / (effective + self.columns as f64)
     }
 
@@ -209,14 +230,24 @@ impl<'a> Layer<'a> {
     /// The matrix H whose quadratic form is the squared error of the output of `group`; `None` where nothing was measured.
     ///
     /// Few rows overfit: off the diagonal H is shrunk by α = d / (n + d) for n effective rows (diagonal shrinkage keeps what
-    /// nearest rounding would minimize). Where a bias takes the mean error back, H is the covariance.
-    #[expect(clippy::cast_possible_truncation, reason = "a factor between 0 and 1")]
+    /// nearest rounding would minimize), and its [`Trust`] may add to the diagonal. Where a bias takes the mean error back, H is the
+    /// covariance.
     pub(super) fn quadratic(&self, group: usize) -> Option<Vec<f32>> {
+        self.shrunk(group, self.share_kept(), self.trust.floor)
+    }
+
+    /// The same as it was measured.
+    pub(super) fn raw_quadratic(&self, group: usize) -> Option<Vec<f32>> {
+        self.shrunk(group, 1.0, 0.0)
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "a factor between 0 and 1, and moments in f32")]
+    fn shrunk(&self, group: usize, keep: f64, floor: f64) -> Option<Vec<f32>> {
         let gram = self.gram.as_ref()?;
         let d = self.columns;
         let mut h = gram.group(group).to_vec();
         let means = gram.group_means(group);
-        let keep = self.share_kept() as f32;
+        let keep = keep as f32;
         for (i, row) in h.chunks_exact_mut(d).enumerate() {
             for (j, value) in row.iter_mut().enumerate() {
                 if self.centered {
@@ -224,6 +255,10 @@ impl<'a> Layer<'a> {
                 }
                 *value = if i == j { value.max(0.0) } else { *value * keep };
             }
+        }
+        if floor > 0.0 {
+            let mean = h.iter().step_by(d + 1).map(|v| f64::from(*v)).sum::<f64>() / d.max(1) as f64;
+            h.iter_mut().step_by(d + 1).for_each(|v| *v += (floor * mean) as f32);
         }
         // A channel beyond what f32 holds squared would make nonsense of every row.
         h.iter().all(|v| v.is_finite()).then_some(h)

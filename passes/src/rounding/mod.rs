@@ -10,6 +10,7 @@ mod divisors;
 mod enumerate;
 mod flexround;
 mod gptq;
+mod held_out;
 mod layer;
 mod lrq;
 mod nearest;

@@ -52,6 +52,8 @@ type Beside = (NodeId, Version, Reading);
 /// Moments of one reading: of x̃, and of x − x̃ with x̃.
 pub(super) struct Moments {
     pub(super) gram: Arc<Gram>,
+    /// Those of either half of the samples, where both have some.
+    pub(super) halves: Option<[Arc<Gram>; 2]>,
     pub(super) drift: Option<Cross>,
 }
 
@@ -196,8 +198,8 @@ fn batches(readings: &[Reading], beside: &[Beside], ends: &Ends, budget: u64) ->
             CrossSums::bytes((left, channels(ends.beside.get(node))), (reading.rows, d))
         };
         let sums = beside.iter().filter(|(_, _, mine)| mine == reading).filter_map(of_sum);
-        // As much again for what drifted.
-        let bytes = sums.fold(second.saturating_mul(2), u64::saturating_add);
+        // For either half of the samples, and as much again for what drifted.
+        let bytes = sums.fold(second.saturating_mul(3), u64::saturating_add);
         match batches.last_mut().filter(|batch| batch.bytes.saturating_add(bytes) <= budget) {
             Some(batch) => {
                 batch.readings.push(*reading);
@@ -220,7 +222,7 @@ fn merge<K: Ord>(all: &mut BTreeMap<K, Peaks>, one: BTreeMap<K, Peaks>) {
 
 /// The sums for one stage, of which every worker has its own.
 struct Sums {
-    readings: Vec<(Reading, GramSums, Option<CrossSums>)>,
+    readings: Vec<(Reading, [GramSums; 2], Option<CrossSums>)>,
     beside: Vec<(NodeId, Version, Reading, CrossSums)>,
 }
 
@@ -235,7 +237,8 @@ impl Sums {
             let drift = ends.drift.get(reading).filter(|drift| drifts(drift));
             let right = (reading.rows, peaks);
             let drift = drift.and_then(|drift| CrossSums::new((reading.rows, drift.values()), right, samples));
-            Some((*reading, GramSums::new(reading.rows, peaks, samples)?, drift))
+            let half = || GramSums::new(reading.rows, peaks, samples);
+            Some((*reading, [half()?, half()?], drift))
         };
         let of_beside = |(node, version, reading): &Beside| {
             let left = ends.beside.get(node).filter(|peaks| drifts(peaks))?.values();
@@ -250,12 +253,12 @@ impl Sums {
     }
 
     fn see(&mut self, pair: &mut Pair, crossing: &Crossing, roots: &Roots) -> Result<(), PassError> {
-        for (reading, second, drift) in &mut self.readings {
+        for (reading, halves, drift) in &mut self.readings {
             let Some((float, planned)) = both(pair, reading, crossing)? else { continue };
             let values = planned.values::<f32>().unwrap_or_default();
             let roots = roots.of(reading, pair, planned.shape());
             let roots = roots.as_deref();
-            second.see_weighed(&values, planned.shape(), roots);
+            halves[pair.origin % 2].see_weighed(&values, planned.shape(), roots);
             if let (Some(cross), Some(drift)) = (drift, difference(&float, &planned)) {
                 cross.see_weighed((&drift, planned.shape()), (&values, planned.shape()), roots);
             }
@@ -273,8 +276,8 @@ impl Sums {
     }
 
     fn merge(mut self, other: &Self) -> Self {
-        for ((_, second, drift), (_, second_too, drift_too)) in self.readings.iter_mut().zip(&other.readings) {
-            second.merge(second_too);
+        for ((_, halves, drift), (_, halves_too, drift_too)) in self.readings.iter_mut().zip(&other.readings) {
+            halves.iter_mut().zip(halves_too).for_each(|(half, too)| half.merge(too));
             if let (Some(drift), Some(too)) = (drift, drift_too) {
                 drift.merge(too);
             }
@@ -285,11 +288,12 @@ impl Sums {
         self
     }
 
-    fn finish(&self) -> Measured {
-        let of_reading = self.readings.iter().filter_map(|(reading, second, drift)| {
-            let moments =
-                Moments { gram: Arc::new(second.finish()?), drift: drift.as_ref().and_then(CrossSums::finish) };
-            Some((*reading, moments))
+    fn finish(mut self) -> Measured {
+        let of_reading = self.readings.iter_mut().filter_map(|(reading, [whole, half], drift)| {
+            let halves = whole.finish().zip(half.finish()).map(|(a, b)| [Arc::new(a), Arc::new(b)]);
+            whole.merge(half);
+            let gram = Arc::new(whole.finish()?);
+            Some((*reading, Moments { gram, halves, drift: drift.as_ref().and_then(CrossSums::finish) }))
         });
         let of_sum = self.beside.iter().filter_map(|(node, .., cross)| Some((*node, cross.finish()?)));
         Measured { of_reading: of_reading.collect(), of_sum: of_sum.collect() }
@@ -514,7 +518,7 @@ mod tests {
         let layer = Layer::of(&model, node).unwrap().behind(data.gram(), true);
         let weights = layer.weights().unwrap().into_owned();
         let rounded: Vec<f32> = weights.iter().map(|w| (w * 5.0).round() / 5.0).collect();
-        let moments = Moments { gram: data.gram(), drift: Some(data.drift()) };
+        let moments = Moments { gram: data.gram(), halves: None, drift: Some(data.drift()) };
         let sum = data.cross(&data.beside);
         let with = shift(&layer, &moments, Some(&sum), &rounded).unwrap();
         for (k, shift) in with.iter().enumerate() {

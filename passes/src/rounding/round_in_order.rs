@@ -5,18 +5,22 @@ use std::sync::Arc;
 
 use super::clip_weights::{Form, clip};
 use super::descend::descend;
+use super::held_out::{self, Asked, Chosen};
 use super::layer::{self, Layer};
 use super::norms::{self, Norm};
 use super::prefix::{self, Inputs, Measured, Reading, Roots};
 use super::refit_scales::refit;
-use super::{Method, round, work};
+use super::tile::{Quadratic, Tile};
+use super::{Method, Prepared, round, work};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::exec::Dataset;
+use crate::grid::Grid;
 use crate::id::{NodeId, Site};
 use crate::ir::Graph;
 use crate::ir::walk::Users;
 use crate::lockstep::{self, Lockstep, Span};
 use crate::model::{Edit, Model, Patch};
+use crate::observe::Gram;
 use crate::ops;
 use crate::parallel;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
@@ -35,7 +39,9 @@ crate::declare_pass! {
     /// W* = W + (W E[(x − x̃) x̃ᵀ] + E[e x̃ᵀ]) (E[x̃ x̃ᵀ] + λ)⁻¹
     /// ```
     ///
-    /// Off the diagonal moments are shrunk by d / (n + d) for n effective rows. Layers with a bias, in their own node or in an
+    /// Off the diagonal moments are shrunk by d / (n + d) for n effective rows; where there are fewer than eight rows per column, moments of
+    /// either half of the samples choose codes that those of the other half judge, and where that saves loss, moments are shrunk more and
+    /// channels are taken to be louder than they were. Layers with a bias, in their own node or in an
     /// addition right after it, have their mean error taken back in it; where that bias is in float, the plan notes the
     /// corrected one. Two runs of the model where memory holds the tensors between stages; samples for which it does not
     /// run again from their inputs. Everything that is no such layer goes to nearest, and so does everything where there are no
@@ -187,6 +193,7 @@ impl RoundInOrder {
         measured: &Measured,
         bias: Option<Site>,
         scheme: &Scheme,
+        asked: &mut Asked,
     ) -> Option<Vec<Edit>> {
         let moments = measured.of_reading.get(&inputs.reading)?;
         let sum = measured.of_sum.get(&inputs.node).filter(|_| self.target == Target::Sum);
@@ -198,25 +205,19 @@ impl RoundInOrder {
         let grid = layer.encoding.grid;
         // Scales of block formats have a format of their own, which fitting would leave.
         let free = scheme.block_format().is_none() && layer.scales_are_own();
+        let chosen =
+            moments.halves.as_ref().filter(|_| asked.goes_on()).and_then(|halves| self.held_out(&layer, halves, free));
+        let layer = chosen.map_or(layer.clone(), |chosen| layer.trusted(chosen.trust));
+        if let Some(chosen) = chosen {
+            asked.keep(inputs.node, chosen);
+        }
         let rounded = |free: bool| {
             work::over_tiles(
                 &layer,
                 None,
                 |q| self.method.prepare(q),
                 |tiles, q, prepared| {
-                    if self.clips && free {
-                        parallel::each(tiles, |tile| clip(tile, grid, q, Form::Diagonal));
-                    }
-                    match prepared {
-                        Some(prepared) => prepared.round_all(tiles, grid, q),
-                        None => parallel::each(tiles, |tile| tile.nearest(grid)),
-                    }
-                    parallel::each(tiles, |tile| {
-                        descend(tile, grid, q, self.sweeps);
-                        if self.refit > 0 && free {
-                            refit(tile, grid, q, self.refit, 2);
-                        }
-                    });
+                    self.round(tiles, (grid, free), q, prepared.as_deref());
                 },
             )
         };
@@ -234,6 +235,54 @@ impl RoundInOrder {
             correct(model, bias, &shift, &mut edits);
         }
         Some(edits)
+    }
+
+    /// Chooses points of `tiles`, and scales where they are `free`.
+    fn round(
+        &self,
+        tiles: &mut [Tile],
+        (grid, free): (&dyn Grid, bool),
+        q: &Quadratic,
+        prepared: Option<&dyn Prepared>,
+    ) {
+        if self.clips && free {
+            parallel::each(tiles, |tile| clip(tile, grid, q, Form::Diagonal));
+        }
+        match prepared {
+            Some(prepared) => prepared.round_all(tiles, grid, q),
+            None => parallel::each(tiles, |tile| tile.nearest(grid)),
+        }
+        parallel::each(tiles, |tile| {
+            descend(tile, grid, q, self.sweeps);
+            if self.refit > 0 && free {
+                refit(tile, grid, q, self.refit, 2);
+            }
+        });
+    }
+
+    /// How far moments of what `layer` reads are trusted, by what a few of its rows lose on either half of the samples.
+    fn held_out(&self, layer: &Layer<'_>, halves: &[Arc<Gram>; 2], free: bool) -> Option<Chosen> {
+        let grid = layer.encoding.grid;
+        held_out::choose(layer, halves, |chosen, judge, parts| match chosen {
+            Some(chosen) => work::loss_of(
+                chosen,
+                judge,
+                parts,
+                |q| self.method.prepare(q),
+                |tiles, q, prepared| {
+                    self.round(tiles, (grid, free), q, prepared.as_deref());
+                },
+            ),
+            None => work::loss_of(
+                judge,
+                judge,
+                parts,
+                |_| (),
+                |tiles, _, ()| {
+                    tiles.iter_mut().for_each(|tile| tile.nearest(grid));
+                },
+            ),
+        })
     }
 }
 
@@ -295,6 +344,7 @@ impl Pass for RoundInOrder {
         let samples = cx.dataset.map_or(0, Dataset::len);
         let to_learn = self.learner.as_ref().map_or(0, |learner| learner.steps(blocks.len()));
         cx.progress.begin(INFO.about.name, layers.len() as u64 + to_learn);
+        let mut asked = Asked::default();
         for stage in 1..=last {
             walk.advance(work.plan())?;
             let mut here: Vec<Inputs> =
@@ -309,7 +359,7 @@ impl Pass for RoundInOrder {
             let measured = prefix::measure(&walk, model.graph(), work.plan(), &here, samples, &roots)?;
             for inputs in &here {
                 let bias = ops::bias_site(model.graph(), &users, inputs.node);
-                let edits = self.layer(&work, inputs, &measured, bias, &cx.scheme).unwrap_or_default();
+                let edits = self.layer(&work, inputs, &measured, bias, &cx.scheme, &mut asked).unwrap_or_default();
                 patch.count("rounded in order", u64::from(!edits.is_empty()));
                 patch.and_on(&mut work, edits)?;
                 cx.progress.step();
@@ -337,6 +387,9 @@ impl Pass for RoundInOrder {
             }
         }
         cx.progress.end();
+        if let Some(said) = asked.said(model.graph()) {
+            patch.note(Diagnostic::new(diag::HELD_OUT, Severity::Note, Place::Model, said));
+        }
         round::to_nearest(&work, &BTreeSet::new(), &mut patch)?;
         Ok(patch)
     }
@@ -387,13 +440,13 @@ mod tests {
         let (model, node) = with_a_large_bias();
         let users = Users::of(model.graph());
         let inputs = layers(&model, &users)[0];
-        let moments = Moments { gram: independent(), drift: None };
+        let moments = Moments { gram: independent(), halves: None, drift: None };
         let measured = Measured { of_reading: [(inputs.reading, moments)].into(), ..Measured::default() };
         let options = Options([("clip".to_owned(), "1".to_owned())].into());
         let bias = ops::bias_site(model.graph(), &users, node);
         let scheme = Scheme::parse("w4a8").unwrap();
         let pass = RoundInOrder::new(&options).unwrap();
-        let edits = pass.layer(&model, &inputs, &measured, bias, &scheme).unwrap();
+        let edits = pass.layer(&model, &inputs, &measured, bias, &scheme, &mut Asked::default()).unwrap();
         let scales = edits.iter().find_map(|edit| match edit {
             Edit::Encode { site, encoding } if Some(*site) != bias => Some(encoding.scale.to_vec()),
             _ => None,

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::held_out::Part;
 use super::layer::Layer;
 use super::tile::{LANES, Quadratic, Tile};
 use crate::encoding::Encoding;
@@ -75,6 +76,28 @@ pub(super) fn over_tiles<P: Sync>(
         put_back(layer, &tile, start..end.min(start + LANES), &mut rounded);
     }
     Some(rounded)
+}
+
+/// What `work`, after `prepare`, loses on `parts` of `layer` by the moments of `judge`, as they were measured.
+pub(super) fn loss_of<P: Sync>(
+    layer: &Layer<'_>,
+    judge: &Layer<'_>,
+    parts: &[Part],
+    prepare: impl Fn(&Quadratic) -> P + Sync,
+    work: impl Fn(&mut [Tile], &Quadratic, &P) + Sync,
+) -> Option<f64> {
+    let weights = layer.goal()?;
+    let of_group = |parts: &&[Part]| -> Option<f64> {
+        let group = parts.first()?.0;
+        let q = Quadratic::new(&layer.quadratic(group)?, layer.columns);
+        let prepared = prepare(&q);
+        let mut tiles: Vec<Tile> = parts.iter().map(|(_, rows)| cut(layer, &weights, None, rows.clone())).collect();
+        work(&mut tiles, &q, &prepared);
+        let judge = Quadratic::new(&judge.raw_quadratic(group)?, layer.columns);
+        Some(tiles.iter().map(|tile| tile.losses(&judge)[..tile.live].iter().sum::<f64>()).sum())
+    };
+    let groups: Vec<&[Part]> = parts.chunk_by(|a, b| a.0 == b.0).collect();
+    parallel::map(&groups, of_group).into_iter().sum()
 }
 
 /// Runs `work` on every tile of every layer that was rounded and measured.
