@@ -417,6 +417,28 @@ fn other_readers_keep_the_norm_and_products_get_their_own() {
     }
 }
 
+/// Before scale and shift every row of a norm has the same length; what else reads it keeps the norm as it was.
+#[test]
+fn products_read_norms_bare() {
+    let data = Rows { channels: 8, samples: 3 };
+    let bare = "infer-shapes, calibrate, reparameterize-norms{to=bare}, drop-dead";
+    for (norm, whole) in [(WHOLE, true), (WITHOUT_SHIFT, true), (WRITTEN, false), (ROOT, false)] {
+        for (outputs, readers, count) in [
+            ("%y", "  %y = Gemm(%n, %w, %bias)\n", "\"norms\": 1"),
+            ("%y, %z", "  %p = MatMul(%n, %w)\n  %y = Add(%bias, %p)\n  %z = Add(%n, %x)\n", "\"copied\": 1"),
+        ] {
+            let source = normed(outputs, norm, readers);
+            let made = made(&source, &data, bare, PLAIN, &[]).same(&data, &source);
+            assert!(made.counts.contains(count), "{source}: {}", made.counts);
+            let scales = made.constants(if whole { "LayerNormalization" } else { "Mul" }, 1);
+            let is_bare = |scale: &Vec<f32>| scale.iter().all(|s| (s - 1.0).abs() < 1e-6 || *s == 0.0);
+            assert!(!whole || scales.iter().any(is_bare), "{source}: {scales:?}");
+        }
+    }
+    let error = Pipeline::parse("calibrate, reparameterize-norms{to=bear}", &passes::catalogue::passes()).unwrap_err();
+    assert!(error.to_string().contains("neither even nor bare"), "{error}");
+}
+
 #[test]
 fn norms_stay_as_they_are_without_statistics_or_ranges_or_products() {
     let data = Rows { channels: 8, samples: 3 };

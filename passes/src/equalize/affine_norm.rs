@@ -52,6 +52,21 @@ impl Norm {
         self.shift.is_some() || self.is_whole
     }
 
+    /// What takes its scale and shift away: channels without a scale stay as they are.
+    pub(super) fn bare(&self, graph: &Graph) -> Option<Affine> {
+        let channels = graph.value(self.value).ty.tensor()?.shape.as_ref()?.last()?.known()?;
+        let node = graph.node(self.scale)?;
+        let scale = row(graph, node, self.input, channels)?;
+        let shift = match self.shift {
+            Some((add, input)) => row(graph, graph.node(add)?, input, channels)?,
+            None if self.is_whole && node.input(2).is_some() => row(graph, node, 2, channels)?,
+            None => vec![0.0; channels],
+        };
+        let of = |(scale, shift): (&f64, &f64)| if scale.is_normal() { (*scale, -shift / scale) } else { (1.0, 0.0) };
+        let (divisor, shift) = scale.iter().zip(&shift).map(of).unzip();
+        Some(Affine { divisor, shift })
+    }
+
     /// Lets the products of `group` read the norm divided and shifted as `affine` says, with weights and biases that make up for it;
     /// `None`, with an unusable patch, where one does not take it.
     pub(super) fn reparameterize(

@@ -3,6 +3,7 @@
 mod absorb_high_bias;
 mod affine_norm;
 mod awq;
+mod defer_softmax;
 mod divided;
 mod equalize_layers;
 mod factors;
@@ -43,6 +44,7 @@ pub static PASSES: &[PassEntry] = &[
     rotate_heads::ENTRY,
     smooth_caches::ENTRY,
     rotate_inputs::ENTRY,
+    defer_softmax::ENTRY,
     fit_clamps::ENTRY,
     pool_to_conv::ENTRY,
 ];

@@ -29,6 +29,9 @@ crate::declare_pass! {
     /// without a shift is scaled only, but for `LayerNormalization`, which gets one. Where it has other readers, as behind a residual
     /// sum, the products read a norm of their own, if it pays at least threefold. Products without a bias get an `Add`. Channels of
     /// one value become zero. Tensors of fewer than 1024 rows are left alone.
+    ///
+    /// With `to=bare` products read what norms are before their scale and shift, whatever is expected of it: every row has the same length
+    /// then, so that one range fits all rows, turned or not.
     INFO {
         name: "reparameterize-norms",
         source: "Li et al. 2022 (RepQ-ViT), arXiv:2212.08254, section 3.2; the choice by expected error and norms of their own ours",
@@ -41,6 +44,10 @@ crate::declare_pass! {
             OptionInfo {
                 name: "strength",
                 doc: "this power for every norm, shifted, whatever is expected of it; 1 is what the source does",
+            },
+            OptionInfo {
+                name: "to",
+                doc: "even (default): channels of ranges that are alike; bare: no scale and no shift, which needs no samples",
             },
             OptionInfo {
                 name: "sigmas",
@@ -58,6 +65,7 @@ pub(super) const ENTRY: PassEntry =
 struct ReparameterizeNorms {
     strength: Option<f64>,
     sigmas: Option<f64>,
+    bare: bool,
 }
 
 /// A norm of its own is worth it where it takes two thirds of the error away.
@@ -71,10 +79,18 @@ impl ReparameterizeNorms {
         let refuse = |option: &str, given: f64, range: &str| {
             Err(OptionError { option: option.into(), problem: format!("`{given}` is not {range}") })
         };
+        let bare = match options.text("to", "even") {
+            "even" => false,
+            "bare" => true,
+            other => {
+                let problem = format!("`{other}` is neither even nor bare");
+                return Err(OptionError { option: "to".into(), problem });
+            }
+        };
         match (strength, sigmas) {
             (Some(given), _) if !(0.0..=1.0).contains(&given) => refuse("strength", given, "from 0 to 1"),
             (_, Some(given)) if given <= 0.0 => refuse("sigmas", given, "more than 0"),
-            _ => Ok(Self { strength, sigmas }),
+            _ => Ok(Self { strength, sigmas, bare }),
         }
     }
 }
@@ -85,6 +101,9 @@ impl Pass for ReparameterizeNorms {
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
+        if self.bare {
+            return BTreeSet::new();
+        }
         let graph = model.graph();
         let of = |group: Group| Some((group.value, last_axis(graph, group.value)?));
         let both = |(value, axis)| [(value, Wish::Ends { axis }), (value, Wish::Peaks { axis })];
@@ -230,6 +249,11 @@ impl ReparameterizeNorms {
     /// given strength, that, and nothing left.
     fn choose(&self, model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<(Affine, f64)> {
         let norm = Norm::of(model.graph(), group.value)?;
+        if self.bare {
+            let affine = norm.bare(model.graph()).filter(Affine::changes)?;
+            let shifts = affine.shift.iter().any(|t| *t != 0.0);
+            return (norm.takes_shift() || !shifts).then_some((affine, 0.0));
+        }
         let channels = Channels::of(model, group, self.sigmas)?;
         let levels = |bits: u32| 2.0_f64.powi(i32::try_from(bits).unwrap_or(8)) - 1.0;
         let (steps, weight_steps) =

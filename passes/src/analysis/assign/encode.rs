@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::select::Selection;
-use super::{Goal, Goals, weights};
+use super::{Goal, Goals, logarithm, weights};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::Encoding;
 use crate::grid::block::{BlockFormat, BlockScale};
@@ -94,7 +94,9 @@ pub(super) fn encode(
     }
     for &(node, input) in &selection.reads {
         let Some(value) = graph.node(node).and_then(|n| n.input(input.into())) else { continue };
-        if let (false, Some(encoding)) = (is_written[value.index()], &by_value[value.index()]) {
+        if let Some((site, encoding)) = logarithm::of(graph, (node, input), &goals.base) {
+            patch.edit(Edit::Encode { site, encoding });
+        } else if let (false, Some(encoding)) = (is_written[value.index()], &by_value[value.index()]) {
             note_dead(model, value, patch);
             patch.edit(Edit::Encode { site: Site::Use { node, input }, encoding: encoding.clone() });
         }

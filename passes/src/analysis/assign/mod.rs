@@ -2,6 +2,7 @@
 
 mod encode;
 mod formats;
+mod logarithm;
 mod select;
 mod tables;
 mod weights;

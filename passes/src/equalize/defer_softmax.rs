@@ -1,0 +1,107 @@
+//! Attention whose weights are divided by their sum after the product.
+
+use crate::id::{NodeId, ValueId};
+use crate::ir::{Attr, Attrs, Dim, Node, OpKey, TensorType, Type};
+use crate::model::Patch;
+use crate::pass::{Facts, Miss, PassEntry, PassInfo, Rewrite, RewriteSite, Sweep};
+use crate::tensor::{DType, Tensor};
+
+crate::declare_pass! {
+    /// Lets a product that reads a `Softmax` read exponentials instead, and divides what it computes by their sum:
+    /// softmax(s) V = (e V) / Σ e, with e = exp(s − max s).
+    ///
+    /// The largest number of every row is 1 then, however even the row is: in few codes of one range, rows whose weights are many and small
+    /// keep theirs. The same numbers are computed, in five nodes more. Declines where anything else reads the softmax, or it is not along
+    /// the last axis.
+    INFO {
+        name: "defer-softmax",
+        source: "deferred division: Dao et al. 2022 (FlashAttention), arXiv:2205.14135, section 3.1; for the sake of few codes, ours",
+        cost: "One walk over the nodes; when the model runs, a maximum, a difference, a sum and a division per row of attention.",
+        requires: Facts::NONE,
+        establishes: Facts::NONE,
+        preserves: Facts::SHAPES,
+        fidelity: UpToRounding,
+        options: &[],
+    }
+}
+
+pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::new(Sweep(DeferSoftmax))) };
+
+/// See [`INFO`].
+#[derive(Debug)]
+struct DeferSoftmax;
+
+impl Rewrite for DeferSoftmax {
+    fn info(&self) -> &'static PassInfo {
+        &INFO
+    }
+
+    fn anchors(&self) -> &'static [&'static str] {
+        &["Softmax"]
+    }
+
+    fn rewrite(&self, site: &RewriteSite<'_>, patch: &mut Patch) -> Result<(), Miss> {
+        let graph = site.graph();
+        let softmax = site.node;
+        let (scores, weights) = softmax.input(0).zip(softmax.output(0)).ok_or(Miss::NoMatch)?;
+        let (reader, input) = site.users.only_input(weights).ok_or(Miss::NoMatch)?;
+        let product = graph.node(reader).filter(|node| node.op.is("MatMul") && input == 0).ok_or(Miss::NoMatch)?;
+        let values = product.input(1).filter(|value| graph.constant(*value).is_none()).ok_or(Miss::NoMatch)?;
+        let plan = site.model.plan();
+        if patch.touches(reader) || plan.encodes_any_of(graph, site.id) || plan.encodes_any_of(graph, reader) {
+            return Err(Miss::NoMatch);
+        }
+        let tensor = graph.value(scores).ty.tensor().filter(|ty| ty.dtype == Some(DType::F32)).ok_or(Miss::NoMatch)?;
+        let rank = tensor.rank().filter(|rank| *rank >= 2).ok_or(Miss::NoMatch)?;
+        let axis = softmax.int("axis", -1);
+        if axis != -1 && usize::try_from(axis) != Ok(rank - 1) {
+            return Err(Miss::Blocked("it is not along the last axis, which the product sums over".into()));
+        }
+        let dims = tensor.shape.as_ref().map(|dims| [&dims[..rank - 1], &[Dim::Known(1)]].concat());
+        let (rows, whole) = (Type::Tensor(TensorType::new(Some(DType::F32), dims)), graph.value(scores).ty.clone());
+        let deferred = Deferred { softmax, before: reader };
+        let axes = patch.constant(&format!("{}.axes", softmax.name), Tensor::of([1], vec![-1_i64]));
+        let most = deferred.node(patch, "ReduceMax", &[scores, axes], rows.clone());
+        let below = deferred.node(patch, "Sub", &[scores, most], whole.clone());
+        let exponentials = deferred.node(patch, "Exp", &[below], whole);
+        let sum = deferred.node(patch, "ReduceSum", &[exponentials, axes], rows);
+        let output = product.output(0).ok_or(Miss::NoMatch)?;
+        // The product keeps its name: people know it by that.
+        let inner = Node { inputs: vec![Some(exponentials), Some(values)], outputs: Vec::new(), ..product.clone() };
+        let name = format!("{}.undivided", graph.value(output).name);
+        let inner = patch.node(inner, &name, graph.value(output).ty.clone(), Some(reader));
+        patch.replace(reader, Node { outputs: product.outputs.clone(), ..deferred.operator("Div", &[inner, sum]) });
+        patch.erase(site.id);
+        patch.count("softmaxes", 1);
+        Ok(())
+    }
+}
+
+/// What takes the place of a softmax.
+struct Deferred<'a> {
+    softmax: &'a Node,
+    /// The product.
+    before: NodeId,
+}
+
+impl Deferred<'_> {
+    fn operator(&self, op: &str, inputs: &[ValueId]) -> Node {
+        let mut attrs = Attrs::new();
+        if op.starts_with("Reduce") {
+            attrs.insert("keepdims".into(), Attr::Int(1));
+        }
+        Node {
+            name: format!("{}.{op}", self.softmax.name).into(),
+            op: OpKey { domain: "".into(), name: op.into(), opset: self.softmax.op.opset },
+            inputs: inputs.iter().copied().map(Some).collect(),
+            outputs: Vec::new(),
+            attrs,
+            bodies: Vec::new(),
+            notes: None,
+        }
+    }
+
+    fn node(&self, patch: &mut Patch, op: &str, inputs: &[ValueId], ty: Type) -> ValueId {
+        patch.node(self.operator(op, inputs), &format!("{}.{op}", self.softmax.name), ty, Some(self.before))
+    }
+}
