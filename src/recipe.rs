@@ -32,7 +32,10 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     });
     let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
     let text = request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method));
-    let text = request.learn.as_ref().map_or(text.clone(), |method| with_learning(&text, method));
+    let text = request.learn.as_ref().map_or(text.clone(), |method| {
+        let scheme = Scheme { weight_bits: fewest_bits(request), ..request.scheme };
+        with_learning(&text, &resolved(method, &scheme))
+    });
     let text = request.distill.as_ref().map_or(text.clone(), |method| with_distillation(&text, method));
     let text = if request.rest == Rest::F16 { format!("{}, round-to-half", text.trim_end()) } else { text };
     let max_drop = max_drop.filter(|_| raises(request) || request.budget.is_some());
@@ -107,6 +110,30 @@ fn with_option(text: &str, name: &str, option: &str) -> String {
             None => format!("{before}{name}{{{option}}}{after}"),
         },
         None => text.to_owned(),
+    }
+}
+
+/// The name that stands for what wins for the scheme.
+pub(crate) const AUTO: &str = "auto";
+
+/// What wins for `scheme` on the zoo, by the tables of `docs/learning.md` (`tests/bench/learning.py`): the most decibels over all models
+/// that were tried. Weights of five bits and more leave nothing to learn.
+fn winner(scheme: &Scheme) -> &'static str {
+    match (scheme.weight_format, scheme.weight_bits, scheme.fixes_ranges()) {
+        (Some(_), ..) => "latent",
+        (None, 5.., _) => "none",
+        (None, ..=2, true) => "talr",
+        (None, ..=2, false) => "lora-rounding",
+        (None, 4, true) if scheme.activation_bits == Some(8) => "lrq",
+        _ => "brecq",
+    }
+}
+
+/// `method`, or where that is [`AUTO`] the winner, with the options that stand behind it.
+fn resolved(method: &str, scheme: &Scheme) -> String {
+    match method.trim().strip_prefix(AUTO).filter(|rest| rest.trim().is_empty() || rest.trim().starts_with('{')) {
+        Some(options) => format!("{}{options}", winner(scheme)),
+        None => method.to_owned(),
     }
 }
 
@@ -189,6 +216,16 @@ mod tests {
         assert_eq!(with_learning("a, round-in-order, b", "lrq"), "a, round-in-order{learn=lrq}, b");
         let learned = with_learning("a, round-in-order{refit=3}", "brecq{iterations=9, batch=2}");
         assert_eq!(learned, "a, round-in-order{learn=brecq, iterations=9, batch=2, refit=3}");
+        for (scheme, wins) in
+            [("w4a8", "lrq"), ("w3a8", "brecq"), ("w2a4", "talr"), ("w8a8", "none"), ("wfp4a8", "latent")]
+        {
+            let scheme = Scheme::parse(scheme).unwrap();
+            assert_eq!(resolved("auto{batch=2}", &scheme), format!("{wins}{{batch=2}}"));
+            assert_eq!(
+                (resolved("auto", &scheme).as_str(), resolved("automatic", &scheme).as_str()),
+                (wins, "automatic")
+            );
+        }
         assert_eq!(with_distillation("a, round", "latent{batch=2}"), "a, round\n, distill{learn=latent, batch=2}");
         let budgeted = with_allocation(text, Some(4.5), None, None);
         assert!(budgeted.contains("min-max}, allocate-bits{budget=4.5}, round, correct-bias"), "{budgeted}");

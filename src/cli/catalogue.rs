@@ -59,6 +59,14 @@ static RECIPES: &[About] = &[
               time of balanced, and memory for the tensors between two stages (2 GiB at most, less under --max-memory).",
         source: "onnx-quant",
     },
+    About {
+        name: "learned",
+        doc: "best, and then what wins for the scheme among the ways to learn codes block after block (`--learn auto`): lrq for w4a8, brecq for \
+              other 3 and 4 bits, talr for 2 and less with activations in codes and lora-rounding without, latent for small floats, nothing \
+              for 5 bits and more. 200 steps per block: three to ten times the time of best. The order of the samples matters, \
+              as it does not for the others.",
+        source: "onnx-quant; tests/bench/learning.py",
+    },
 ];
 
 fn abouts(kind: Kind) -> Vec<&'static About> {

@@ -12,6 +12,7 @@ use super::progress::Shown;
 use super::{Ended, eprint, print};
 use crate::driver::{self, Error, Kept, Request, Rest};
 use crate::overrides::Set;
+use crate::recipe::AUTO;
 use crate::{emit, report};
 
 /// Arguments.
@@ -80,8 +81,8 @@ pub(crate) struct Args {
     /// The type of what stays in float, for targets that take f16: tensorrt.
     #[arg(long, value_enum, default_value = "f32")]
     rest: Rest,
-    /// Learn codes by gradients, block after block, any of `list parameterizations`: brecq, or brecq{iterations=1000, batch=16}. For
-    /// `--recipe best`, whose codes it starts from.
+    /// Learn codes by gradients, block after block, any of `list parameterizations`: brecq, or brecq{iterations=1000, batch=16}; auto for
+    /// what wins for the scheme, none for nothing. For `--recipe best`, whose codes it starts from.
     #[arg(long, value_name = "METHOD")]
     learn: Option<String>,
     /// Learn codes from what the whole model loses, once they are rounded (and learned block after block): latent, or
@@ -167,26 +168,35 @@ impl Share {
     }
 }
 
+/// The recipe that goes on from where `best` ends.
+const LEARNED: &str = "learned";
+
+/// What the recipe called `name` learns weights by.
+fn learned_by(name: &str) -> Option<String> {
+    (name == LEARNED).then(|| AUTO.to_owned())
+}
+
 /// The goal called `name`.
 fn goal(name: &str) -> Option<Goal> {
     match name {
         "fast" => Some(Goal::Fast),
         "balanced" => Some(Goal::Balanced),
-        "best" => Some(Goal::Best),
+        "best" | LEARNED => Some(Goal::Best),
         _ => None,
     }
 }
 
 fn recipe(name: &str) -> Result<(Goal, Recipe), Error> {
     if let Some(goal) = goal(name) {
-        return Ok((goal, Recipe::default()));
+        return Ok((goal, Recipe { learn: learned_by(name), ..Recipe::default() }));
     }
     let fail = |e: &dyn std::fmt::Display| Error::Input(format!("--recipe {name}: {e}"));
     let text = std::fs::read_to_string(name)
-        .map_err(|e| fail(&format!("neither fast, balanced nor best, and no file: {e}")))?;
-    let recipe: Recipe = toml::from_str(&text).map_err(|e| fail(&e))?;
+        .map_err(|e| fail(&format!("neither fast, balanced, best nor learned, and no file: {e}")))?;
+    let mut recipe: Recipe = toml::from_str(&text).map_err(|e| fail(&e))?;
     let base = recipe.base.as_deref().unwrap_or("balanced");
-    let goal = goal(base).ok_or_else(|| fail(&format!("base `{base}` is none of fast, balanced, best")))?;
+    let goal = goal(base).ok_or_else(|| fail(&format!("base `{base}` is none of fast, balanced, best, learned")))?;
+    recipe.learn = recipe.learn.take().or_else(|| learned_by(recipe.base.as_deref().unwrap_or_default()));
     Ok((goal, recipe))
 }
 

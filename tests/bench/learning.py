@@ -11,11 +11,11 @@ FILES = {'digits-resnet': 'digits-resnet.onnx', 'digits-mobilenet': 'digits-mobi
 # Model, schemes, options of learning: small models take more steps in the same time.
 RUNS = [('digits-resnet', ('w4a8', 'w4a4', 'w3a4', 'w2a4', 'w2a2', 'w2a16', 'w1a8', 'wfp4a8', 'we2m3a8'), 'iterations=400, batch=16'),
         ('digits-mobilenet', ('w4a8', 'w4a4', 'w3a8', 'w2a8'), 'iterations=400, batch=16'),
-        ('minilm', ('w3a16g64', 'w2a16g32'), 'iterations=200, layers=6'),
-        ('efficientnet-lite0', ('w4a8', 'w3a8'), 'iterations=200'),
-        ('ppocr-rec', ('w4a8',), 'iterations=100')]
+        ('minilm', ('w4a8', 'w4a4', 'w3a16g64', 'w2a16g32'), 'iterations=100, layers=6'),
+        ('efficientnet-lite0', ('w4a8', 'w4a4', 'w3a8'), 'iterations=100'),
+        ('ppocr-rec', ('w4a8', 'w4a4'), 'iterations=100')]
 # What a method is called, and its options: rounding to nearest, GPTQ, the chain of the recipe best, and what goes on from there.
-METHODS = {'nearest': ['--recipe', 'balanced', '--rounding', 'nearest'], 'gptq': ['--recipe', 'balanced', '--rounding', 'gptq'], 'best': ['--recipe', 'best'],
+METHODS = {'nearest': ['--recipe', 'balanced', '--rounding', 'nearest'], 'gptq': ['--recipe', 'balanced', '--rounding', 'gptq'], 'adaround': ['--recipe', 'balanced', '--rounding', 'adaround'], 'best': ['--recipe', 'best'],
            'brecq': 'brecq{%s}', 'scale-aware': 'scale-aware{%s}', 'qdrop': 'brecq{%s, drop=0.5}', 'brecq, scales of activations': 'brecq{%s, steps=1}', 'lora-rounding': 'lora-rounding{%s}',
            'flexround': 'flexround{%s}', 'lrq': 'lrq{%s}', 'signround': 'signround{%s}', 'latent': 'latent{%s}', 'latent-stochastic': 'latent-stochastic{%s}',
            'latent-settled': 'latent-settled{%s}', 'talr': 'talr{%s}', 'q-galore': 'q-galore{%s}',
