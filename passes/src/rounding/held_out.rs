@@ -39,6 +39,9 @@ const LEAST: f64 = 0.03;
 /// Moments of so many effective rows per column are trusted.
 const ENOUGH: f64 = 8.0;
 
+/// Codes of so many bits lose next to nothing, however they are chosen.
+const MANY_BITS: u32 = 8;
+
 /// Tiles of a weight that are judged, and groups of one that has several.
 const TILES: usize = 2;
 const GROUPS: usize = 24;
@@ -124,7 +127,7 @@ pub(super) fn choose<'a>(
         Some(of(&first, &second)? + of(&second, &first)?)
     };
     let rows = halves.iter().map(|half| half.effective).sum::<f64>();
-    if rows >= ENOUGH * layer.columns as f64 {
+    if rows >= ENOUGH * layer.columns as f64 || layer.encoding.grid.info().bits >= MANY_BITS {
         return None;
     }
     let nearest = both(None).filter(|loss| *loss > 0.0)?;

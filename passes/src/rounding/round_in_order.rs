@@ -39,9 +39,9 @@ crate::declare_pass! {
     /// W* = W + (W E[(x − x̃) x̃ᵀ] + E[e x̃ᵀ]) (E[x̃ x̃ᵀ] + λ)⁻¹
     /// ```
     ///
-    /// Off the diagonal moments are shrunk by d / (n + d) for n effective rows; where there are fewer than eight rows per column, moments of
-    /// either half of the samples choose codes that those of the other half judge, and where that saves loss, moments are shrunk more and
-    /// channels are taken to be louder than they were. Layers with a bias, in their own node or in an
+    /// Off the diagonal moments are shrunk by d / (n + d) for n effective rows. Where there are fewer than eight rows per column, and codes
+    /// have fewer than eight bits, moments of either half of the samples choose codes that those of the other half judge; where that saves
+    /// loss, moments are shrunk more and channels are taken to be louder than they were. Layers with a bias, in their own node or in an
     /// addition right after it, have their mean error taken back in it; where that bias is in float, the plan notes the
     /// corrected one. Two runs of the model where memory holds the tensors between stages; samples for which it does not
     /// run again from their inputs. Everything that is no such layer goes to nearest, and so does everything where there are no
