@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What each step adds, model by model: a table for CHANGELOG.md.
+"""What each step adds, model by model: the table of docs/ablation.md.
 
     ablation.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME] [--scheme w8a8 ...] [--step TEXT] [--language-model DIR]
 
@@ -48,6 +48,16 @@ STEPS = {
                  ('+ augment', f'calibrate, {ENCODE}, round-in-order{{damping=0.2, refit=3}}', '--augment', '8')],
 }
 STEPS['w3a16g64'] = STEPS['w4a16g32']
+FEW = ENCODE.replace('products=min-max', 'products=mse')
+IN_ORDER = f'{FEW}, round-in-order{{method=enumerate, refit=3}}'
+SMOOTHED = f'smooth, equalize-layers, drop-dead, calibrate, {IN_ORDER}'
+STEPS['w4a4'] = [('nearest', f'calibrate, {FEW}, round'),
+                 ('+ bias correction', f'calibrate, {FEW}, round, correct-bias'),
+                 ('in order, sum', f'calibrate, {IN_ORDER}, correct-bias'),
+                 ('+ smooth, equalize-layers', f'calibrate, {SMOOTHED}, correct-bias'),
+                 ('+ rotate-inputs', f'calibrate, rotate-inputs, drop-dead, calibrate, {SMOOTHED}, correct-bias'),
+                 ('+ defer-softmax', f'calibrate, defer-softmax, rotate-inputs, drop-dead, calibrate, {SMOOTHED}, correct-bias'),
+                 ('+ norms bare', f'calibrate, reparameterize-norms{{to=bare}}, defer-softmax, rotate-inputs, drop-dead, calibrate, {SMOOTHED}, correct-bias')]
 # Turned, the language model's head is a weight of its own: it stays in float as in the other rows.
 ROTATE, HEAD = 'rotate, infer-shapes, drop-dead, calibrate', ('--keep-float', 'node_linear_210')
 STEPS['w4a16g128'] = [*STEPS['w4a16g32'][:-1], ('rotate, nearest', f'{ROTATE}, {ENCODE}, round', *HEAD),
