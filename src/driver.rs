@@ -360,7 +360,7 @@ pub(crate) fn fit_memory(
     tracing::info!(estimate = budget.estimate, threads = budget.threads, taps = budget.taps, "memory");
     let waiting = if keeps_samples { needs.waiting(budget.pairs, dataset.len()) } else { 0 };
     (cx.threads, cx.tap_budget, cx.pair_budget, cx.sizes) = (budget.threads, budget.taps, budget.pairs, needs.sizes);
-    cx.state_budget = budget.state;
+    (cx.state_budget, cx.lone_budget) = (budget.state, budget.lone);
     Ok(Some(budget.estimate.saturating_add(waiting)))
 }
 

@@ -63,8 +63,10 @@ pub(crate) struct Budget {
     pub(crate) taps: u64,
     /// Bytes of tensors that may wait between the stages of a walk: what is left, as samples that do not fit run again.
     pub(crate) pairs: u64,
-    /// Bytes that are left while nothing is measured: for what is learned of all weights at once, and samples that wait meanwhile.
+    /// Bytes that are left beside all that for what is kept of all weights.
     pub(crate) state: u64,
+    /// Bytes that are left while nothing is measured and no executor runs: for what is learned of all weights, and samples that wait.
+    pub(crate) lone: u64,
     /// What the run will take in all.
     pub(crate) estimate: u64,
 }
@@ -112,6 +114,7 @@ impl Needs {
                 taps,
                 pairs: DEFAULT_PAIR_BYTES,
                 state: u64::MAX,
+                lone: u64::MAX,
                 estimate: self.total(threads, taps),
             });
         };
@@ -121,8 +124,9 @@ impl Needs {
             if taps >= LEAST_TAP_BYTES.min((threads as u64).saturating_mul(self.all)) {
                 let estimate = self.total(threads, taps);
                 let pairs = most.saturating_sub(estimate).min(DEFAULT_PAIR_BYTES);
-                let state = most.saturating_sub(self.base(threads, COPIES_WHILE_LEARNED));
-                return Ok(Budget { threads, taps, pairs, state, estimate });
+                let state = most.saturating_sub(estimate).saturating_sub(pairs);
+                let lone = most.saturating_sub(self.base(threads, COPIES_WHILE_LEARNED));
+                return Ok(Budget { threads, taps, pairs, state, lone, estimate });
             }
         }
         let needed = self.total(1, LEAST_TAP_BYTES);
@@ -188,8 +192,8 @@ mod tests {
         let tight = needs().budget(Some(one), 4).unwrap();
         assert_eq!((tight.threads, tight.taps), (1, LEAST_TAP_BYTES));
         assert!(tight.estimate <= one);
-        assert_eq!(tight.state, one - needs().base(1, COPIES_WHILE_LEARNED));
-        assert!(tight.state > tight.taps + tight.pairs, "nothing is measured while weights are learned");
+        assert_eq!(tight.lone, one - needs().base(1, COPIES_WHILE_LEARNED));
+        assert!(tight.lone > tight.state + tight.taps + tight.pairs, "nothing is measured while weights are learned");
         let error = needs().budget(Some(one - (1 << 20)), 4).unwrap_err().to_string();
         assert!(error.contains("--max-memory allows"), "{error}");
     }

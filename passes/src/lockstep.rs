@@ -15,6 +15,7 @@ use crate::ops::sizes;
 use crate::padding::{self, Mask};
 use crate::parallel;
 use crate::pass::{PassContext, PassError};
+use crate::seed;
 use crate::simulate::{self, Crossing, Cutter, Known, Part, Version};
 use crate::tensor::Tensor;
 
@@ -22,8 +23,8 @@ use crate::tensor::Tensor;
 pub(crate) struct Pair {
     /// The number of the sample.
     pub(crate) index: usize,
-    /// That of the sample which it is a variant of.
-    pub(crate) origin: usize,
+    /// One of two halves of the samples: by what the sample is, or that which it is a variant of, and not by where it stands.
+    pub(crate) half: usize,
     float: Known,
     planned: Known,
     mask: Option<Mask>,
@@ -275,12 +276,19 @@ impl<'a> Lockstep<'a> {
         if self.cx.progress.cancelled() { Err(PassError::Interrupted) } else { Ok(()) }
     }
 
+    fn half(&self, index: usize, feeds: &[Tensor]) -> Result<usize, PassError> {
+        let of = |feeds: &[Tensor]| feeds.iter().fold(0, |hash, tensor| seed::mixed(hash ^ u64::from(tensor.digest())));
+        let origin = self.dataset.origin(index);
+        let hash = if origin == index { of(feeds) } else { of(&self.dataset.sample(origin)?) };
+        Ok(usize::from(hash % 2 == 1))
+    }
+
     fn start(&self, index: usize) -> Result<Pair, PassError> {
         let feeds = self.dataset.sample(index)?;
         let mask = Mask::of(self.graph, &feeds);
         let inputs = self.graph.inputs().iter().zip(&feeds);
         let known: Known = inputs.map(|(&value, tensor)| ((value, None), tensor.clone())).collect();
-        Ok(Pair { index, origin: self.dataset.origin(index), float: known.clone(), planned: known, mask })
+        Ok(Pair { index, half: self.half(index, &feeds)?, float: known.clone(), planned: known, mask })
     }
 
     /// Lets go of what nobody reads after `stage`, or when its span is run again, and of rounded versions.

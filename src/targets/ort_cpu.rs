@@ -140,7 +140,10 @@ fn passes(goal: Goal, scheme: &Scheme, turned: bool) -> Cow<'static, str> {
             let least = if bits == Some(8) { ", least-db=31" } else { "" };
             // Of few codes none can be spared for outliers.
             let (turned, products) = if turned && few_codes(scheme) {
-                ("reparameterize-norms{to=bare}, defer-softmax, rotate-inputs, drop-dead,\ncalibrate, ", "mse")
+                (
+                    "reparameterize-norms{to=bare}, defer-softmax, drop-dead,\ncalibrate, rotate-inputs, drop-dead,\ncalibrate, ",
+                    "mse",
+                )
             } else {
                 ("", "min-max")
             };

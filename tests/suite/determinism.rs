@@ -23,7 +23,9 @@ fn rounding_by_data_is_as_reproducible() {
         .iter()
         .map(|&(threads, batch, stride)| {
             let folder = tempfile::tempdir().unwrap();
-            rebatched(folder.path(), batch, |row| row * stride % 128);
+            // Some neighbors change places too, so that even ones come to be odd.
+            let swapped = |row: usize| if stride > 1 && (row / 2).is_multiple_of(3) { row ^ 1 } else { row };
+            rebatched(folder.path(), batch, |row| swapped(row * stride % 128));
             let out = folder.path().join("q.onnx");
             let args =
                 ["quantize", text(&model), "--data", text(folder.path()), "-o", text(&out), "--progress", "none"];

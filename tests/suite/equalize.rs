@@ -528,11 +528,43 @@ fn attention_is_divided_behind_its_product_where_only_that_reads_it() {
     for (axis, reader) in [
         ("axis=0", READ),
         ("axis=-1", "  %t = MatMul(%p, %v)\n  %m = ReduceSum(%p) {keepdims=1}\n  %y = Add(%t, %m)\n"),
+        (
+            "axis=-1",
+            "  %ones = const f32[8] [1, 1, 1, 1, 1, 1, 1, 1]\n  %vv = MatMul(%v, %ones)\n  %y = MatMul(%p, %vv)\n",
+        ),
         ("axis=-1", "  %vt = Transpose(%v) {perm=[1, 0]}\n  %y = MatMul(%vt, %p)\n"),
     ] {
         let (_, after, counts) = divided(&attention(axis, reader), &Tokens, "defer-softmax", "w4a4");
         assert!(after.graph().nodes().any(|(_, node)| node.op.is("Softmax")), "{reader}: {counts}");
     }
+}
+
+/// A token that is masked has no weight at all, however few the codes: other numbers in the future change no bit of the past.
+#[test]
+fn few_codes_of_attention_keep_masks() {
+    let hidden: Vec<&str> = (0..24 * 24).map(|at| if at % 24 > at / 24 { "-10000" } else { "0" }).collect();
+    let mask = format!("  %mask = const f32[24,24] [{}]\n", hidden.join(", "));
+    let source = attention("axis=-1", READ)
+        .replace("  %p = Softmax(%s)", &format!("{mask}  %h = Add(%s, %mask)\n  %p = Softmax(%h)"));
+    let plain = passes::text::parse(&source).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+    let mut cx = PassContext {
+        dataset: Some(&Tokens),
+        scheme: passes::target::Scheme::parse("w4a4").unwrap(),
+        ..PassContext::new(targets::find("onnx-qdq").unwrap(), executor.as_ref())
+    };
+    let text = "infer-shapes, defer-softmax, drop-dead, calibrate, assign-encodings, round";
+    let pipeline = Pipeline::parse(text, &passes::catalogue::passes()).unwrap();
+    let (model, _) = PassManager::new(Vec::new(), true).run(&pipeline, plain, &mut cx).unwrap();
+    let graph = model.graph();
+    assert!(graph.nodes().any(|(id, node)| node.op.is("Exp") && model.plan().encoding_of_use(graph, id, 0).is_some()));
+    let run = Simulation::prepare(graph, model.plan(), executor.as_ref(), graph.outputs()).unwrap();
+    let sample = Tokens.sample(0).unwrap().remove(0);
+    let mut other = sample.floats().unwrap().into_owned();
+    other[12 * 12..].iter_mut().for_each(|value| *value = -*value);
+    let other = Tensor::of([24, 12], other);
+    let [a, b] = [sample, other].map(|feed| run.run(&[feed]).unwrap().remove(0).floats().unwrap().into_owned());
+    assert!(a[..12 * 8] == b[..12 * 8] && a[12 * 8..] != b[12 * 8..], "the past depends on the future");
 }
 
 /// In four bits exponentials are written by their logarithm, in front of `Exp`; in eight the product reads codes of themselves.

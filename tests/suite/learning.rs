@@ -75,7 +75,7 @@ fn learning_more_than_memory_holds_is_refused() {
         data.keep(&(0..16).collect::<Vec<_>>());
         let mut cx = PassContext::new(onnx_quant::targets::TARGETS[0], executor.as_ref());
         cx.dataset = Some(&data);
-        (cx.state_budget, cx.pair_budget) = (100_000, 100_000);
+        (cx.lone_budget, cx.pair_budget) = (100_000, 100_000);
         let catalogue = passes::catalogue::passes();
         let text = format!(
             "infer-shapes, *(fold-batch-norm, fold-constants, drop-dead), infer-shapes, calibrate, assign-encodings, round, \

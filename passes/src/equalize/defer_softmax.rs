@@ -8,11 +8,12 @@ use crate::tensor::{DType, Tensor};
 
 crate::declare_pass! {
     /// Lets a product that reads a `Softmax` read exponentials instead, and divides what it computes by their sum:
-    /// softmax(s) V = (e V) / Σ e, with e = exp(s − max s).
+    /// softmax(s) V = (e V) / Σ e, with e = exp(s − max s) · clip(s − max s + 101, 0, 1).
     ///
     /// The largest number of every row is 1 then, however even the row is: in few codes of one range, rows whose weights are many and small
-    /// keep theirs. The same numbers are computed, in five nodes more. Declines where anything else reads the softmax, or it is not along
-    /// the last axis.
+    /// keep theirs. The second factor is 0 for what is masked and 1 for everything that f32 can tell from 0: codes of s − max s, of which the
+    /// lowest is no mask, leave it as it is. The same numbers are computed, in seven nodes more. Declines where anything else reads the
+    /// softmax, where it is not along the last axis, and where the user keeps it or its reader in float.
     INFO {
         name: "defer-softmax",
         source: "deferred division: Dao et al. 2022 (FlashAttention), arXiv:2205.14135, section 3.1; for the sake of few codes, ours",
@@ -31,6 +32,9 @@ pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::
 #[derive(Debug)]
 struct DeferSoftmax;
 
+/// e to the minus this is 0 beside 1, and the reach of masks is far beyond.
+const REACH: f32 = 100.0;
+
 impl Rewrite for DeferSoftmax {
     fn info(&self) -> &'static PassInfo {
         &INFO
@@ -47,6 +51,16 @@ impl Rewrite for DeferSoftmax {
         let (reader, input) = site.users.only_input(weights).ok_or(Miss::NoMatch)?;
         let product = graph.node(reader).filter(|node| node.op.is("MatMul") && input == 0).ok_or(Miss::NoMatch)?;
         let values = product.input(1).filter(|value| graph.constant(*value).is_none()).ok_or(Miss::NoMatch)?;
+        let kept = |name: &str| site.keep_float.contains_key(name);
+        let tensors = [softmax, product].into_iter().flat_map(|node| node.inputs.iter().chain(&node.outputs)).flatten();
+        if kept(&softmax.name)
+            || kept(&product.name)
+            || tensors.into_iter().any(|value| kept(&graph.value(*value).name))
+        {
+            return Err(Miss::NoMatch);
+        }
+        // A vector would lose an axis that its sum keeps.
+        graph.value(values).ty.rank().filter(|rank| *rank >= 2).ok_or(Miss::NoMatch)?;
         let plan = site.model.plan();
         if patch.touches(reader) || plan.encodes_any_of(graph, site.id) || plan.encodes_any_of(graph, reader) {
             return Err(Miss::NoMatch);
@@ -63,7 +77,15 @@ impl Rewrite for DeferSoftmax {
         let axes = patch.constant(&format!("{}.axes", softmax.name), Tensor::of([1], vec![-1_i64]));
         let most = deferred.node(patch, "ReduceMax", &[scores, axes], rows.clone());
         let below = deferred.node(patch, "Sub", &[scores, most], whole.clone());
-        let exponentials = deferred.node(patch, "Exp", &[below], whole);
+        let exponentials = deferred.node(patch, "Exp", &[below], whole.clone());
+        let constant = |patch: &mut Patch, what: &str, value: f32| {
+            patch.constant(&format!("{}.{what}", softmax.name), Tensor::of([], vec![value]))
+        };
+        let [reach, none, all] =
+            [("reach", REACH + 1.0), ("none", 0.0), ("all", 1.0)].map(|(what, value)| constant(patch, what, value));
+        let above = deferred.node(patch, "Add", &[below, reach], whole.clone());
+        let open = deferred.node(patch, "Clip", &[above, none, all], whole.clone());
+        let exponentials = deferred.node(patch, "Mul", &[exponentials, open], whole);
         let sum = deferred.node(patch, "ReduceSum", &[exponentials, axes], rows);
         let output = product.output(0).ok_or(Miss::NoMatch)?;
         // The product keeps its name: people know it by that.

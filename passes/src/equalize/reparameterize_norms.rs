@@ -47,7 +47,7 @@ crate::declare_pass! {
             },
             OptionInfo {
                 name: "to",
-                doc: "even (default): channels of ranges that are alike; bare: no scale and no shift, which needs no samples",
+                doc: "even (default): channels of ranges that are alike; bare: no scale and no shift, whatever samples say",
             },
             OptionInfo {
                 name: "sigmas",
@@ -87,6 +87,10 @@ impl ReparameterizeNorms {
                 return Err(OptionError { option: "to".into(), problem });
             }
         };
+        if bare && (strength.is_some() || sigmas.is_some()) {
+            let problem = "with `bare` there is neither strength nor sigmas".to_owned();
+            return Err(OptionError { option: "to".into(), problem });
+        }
         match (strength, sigmas) {
             (Some(given), _) if !(0.0..=1.0).contains(&given) => refuse("strength", given, "from 0 to 1"),
             (_, Some(given)) if given <= 0.0 => refuse("sigmas", given, "more than 0"),

@@ -123,9 +123,10 @@ pub struct PassContext<'a> {
     pub tap_budget: u64,
     /// The most bytes that tensors of samples may take while they wait for the next stage of a walk.
     pub pair_budget: u64,
-    /// The most bytes that what a pass learns of all weights at once may take, with samples that wait meanwhile. What is measured is not
-    /// held then.
+    /// The most bytes that what a pass keeps of all weights may take, beside samples that wait and what is measured.
     pub state_budget: u64,
+    /// The same with samples that wait, for a pass during which nothing is measured and no executor holds the weights.
+    pub lone_budget: u64,
     /// The bytes of tensors for one sample, where they are known; empty to have them worked out from the shapes.
     pub sizes: BTreeMap<ValueId, u64>,
     /// Told about long work.
@@ -153,6 +154,7 @@ impl<'a> PassContext<'a> {
             tap_budget: 256 << 20,
             pair_budget: 1 << 30,
             state_budget: u64::MAX,
+            lone_budget: u64::MAX,
             sizes: BTreeMap::new(),
             progress: &Silent,
             journal: &NoJournal,

@@ -8,6 +8,7 @@ use crate::id::{NodeId, ValueId};
 use crate::ir::walk::Users;
 use crate::ir::{Graph, Node};
 use crate::model::{Model, Patch};
+use crate::target::KeepFloat;
 
 /// A local rewrite.
 pub trait Rewrite: std::fmt::Debug + Send + Sync {
@@ -28,6 +29,8 @@ pub struct Site<'a> {
     pub model: &'a Model,
     /// Who reads what.
     pub users: &'a Users,
+    /// What stays in float because the user said so.
+    pub keep_float: &'a KeepFloat,
     /// The node it stopped at.
     pub id: NodeId,
     /// That node.
@@ -65,7 +68,7 @@ impl<R: Rewrite> Pass for Sweep<R> {
         self.0.info()
     }
 
-    fn run(&self, model: &Model, _: &PassContext<'_>) -> Result<Patch, PassError> {
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         let users = Users::of(model.graph());
         let mut patch = Patch::on(model);
         let anchors = self.0.anchors();
@@ -75,7 +78,7 @@ impl<R: Rewrite> Pass for Sweep<R> {
                 continue;
             }
             let mark = patch.mark();
-            match self.0.rewrite(&Site { model, users: &users, id, node }, &mut patch) {
+            match self.0.rewrite(&Site { model, users: &users, keep_float: cx.keep_float, id, node }, &mut patch) {
                 Ok(()) => {}
                 Err(miss) => {
                     patch.roll_back(&mark);

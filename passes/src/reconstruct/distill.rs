@@ -282,12 +282,12 @@ fn unresumable(bytes: u64) -> Diagnostic {
 /// Where memory does not hold what is learned, with what takes less.
 fn split(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(u64, u64), PassError> {
     if !settings.learns(Part::Codes) {
-        return Ok((cx.pair_budget, cx.state_budget.saturating_sub(cx.pair_budget)));
+        return Ok((cx.pair_budget, cx.lone_budget.saturating_sub(cx.pair_budget)));
     }
     let weights = chain.links.iter().flat_map(|link| &link.program.weights).map(|(.., tensor)| tensor.len() as u64);
     let weights: u64 = weights.sum();
     let needed = weights.saturating_mul(settings.method.bytes_per_weight());
-    if let Some(left) = cx.state_budget.checked_sub(needed) {
+    if let Some(left) = cx.lone_budget.checked_sub(needed) {
         let for_samples = left.min(cx.pair_budget);
         return Ok((for_samples, left - for_samples));
     }
@@ -296,7 +296,7 @@ fn split(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(u6
         "what {name} learns of {weights} weights takes {} MB, and {} MB are left: leave codes as they are (codes=0), take a \
          method that keeps less (q-galore, lrq), or give more memory",
         needed / 1_000_000,
-        cx.state_budget / 1_000_000
+        cx.lone_budget / 1_000_000
     )))
 }
 
@@ -346,9 +346,9 @@ mod tests {
     #[test]
     fn what_is_learned_comes_before_samples() {
         let data = Drawn(9);
-        let learned = |state_budget: u64, pair_budget: u64| {
+        let learned = |lone_budget: u64, pair_budget: u64| {
             let cx =
-                PassContext { dataset: Some(&data), state_budget, pair_budget, ..PassContext::new(&NoTarget, &Tapes) };
+                PassContext { dataset: Some(&data), lone_budget, pair_budget, ..PassContext::new(&NoTarget, &Tapes) };
             let model = rounding::in_nearest(&two_products(0.7)).unwrap();
             let also = Also { steps: false, norms: true, inputs: true, rest: 0 };
             let chain = Chain::linked(model.graph(), model.plan(), &cx, 1, also).unwrap().unwrap();

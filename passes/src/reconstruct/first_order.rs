@@ -205,7 +205,7 @@ mod tests {
     fn what_memory_does_not_hold_is_no_error() {
         let data = Drawn(5);
         let cx = PassContext::new(&NoTarget, &Tapes);
-        let cx = PassContext { dataset: Some(&data), state_budget: 100, ..cx };
+        let cx = PassContext { dataset: Some(&data), state_budget: 0, pair_budget: 100, ..cx };
         let reason = first_order(&two_products(0.7), &cx, 5, "test").unwrap().unwrap_err();
         assert!(reason.contains("MB"), "{reason}");
     }

@@ -121,7 +121,7 @@ pub(super) fn fits(chain: &Chain, cx: &PassContext<'_>) -> Result<(), String> {
         chain.links.iter().map(|link| link.program.weights.iter().map(|(.., w)| w.len() as u64).sum::<u64>());
     let (all, largest) = of_links.fold((0, 0), |(all, largest): (u64, u64), n| (all + n, largest.max(n)));
     let needed = 4 * (all + largest * (LANES as u64 + 1));
-    let left = cx.state_budget;
+    let left = cx.state_budget.saturating_add(cx.pair_budget);
     if needed <= left {
         return Ok(());
     }

@@ -139,7 +139,7 @@ impl Draw<'_> {
         let numbers: usize = squares.values().flatten().map(Vec::len).sum();
         // They are kept twice: in what rows or errors weigh as well.
         let needed = 8 * (numbers / seen.max(1)) as u64 * samples as u64;
-        let left = cx.state_budget;
+        let left = cx.state_budget.saturating_add(cx.pair_budget);
         (needed > left).then(|| {
             format!(
                 "a number per {} takes {} MB for {samples} samples, and {} MB are left: pass fewer with --samples",

@@ -37,7 +37,7 @@ const CANDIDATES: [Trust; 5] = [
 const LEAST: f64 = 0.03;
 
 /// Moments of so many effective rows per column are trusted.
-const ENOUGH: f64 = 8.0;
+const ENOUGH: f64 = 2.5;
 
 /// Codes of so many bits lose next to nothing, however they are chosen.
 const MANY_BITS: u32 = 8;
@@ -94,6 +94,11 @@ impl Asked {
 /// The rows of a layer that stand for all: a group, and rows of it.
 pub(super) type Part = (usize, Range<usize>);
 
+/// Whether `layer` has codes of so few bits that it matters how they are chosen.
+pub(super) fn tells(layer: &Layer<'_>) -> bool {
+    layer.encoding.grid.info().bits < MANY_BITS
+}
+
 /// A few rows of `layer`, evenly spread.
 fn parts(layer: &Layer<'_>) -> Vec<Part> {
     let per_group = layer.rows / layer.groups;
@@ -127,7 +132,7 @@ pub(super) fn choose<'a>(
         Some(of(&first, &second)? + of(&second, &first)?)
     };
     let rows = halves.iter().map(|half| half.effective).sum::<f64>();
-    if rows >= ENOUGH * layer.columns as f64 || layer.encoding.grid.info().bits >= MANY_BITS {
+    if rows >= ENOUGH * layer.columns as f64 || !tells(layer) {
         return None;
     }
     let nearest = both(None).filter(|loss| *loss > 0.0)?;

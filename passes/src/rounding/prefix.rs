@@ -127,6 +127,13 @@ fn difference(a: &Tensor, b: &Tensor) -> Option<Vec<f32>> {
     (a.shape() == b.shape()).then(|| x.iter().zip(y.iter()).map(|(x, y)| x - y).collect())
 }
 
+/// Whether moments are told of either half of the samples as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Halves {
+    Together,
+    Apart,
+}
+
 /// Measures what `layers`, all of one stage, read.
 pub(super) fn measure(
     walk: &Lockstep<'_>,
@@ -134,7 +141,7 @@ pub(super) fn measure(
     plan: &Plan,
     layers: &[Inputs],
     samples: usize,
-    roots: &Roots,
+    (roots, halves): (&Roots, Halves),
 ) -> Result<Measured, PassError> {
     let crossing = Crossing::of(graph, plan);
     let readings: BTreeSet<Reading> = layers.iter().map(|layer| layer.reading).collect();
@@ -167,10 +174,10 @@ pub(super) fn measure(
         all
     });
     let mut measured = Measured::default();
-    for batch in batches(&readings.into_iter().collect::<Vec<_>>(), &beside, &ends, walk.sums_budget()) {
+    for batch in batches(&readings.into_iter().collect::<Vec<_>>(), &beside, &ends, (walk.sums_budget(), halves)) {
         let mine: Vec<Beside> =
             beside.iter().filter(|(_, _, reading)| batch.readings.contains(reading)).copied().collect();
-        let start = || Sums::new(&batch.readings, &mine, &ends, samples);
+        let start = || Sums::new(&batch.readings, &mine, &ends, (samples, halves));
         // Every worker has sums of its own, as far as memory allows.
         let workers = usize::try_from(walk.sums_budget() / batch.bytes.max(1)).unwrap_or(usize::MAX);
         let sums = walk.each_on(workers, start, |sums, pair| sums.see(pair, &crossing, roots))?;
@@ -187,7 +194,7 @@ struct Batch {
 }
 
 /// `readings` in batches whose sums, with those beside them, take at most `budget` bytes, or are alone.
-fn batches(readings: &[Reading], beside: &[Beside], ends: &Ends, budget: u64) -> Vec<Batch> {
+fn batches(readings: &[Reading], beside: &[Beside], ends: &Ends, (budget, halves): (u64, Halves)) -> Vec<Batch> {
     let channels = |peaks: Option<&Peaks>| peaks.map_or(0, |peaks| peaks.values().len());
     let mut batches: Vec<Batch> = Vec::new();
     for reading in readings {
@@ -198,8 +205,9 @@ fn batches(readings: &[Reading], beside: &[Beside], ends: &Ends, budget: u64) ->
             CrossSums::bytes((left, channels(ends.beside.get(node))), (reading.rows, d))
         };
         let sums = beside.iter().filter(|(_, _, mine)| mine == reading).filter_map(of_sum);
-        // For either half of the samples, and as much again for what drifted.
-        let bytes = sums.fold(second.saturating_mul(3), u64::saturating_add);
+        // As much again for what drifted; for halves as much once more, and half of it for either's moments.
+        let times = if halves == Halves::Apart { 4 } else { 2 };
+        let bytes = sums.fold(second.saturating_mul(times), u64::saturating_add);
         match batches.last_mut().filter(|batch| batch.bytes.saturating_add(bytes) <= budget) {
             Some(batch) => {
                 batch.readings.push(*reading);
@@ -222,7 +230,8 @@ fn merge<K: Ord>(all: &mut BTreeMap<K, Peaks>, one: BTreeMap<K, Peaks>) {
 
 /// The sums for one stage, of which every worker has its own.
 struct Sums {
-    readings: Vec<(Reading, [GramSums; 2], Option<CrossSums>)>,
+    /// With one sum for all samples, or one for either half.
+    readings: Vec<(Reading, Vec<GramSums>, Option<CrossSums>)>,
     beside: Vec<(NodeId, Version, Reading, CrossSums)>,
 }
 
@@ -231,14 +240,15 @@ fn drifts(peaks: &Peaks) -> bool {
 }
 
 impl Sums {
-    fn new(readings: &[Reading], beside: &[Beside], ends: &Ends, samples: usize) -> Self {
+    fn new(readings: &[Reading], beside: &[Beside], ends: &Ends, (samples, halves): (usize, Halves)) -> Self {
         let of_reading = |reading: &Reading| {
             let peaks = ends.planned.get(reading)?.values();
             let drift = ends.drift.get(reading).filter(|drift| drifts(drift));
             let right = (reading.rows, peaks);
             let drift = drift.and_then(|drift| CrossSums::new((reading.rows, drift.values()), right, samples));
-            let half = || GramSums::new(reading.rows, peaks, samples);
-            Some((*reading, [half()?, half()?], drift))
+            let parts = if halves == Halves::Apart { 2 } else { 1 };
+            let sums = (0..parts).map(|_| GramSums::new(reading.rows, peaks, samples)).collect::<Option<_>>()?;
+            Some((*reading, sums, drift))
         };
         let of_beside = |(node, version, reading): &Beside| {
             let left = ends.beside.get(node).filter(|peaks| drifts(peaks))?.values();
@@ -258,7 +268,8 @@ impl Sums {
             let values = planned.values::<f32>().unwrap_or_default();
             let roots = roots.of(reading, pair, planned.shape());
             let roots = roots.as_deref();
-            halves[pair.origin % 2].see_weighed(&values, planned.shape(), roots);
+            let parts = halves.len();
+            halves[pair.half % parts].see_weighed(&values, planned.shape(), roots);
             if let (Some(cross), Some(drift)) = (drift, difference(&float, &planned)) {
                 cross.see_weighed((&drift, planned.shape()), (&values, planned.shape()), roots);
             }
@@ -289,9 +300,11 @@ impl Sums {
     }
 
     fn finish(mut self) -> Measured {
-        let of_reading = self.readings.iter_mut().filter_map(|(reading, [whole, half], drift)| {
-            let halves = whole.finish().zip(half.finish()).map(|(a, b)| [Arc::new(a), Arc::new(b)]);
-            whole.merge(half);
+        let of_reading = self.readings.iter_mut().filter_map(|(reading, parts, drift)| {
+            let (whole, rest) = parts.split_first_mut()?;
+            let half = rest.first().and_then(GramSums::finish);
+            let halves = half.and_then(|half| Some([Arc::new(whole.finish()?), Arc::new(half)]));
+            rest.iter().for_each(|half| whole.merge(half));
             let gram = Arc::new(whole.finish()?);
             Some((*reading, Moments { gram, halves, drift: drift.as_ref().and_then(CrossSums::finish) }))
         });

@@ -8,7 +8,7 @@ use super::descend::descend;
 use super::held_out::{self, Asked, Chosen};
 use super::layer::{self, Layer};
 use super::norms::{self, Norm};
-use super::prefix::{self, Inputs, Measured, Reading, Roots};
+use super::prefix::{self, Halves, Inputs, Measured, Reading, Roots};
 use super::refit_scales::refit;
 use super::tile::{Quadratic, Tile};
 use super::{Method, Prepared, round, work};
@@ -39,9 +39,10 @@ crate::declare_pass! {
     /// W* = W + (W E[(x − x̃) x̃ᵀ] + E[e x̃ᵀ]) (E[x̃ x̃ᵀ] + λ)⁻¹
     /// ```
     ///
-    /// Off the diagonal moments are shrunk by d / (n + d) for n effective rows. Where there are fewer than eight rows per column, and codes
-    /// have fewer than eight bits, moments of either half of the samples choose codes that those of the other half judge; where that saves
-    /// loss, moments are shrunk more and channels are taken to be louder than they were. Layers with a bias, in their own node or in an
+    /// Off the diagonal moments are shrunk by d / (n + d) for n effective rows. Where there are fewer than five rows for two columns, and codes
+    /// have fewer than eight bits, moments of either half of the samples choose codes of a few rows that those of the other half judge, both
+    /// around the weight that all samples ask for; where that saves loss, moments are shrunk more and channels are taken to be louder than
+    /// they were. Layers with a bias, in their own node or in an
     /// addition right after it, have their mean error taken back in it; where that bias is in float, the plan notes the
     /// corrected one. Two runs of the model where memory holds the tensors between stages; samples for which it does not
     /// run again from their inputs. Everything that is no such layer goes to nearest, and so does everything where there are no
@@ -50,7 +51,7 @@ crate::declare_pass! {
         name: "round-in-order",
         source: "order: Frantar et al. 2022, arXiv:2210.17323, section 5; target: Zhong et al. 2024 (ERQ), arXiv:2407.06794, \
                  section 3.2; norms: Li et al. 2023, arXiv:2309.02784, in closed form; the sum's error ours",
-        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs, `loss=fisher` four such sweeps before, and 8 bytes per element that blocks return, for every sample.",
+        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size; for layers that are asked on held-out samples four to ten more factors, and the method for a few rows. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs, `loss=fisher` four such sweeps before, and 8 bytes per element that blocks return, for every sample.",
         requires: Facts::ENCODED,
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,
@@ -356,7 +357,10 @@ impl Pass for RoundInOrder {
                 };
                 inputs.beside = inputs.beside.filter(|version| self.target == Target::Sum && ready(version));
             }
-            let measured = prefix::measure(&walk, model.graph(), work.plan(), &here, samples, &roots)?;
+            let few = |inputs: &Inputs| Layer::of(&work, inputs.node).is_some_and(|layer| held_out::tells(&layer));
+            let apart = asked.goes_on() && here.iter().any(few);
+            let halves = if apart { Halves::Apart } else { Halves::Together };
+            let measured = prefix::measure(&walk, model.graph(), work.plan(), &here, samples, (&roots, halves))?;
             for inputs in &here {
                 let bias = ops::bias_site(model.graph(), &users, inputs.node);
                 let edits = self.layer(&work, inputs, &measured, bias, &cx.scheme, &mut asked).unwrap_or_default();

@@ -11,6 +11,7 @@ use crate::grid::block::{BlockFormat, BlockScale};
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Graph;
+use crate::ir::walk::Users;
 use crate::model::{Edit, Model, Patch};
 use crate::observe::{self, Observer, Purpose, Sketch};
 use crate::pass::PassError;
@@ -92,9 +93,10 @@ pub(super) fn encode(
             patch.edit(Edit::Encode { site: Site::Value(value), encoding: encoding.clone() });
         }
     }
+    let users = Users::of(graph);
     for &(node, input) in &selection.reads {
         let Some(value) = graph.node(node).and_then(|n| n.input(input.into())) else { continue };
-        if let Some((site, encoding)) = logarithm::of(graph, (node, input), &goals.base) {
+        if let Some((site, encoding)) = logarithm::of(graph, &users, (node, input), &goals.base) {
             patch.edit(Edit::Encode { site, encoding });
         } else if let (false, Some(encoding)) = (is_written[value.index()], &by_value[value.index()]) {
             note_dead(model, value, patch);

@@ -4,6 +4,8 @@ use super::Goal;
 use crate::encoding::Encoding;
 use crate::id::{NodeId, Site};
 use crate::ir::Graph;
+use crate::ir::walk::{User, Users};
+use crate::ops;
 use crate::target::Activations;
 
 /// Beyond so many bits even steps are fine enough, and integer kernels take them.
@@ -12,21 +14,35 @@ const FEW: u32 = 4;
 /// The lowest code stands for e to the minus this: what is smaller adds little to a sum of which the largest term is 1.
 const REACH: f64 = 9.0;
 
-/// Where, and how, the exponentials that node `id` reads at `input` are written by their logarithm: what `Exp` reads, where that is the
-/// distance from the largest of a row, in codes of few bits. `None` for everything else.
+/// Where, and how, the exponentials that the product `id` of two activations reads on its left are written by their logarithm: what `Exp`
+/// reads, where that is the distance from the largest of a row, and what is masked is multiplied by 0 behind it, as `defer-softmax` writes
+/// it; in codes of few bits. `None` for everything else, and where something beside their sum reads them too.
 ///
 /// Source: Li et al. 2023 (RepQ-ViT), arXiv:2212.08254, section 3.3, whose steps are powers of √2 in four bits, too; the range that even
 /// steps of the logarithm span, ours.
 #[expect(clippy::cast_possible_truncation, reason = "a scale rounded to f32, and a zero point of few bits")]
-pub(super) fn of(graph: &Graph, (id, input): (NodeId, u16), goal: &Goal) -> Option<(Site, Encoding)> {
+pub(super) fn of(graph: &Graph, users: &Users, (id, input): (NodeId, u16), goal: &Goal) -> Option<(Site, Encoding)> {
     let grid = goal.activation_grid();
     let info = grid.info();
     let (low, high) = grid.range();
     if !info.integer || info.bits > FEW || low < 0.0 || goal.accepts.activations != Activations::Affine {
         return None;
     }
+    let product =
+        graph.node(id).filter(|node| node.op.is("MatMul") && input == 0 && ops::linear(graph, id).is_none())?;
     let made = |id: NodeId, input: usize| graph.producer(graph.node(id)?.input(input)?);
-    let (exp, _) = made(id, input.into()).filter(|(_, node)| node.op.is("Exp"))?;
+    let read = product.input(0)?;
+    let sums = |user: &&User| match user {
+        User::Input { node, .. } => *node != id && graph.node(*node).is_none_or(|node| !node.op.is("ReduceSum")),
+        _ => true,
+    };
+    if users.of_value(read).iter().any(|user| sums(&user)) {
+        return None;
+    }
+    let (masked, _) = graph.producer(read).filter(|(_, node)| node.op.is("Mul"))?;
+    made(masked, 1).filter(|(_, node)| node.op.is("Clip"))?;
+    let (exp, node) = made(masked, 0).filter(|(_, node)| node.op.is("Exp"))?;
+    users.only_input(node.output(0)?)?;
     let (_, below) = made(exp, 0).filter(|(_, node)| node.op.is("Sub"))?;
     let (_, most) = graph.producer(below.input(1)?).filter(|(_, node)| node.op.is("ReduceMax"))?;
     (most.input(0) == below.input(0)).then_some(())?;
@@ -46,7 +62,13 @@ mod tests {
         %m = ReduceMax(%s, %axes) {keepdims = 1}
         %d = Sub(%s, %m)
         %e = Exp(%d)
-        %y = MatMul(%e, %v)
+        %r = const f32[] [101]
+        %n = const f32[] [0]
+        %o = const f32[] [1]
+        %a = Add(%d, %r)
+        %c = Clip(%a, %n, %o)
+        %p = Mul(%e, %c)
+        %y = MatMul(%p, %v)
         %other = Exp(%s)
         %z = MatMul(%other, %v)
     }";
@@ -58,7 +80,7 @@ mod tests {
         let products = model.graph().nodes().filter(|(_, node)| node.op.is("MatMul"));
         let id = products.map(|(id, _)| id).nth(product).unwrap();
         let goal = Goal::new(Scheme::integers(4, Some(bits)), WeightScale::MinMax, accepts).unwrap();
-        let (site, encoding) = of(model.graph(), (id, 0), &goal)?;
+        let (site, encoding) = of(model.graph(), &Users::of(model.graph()), (id, 0), &goal)?;
         let Site::Use { node, input: 0 } = site else { panic!("{site:?}") };
         assert!(model.graph().node(node).unwrap().op.is("Exp"));
         Some(encoding)
