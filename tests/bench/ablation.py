@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What each step adds, model by model: the table of docs/ablation.md.
+"""What each step adds, model by model: a table for CHANGELOG.md.
 
     ablation.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME] [--scheme w8a8 ...] [--step TEXT] [--language-model DIR]
 

@@ -52,11 +52,8 @@ impl Rewrite for DeferSoftmax {
         let product = graph.node(reader).filter(|node| node.op.is("MatMul") && input == 0).ok_or(Miss::NoMatch)?;
         let values = product.input(1).filter(|value| graph.constant(*value).is_none()).ok_or(Miss::NoMatch)?;
         let kept = |name: &str| site.keep_float.contains_key(name);
-        let tensors = [softmax, product].into_iter().flat_map(|node| node.inputs.iter().chain(&node.outputs)).flatten();
-        if kept(&softmax.name)
-            || kept(&product.name)
-            || tensors.into_iter().any(|value| kept(&graph.value(*value).name))
-        {
+        let mut tensors = product.inputs.iter().chain(&product.outputs).flatten();
+        if kept(&softmax.name) || kept(&product.name) || tensors.any(|value| kept(&graph.value(*value).name)) {
             return Err(Miss::NoMatch);
         }
         // A vector would lose an axis that its sum keeps.
