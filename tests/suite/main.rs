@@ -2,6 +2,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, reason = "test binary")]
 
+mod attention;
 mod caches;
 mod cli;
 mod determinism;

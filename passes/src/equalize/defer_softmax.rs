@@ -68,22 +68,8 @@ impl Rewrite for DeferSoftmax {
         if axis != -1 && usize::try_from(axis) != Ok(rank - 1) {
             return Err(Miss::Blocked("it is not along the last axis, which the product sums over".into()));
         }
-        let dims = tensor.shape.as_ref().map(|dims| [&dims[..rank - 1], &[Dim::Known(1)]].concat());
-        let (rows, whole) = (Type::Tensor(TensorType::new(Some(DType::F32), dims)), graph.value(scores).ty.clone());
         let deferred = Deferred { softmax, before: reader };
-        let axes = patch.constant(&format!("{}.axes", softmax.name), Tensor::of([1], vec![-1_i64]));
-        let most = deferred.node(patch, "ReduceMax", &[scores, axes], rows.clone());
-        let below = deferred.node(patch, "Sub", &[scores, most], whole.clone());
-        let exponentials = deferred.node(patch, "Exp", &[below], whole.clone());
-        let constant = |patch: &mut Patch, what: &str, value: f32| {
-            patch.constant(&format!("{}.{what}", softmax.name), Tensor::of([], vec![value]))
-        };
-        let [reach, none, all] =
-            [("reach", REACH + 1.0), ("none", 0.0), ("all", 1.0)].map(|(what, value)| constant(patch, what, value));
-        let above = deferred.node(patch, "Add", &[below, reach], whole.clone());
-        let open = deferred.node(patch, "Clip", &[above, none, all], whole.clone());
-        let exponentials = deferred.node(patch, "Mul", &[exponentials, open], whole);
-        let sum = deferred.node(patch, "ReduceSum", &[exponentials, axes], rows);
+        let (exponentials, sum) = deferred.exponentials(patch, scores, tensor, rank);
         let output = product.output(0).ok_or(Miss::NoMatch)?;
         // The product keeps its name: people know it by that.
         let inner = Node { inputs: vec![Some(exponentials), Some(values)], outputs: Vec::new(), ..product.clone() };
@@ -104,6 +90,23 @@ struct Deferred<'a> {
 }
 
 impl Deferred<'_> {
+    /// Adds the exponentials of `scores`, a tensor of that type and rank, and their sum along the last axis.
+    fn exponentials(&self, patch: &mut Patch, scores: ValueId, ty: &TensorType, rank: usize) -> (ValueId, ValueId) {
+        let dims = ty.shape.as_ref().map(|dims| [&dims[..rank - 1], &[Dim::Known(1)]].concat());
+        let (rows, whole) = (Type::Tensor(TensorType::new(ty.dtype, dims)), Type::Tensor(ty.clone()));
+        let named = |what: &str| format!("{}.{what}", self.softmax.name);
+        let axes = patch.constant(&named("axes"), Tensor::of([1], vec![-1_i64]));
+        let [reach, none, all] = [("reach", REACH + 1.0), ("none", 0.0), ("all", 1.0)]
+            .map(|(what, value)| patch.constant(&named(what), Tensor::of([], vec![value])));
+        let most = self.node(patch, "ReduceMax", &[scores, axes], rows.clone());
+        let below = self.node(patch, "Sub", &[scores, most], whole.clone());
+        let exponentials = self.node(patch, "Exp", &[below], whole.clone());
+        let above = self.node(patch, "Add", &[below, reach], whole.clone());
+        let open = self.node(patch, "Clip", &[above, none, all], whole.clone());
+        let masked = self.node(patch, "Mul", &[exponentials, open], whole);
+        (masked, self.node(patch, "ReduceSum", &[masked, axes], rows))
+    }
+
     fn operator(&self, op: &str, inputs: &[ValueId]) -> Node {
         let mut attrs = Attrs::new();
         if op.starts_with("Reduce") {

@@ -33,7 +33,7 @@ const CANDIDATES: [Trust; 5] = [
     Trust { rows: 0.2, floor: 0.3 },
 ];
 
-/// The share of the loss that another trust than the usual one has to save: a few rows and halves of the samples tell no less.
+/// The share of the loss that another trust than the usual one has to save: a few rows and halves of the samples tell nothing finer.
 const LEAST: f64 = 0.03;
 
 /// Moments of so many effective rows per column are trusted.
@@ -115,13 +115,17 @@ fn parts(layer: &Layer<'_>) -> Vec<Part> {
 }
 
 /// The trust in which `layer` loses least on the half of the samples that it was not chosen by, for both of the `halves` together; `None`
-/// where nothing is lost. `loss` tells what codes of the rows in `parts` lose that are chosen for the first layer, or nearest ones where
+/// where nothing is lost, and where there are rows enough or bits enough not to ask. `loss` tells what codes of the rows in `parts` lose that are chosen for the first layer, or nearest ones where
 /// there is none, by the moments of the second.
 pub(super) fn choose<'a>(
     layer: &Layer<'a>,
     halves: &[Arc<Gram>; 2],
     loss: impl Fn(Option<&Layer<'a>>, &Layer<'a>, &[Part]) -> Option<f64>,
 ) -> Option<Chosen> {
+    let rows = halves.iter().map(|half| half.effective).sum::<f64>();
+    if rows >= ENOUGH * layer.columns as f64 || !tells(layer) {
+        return None;
+    }
     let parts = parts(layer);
     let [first, second] = [0, 1].map(|half| layer.measured_by(Arc::clone(&halves[half])));
     let both = |trust: Option<Trust>| {
@@ -131,10 +135,6 @@ pub(super) fn choose<'a>(
         };
         Some(of(&first, &second)? + of(&second, &first)?)
     };
-    let rows = halves.iter().map(|half| half.effective).sum::<f64>();
-    if rows >= ENOUGH * layer.columns as f64 || !tells(layer) {
-        return None;
-    }
     let nearest = both(None).filter(|loss| *loss > 0.0)?;
     let mut best = (CANDIDATES[0], both(Some(CANDIDATES[0]))?);
     let mut least = best.1 * (1.0 - LEAST);

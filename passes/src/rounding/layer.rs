@@ -20,8 +20,8 @@ const MAX_ENTRIES: usize = 1 << 27;
 /// Strides, paddings and dilations from here on are no geometry that a model was trained with.
 const MAX_GEOMETRY: usize = 1 << 16;
 
-#[derive(Clone)]
 /// An encoded weight: `rows` output channels of `columns` each, cut into `groups` of rows that read different channels.
+#[derive(Clone)]
 pub(super) struct Layer<'a> {
     pub(super) node: NodeId,
     pub(super) site: Site,
