@@ -93,9 +93,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "LAYOUT", default_value = "format=mem")]
     memory: emit::Layout,
     /// The processor that ort-cpu or openvino-cpu runs on. Without VNNI instructions (avx2) sums of two products saturate at 16 bits:
-    /// weights get 7 bits, so that none can.
-    #[arg(long, value_name = "KIND", value_parser = ["vnni", "avx2"], default_value = "vnni")]
-    cpu: String,
+    /// weights get 7 bits, so that none can. vnni where it is not said.
+    #[arg(long, value_name = "KIND", value_parser = ["vnni", "avx2"])]
+    cpu: Option<String>,
     /// Mixed precision: the mean bits of a weight, spent where they lower the loss most.
     #[arg(long, value_name = "BITS", value_parser = share)]
     budget: Option<f64>,
@@ -236,7 +236,7 @@ fn request(args: &Args) -> Result<Request, Error> {
         stats: args.stats.clone(),
         target,
         layout: args.memory.clone(),
-        scheme: for_cpu(&args.cpu, scheme_of(&scheme_text)?),
+        scheme: for_cpu(args.cpu.as_deref(), scheme_of(&scheme_text)?),
         goal,
         pipeline: args.pipeline.clone().or(recipe.pipeline),
         observer: args.observer.clone().or(recipe.observer),
@@ -248,15 +248,40 @@ fn request(args: &Args) -> Result<Request, Error> {
 
 /// `scheme` with weights that cannot saturate the sums of a processor of this `kind`: two products of 8-bit codes with 7-bit ones,
 /// 2 · 255 · 64 = 32640, fit 16 bits.
-fn for_cpu(kind: &str, scheme: Scheme) -> Scheme {
-    let saturates = scheme.weight_format.is_none() && scheme.activation_bits == Some(8) && scheme.weight_bits == 8;
-    if kind == "avx2" && saturates { Scheme { weight_bits: 7, ..scheme } } else { scheme }
+fn for_cpu(kind: Option<&str>, scheme: Scheme) -> Scheme {
+    if kind == Some("avx2") && saturates(&scheme) { Scheme { weight_bits: 7, ..scheme } } else { scheme }
+}
+
+/// Whether sums of two products may pass 16 bits, where a processor adds them in so many.
+fn saturates(scheme: &Scheme) -> bool {
+    scheme.weight_format.is_none() && scheme.activation_bits == Some(8) && scheme.weight_bits == 8
+}
+
+/// What to tell who did not say a processor, and has one that saturates.
+const SATURATES_HERE: &str = "note: this processor has no VNNI instructions, and on such ones kernels for 8-bit weights saturate: \
+     accuracy is lost without a word. If the model runs here, say --cpu avx2 (weights of 7 bits); --cpu vnni says that it does not.\n";
+
+/// Whether this processor adds products of bytes in 16 bits, since it has AVX2 and no better instructions.
+fn saturates_here() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        has!("avx2") && !has!("avx512vnni") && !has!("avxvnni")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
 }
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let request = request(args)?;
     let progress = Shown::new(args.data.progress);
+    let on_cpu = matches!(request.target.info().about.name, "ort-cpu" | "openvino-cpu");
+    if args.cpu.is_none() && on_cpu && saturates(&request.scheme) && saturates_here() {
+        eprint(SATURATES_HERE);
+    }
     let outcome = driver::quantize(&request, &progress)?;
     let json = report::json(&request, &outcome);
     let mut text = report::text(&request, &outcome, &command());

@@ -33,6 +33,34 @@ fn quantize_says_what_it_did() {
     );
 }
 
+/// Whoever names a processor, or a target or scheme that none saturates on, knows.
+#[test]
+fn a_processor_that_saturates_is_named_unless_one_was() {
+    #[cfg(target_arch = "x86_64")]
+    let here = is_x86_feature_detected!("avx2")
+        && !is_x86_feature_detected!("avx512vnni")
+        && !is_x86_feature_detected!("avxvnni");
+    #[cfg(not(target_arch = "x86_64"))]
+    let here = false;
+    let (model, data) = (fixture("models/digits-mobilenet.onnx"), fixture("data/digits"));
+    let told = |more: &[&str]| {
+        let args = ["quantize", text(&model), "--data", text(&data), "--samples", "2", "--dry-run"];
+        let output = tool(&[&args, more].concat());
+        assert!(output.status.success(), "{more:?}");
+        String::from_utf8_lossy(&output.stderr).contains("say --cpu avx2")
+    };
+    assert_eq!(told(&["--target", "ort-cpu"]), here);
+    let others: [&[&str]; 4] = [
+        &["--target", "ort-cpu", "--cpu", "vnni"],
+        &["--target", "ort-cpu", "--cpu", "avx2"],
+        &["--target", "ort-cpu", "--scheme", "w4a8"],
+        &["--target", "onnx-qdq"],
+    ];
+    for more in others {
+        assert!(!told(more), "{more:?}");
+    }
+}
+
 #[test]
 fn json_goes_to_standard_output_alone() {
     let (model, data) = (fixture("models/digits-mobilenet.onnx"), fixture("data/digits"));
