@@ -66,7 +66,7 @@ impl Pass for Awq {
 }
 
 /// s for exponent `alpha`.
-fn divisors(powers: &[f64], alpha: f64) -> Vec<f64> {
+pub(super) fn divisors(powers: &[f64], alpha: f64) -> Vec<f64> {
     let least = powers.iter().copied().filter(|&p| p > 0.0).fold(f64::INFINITY, f64::min);
     let raw: Vec<f64> = powers.iter().map(|&p| (p.max(least)).powf(alpha / 2.0)).collect();
     let (low, high) = raw.iter().fold((f64::INFINITY, 0.0_f64), |(low, high), &s| (low.min(s), high.max(s)));
@@ -86,7 +86,7 @@ fn choose(model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<Choice> 
         sinks.iter().flatten().map(of_row).sum::<f64>()
     };
     let nothing = error(&vec![1.0; powers.len()]);
-    let candidates = (1..20).map(|step| divisors(&powers, f64::from(step) / 20.0));
+    let candidates = (1..20).map(|step| group.tied(divisors(&powers, f64::from(step) / 20.0)));
     let (best, divisor) = candidates.map(|d| (error(&d), d)).min_by(|a, b| a.0.total_cmp(&b.0))?;
     (best < FOLDED * nothing).then(|| Choice { divisor, left: best / nothing })
 }

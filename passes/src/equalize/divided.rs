@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::scaled::{Folder, scaled_weight};
+use super::value_path::ValuePath;
 use crate::id::{NodeId, ValueId};
 use crate::ir::walk::{User, Users};
 use crate::ir::{Attrs, Graph, Node, OpKey};
@@ -19,13 +20,35 @@ pub(super) struct Group {
     pub(super) sinks: Vec<NodeId>,
     /// Whether nobody else reads it.
     pub(super) alone: bool,
+    /// The way from values to it, where attention makes it.
+    path: Option<ValuePath>,
+}
+
+impl Group {
+    /// `divisor`, with one number for all channels that must share one: those at one place in all heads, where heads are grouped or
+    /// change their order. It is the geometric mean of theirs.
+    pub(super) fn tied(&self, mut divisor: Vec<f64>) -> Vec<f64> {
+        let Some(size) = self.shared() else { return divisor };
+        let heads = divisor.len() / size;
+        for at in 0..size {
+            let sum: f64 = divisor.iter().skip(at).step_by(size).map(|s| s.ln()).sum();
+            let mean = (sum / heads.max(1) as f64).exp();
+            divisor.iter_mut().skip(at).step_by(size).for_each(|s| *s = mean);
+        }
+        divisor
+    }
+
+    /// After how many channels divisors have to repeat, where they do.
+    pub(super) fn shared(&self) -> Option<usize> {
+        self.path.as_ref().filter(|path| !path.straight).map(|path| path.size)
+    }
 }
 
 pub(super) fn last_axis(graph: &Graph, value: ValueId) -> Option<usize> {
     graph.value(value).ty.rank()?.checked_sub(1)
 }
 
-/// Tensors that matrix products with a constant read.
+/// Tensors that matrix products with a constant read, in the order of the first of those.
 pub(super) fn groups(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
     let mut sinks: BTreeMap<ValueId, Vec<NodeId>> = BTreeMap::new();
     for (id, node) in graph.nodes() {
@@ -46,8 +69,16 @@ pub(super) fn groups(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
         users.of_value(value).iter().all(|user| matches!(user, User::Input { node, input: 0 } if sinks.contains(node)))
     };
     let is_activation = |value: &ValueId| crate::simulate::is_float_activation(graph, *value);
-    let group = |(value, sinks): (ValueId, Vec<NodeId>)| Group { value, alone: alone(value, &sinks), sinks };
-    sinks.into_iter().filter(|(value, _)| is_activation(value)).map(group).collect()
+    let found = graph.nodes().filter_map(|(id, _)| ValuePath::through(graph, &users, id));
+    let mut paths: BTreeMap<NodeId, ValuePath> = found.map(|path| (path.reader, path)).collect();
+    let mut group = |(value, sinks): (ValueId, Vec<NodeId>)| {
+        let path = sinks.first().and_then(|sink| paths.remove(sink));
+        Group { value, alone: alone(value, &sinks), sinks, path }
+    };
+    let places: BTreeMap<NodeId, usize> = graph.nodes().enumerate().map(|(place, (id, _))| (id, place)).collect();
+    let mut found: Vec<Group> = sinks.into_iter().filter(|(value, _)| is_activation(value)).map(&mut group).collect();
+    found.sort_by_key(|group| group.sinks.first().and_then(|sink| places.get(sink)).copied());
+    found
 }
 
 /// A division that was found to pay.
@@ -64,6 +95,9 @@ pub(super) fn wishes(graph: &Graph, groups: Vec<Group>) -> BTreeSet<(ValueId, Wi
     groups.into_iter().filter_map(peaks).collect()
 }
 
+/// So many tensors are looked at at once, whatever the number of threads.
+pub(super) const AT_ONCE: usize = 4;
+
 /// The patch that divides `groups` as `choose` says; a node is inserted only where less than the share `inserted` of the error is left.
 pub(super) fn divide_all(
     model: &Model,
@@ -74,12 +108,20 @@ pub(super) fn divide_all(
     let mut patch = Patch::on(model);
     let users = Users::of(model.graph());
     let folder = Folder { graph: model.graph(), users: &users };
-    let choices = parallel::map(groups, choose);
-    // From the outputs on: a product that takes a division into its weight waits with its own input for the next round.
-    for (group, choice) in groups.iter().zip(choices).rev() {
-        let Some(choice) = choice.filter(|_| !group.sinks.iter().any(|id| patch.touches(*id))) else { continue };
-        if let Some(how) = folder.divide(group, &choice.divisor, choice.left < inserted, &mut patch) {
-            patch.count(how, 1);
+    // From the outputs on: a product that takes a division into its weight waits with its own input for the next round, and so does a
+    // path whose values were rewritten.
+    for some in groups.rchunks(AT_ONCE) {
+        let waits = |group: &Group, patch: &Patch| {
+            let rewritten = group.path.as_ref().is_some_and(|path| path.is_touched(patch));
+            rewritten || group.sinks.iter().any(|id| patch.touches(*id))
+        };
+        let open: Vec<&Group> = some.iter().filter(|group| !waits(group, &patch)).collect();
+        let choices = parallel::map(&open, |group| choose(group));
+        for (group, choice) in open.into_iter().zip(choices).rev() {
+            let Some(choice) = choice.filter(|_| !waits(group, &patch)) else { continue };
+            if let Some(how) = folder.divide(group, &choice.divisor, choice.left < inserted, &mut patch) {
+                patch.count(how, 1);
+            }
         }
     }
     patch
@@ -90,7 +132,11 @@ impl Folder<'_> {
     /// `insert`, by a `Mul` before them. Says which, or does nothing.
     fn divide(&self, group: &Group, divisor: &[f64], insert: bool, patch: &mut Patch) -> Option<&'static str> {
         let mark = patch.mark();
-        let folded = if group.alone { self.divided(group.value, divisor, patch) } else { None };
+        let folded = match &group.path {
+            Some(path) => along(self.graph, path, divisor, patch),
+            None if group.alone => self.divided(group.value, divisor, patch),
+            None => None,
+        };
         let (divided, how) = if let Some(value) = folded {
             (value, "folded")
         } else {
@@ -100,6 +146,19 @@ impl Folder<'_> {
         rewire(self.graph, group, divided, divisor, patch);
         Some(how)
     }
+}
+
+/// What the reader of `path` reads, divided: values are.
+#[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
+fn along(graph: &Graph, path: &ValuePath, divisor: &[f64], patch: &mut Patch) -> Option<ValueId> {
+    path.rebuilt(graph, ".smoothed", patch, |tensor| {
+        let width = *tensor.shape().last()?;
+        let mut values = tensor.floats()?.into_owned();
+        for row in values.chunks_exact_mut(width.max(1)) {
+            row.iter_mut().zip(divisor.iter().cycle()).for_each(|(v, s)| *v = (f64::from(*v) / s) as f32);
+        }
+        Some(Tensor::of(tensor.shape(), values))
+    })
 }
 
 /// `value` times 1 / s, as a node of its own.

@@ -28,6 +28,7 @@ mod stream;
 mod stream_weights;
 mod turned_loss;
 mod utilization;
+mod value_path;
 
 use crate::pass::PassEntry;
 

@@ -21,7 +21,7 @@ crate::declare_pass! {
     /// All matrix products that read a tensor share one s. The exponent a is searched per tensor, with doing nothing among
     /// the candidates, for the smallest expected error of the outputs at the scheme's bits, from the peaks and powers of
     /// the channels. The division goes into whatever makes the tensor: a norm's scale and shift, a linear operator's weight
-    /// and bias, one operand of a product. Where a tensor has other readers, or nothing takes the division, an explicit
+    /// and bias, one operand of a product, the values of attention (heads that are grouped share factors). Where a tensor has other readers, or nothing takes the division, an explicit
     /// `Mul` stands before the products, if it pays at least threefold. Dead channels keep s = 1. Tensors of
     /// fewer than 1024 rows are left alone: their peaks are chance. Does nothing where
     /// activations stay in float.
@@ -101,15 +101,21 @@ fn choose(model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<Choice> 
     if peaks.count() < LEAST_ROWS || channels == 0 || sinks.iter().any(|sink| sink.energy.len() != channels) {
         return None;
     }
+    let largest = largest(&sinks, channels);
+    let error = |divisor: &[f64]| expected_error(peaks, &sinks, divisor, cx);
+    let nothing = error(&vec![1.0; channels]);
+    let candidates = (0..=20).map(|step| group.tied(divisors(peaks.values(), &largest, f64::from(step) / 20.0, 1e3)));
+    let (best, divisor) = candidates.map(|d| (error(&d), d)).min_by(|a, b| a.0.total_cmp(&b.0))?;
+    (best < 0.9 * nothing).then(|| Choice { divisor, left: best / nothing })
+}
+
+/// The largest weight of every channel.
+pub(super) fn largest(sinks: &[Sink], channels: usize) -> Vec<f64> {
     let mut largest = vec![0.0_f64; channels];
     for row in sinks.iter().flat_map(|sink| &sink.rows) {
         largest.iter_mut().zip(row).for_each(|(m, w)| *m = m.max(f64::from(w.abs())));
     }
-    let error = |divisor: &[f64]| expected_error(peaks, &sinks, divisor, cx);
-    let nothing = error(&vec![1.0; channels]);
-    let candidates = (0..=20).map(|step| divisors(peaks.values(), &largest, f64::from(step) / 20.0, 1e3));
-    let (best, divisor) = candidates.map(|d| (error(&d), d)).min_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best < 0.9 * nothing).then(|| Choice { divisor, left: best / nothing })
+    largest
 }
 
 /// s for exponent `alpha`, with geometric mean 1 and within `reach` of it; 1 for dead channels.
