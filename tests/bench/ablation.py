@@ -44,6 +44,8 @@ STEPS = {
                  ('in order, own weight', f'calibrate, {ENCODE}, round-in-order{{target=weight, refit=3}}'),
                  ('in order, float output', f'calibrate, {ENCODE}, round-in-order{{target=output, refit=3}}'),
                  ('in order, sum', f'calibrate, {ENCODE}, round-in-order{{refit=3}}'),
+                 ('awq, in order, sum', f'calibrate, awq, drop-dead, calibrate, {ENCODE}, round-in-order{{refit=3}}'),
+                 ('learn-scaling, in order, sum', f'calibrate, learn-scaling, drop-dead, calibrate, {ENCODE}, round-in-order{{refit=3}}'),
                  ('in order, sum, stakes 0.5', f'calibrate, {ENCODE}, round-in-order{{refit=3, stakes=0.5}}'),
                  ('+ augment', f'calibrate, {ENCODE}, round-in-order{{damping=0.2, refit=3}}', '--augment', '8')],
 }

@@ -12,6 +12,7 @@ mod equalize;
 mod files;
 mod formats;
 mod halves;
+mod heads;
 mod hostile;
 mod import;
 mod journal;

@@ -26,7 +26,7 @@ crate::declare_pass! {
     /// of what every weight computes. An error in column j of a reader costs what is left of it when later columns make up for earlier
     /// ones: the pivot of Rᵀ H R, where the second moments H of what norms return were measured; without samples all columns cost the
     /// same. Where activations are rounded, the one range of all channels counts too. Gradients go straight through the rounding. Kept is
-    /// the best basis that was seen, so that the loss is never above that of the Hadamard matrix. Zero points are left out of account.
+    /// the best basis that was seen, so that the loss is never above that of the Hadamard matrix.
     /// How far the numbers that norms return fill the range that they span is told in a note per tensor.
     INFO {
         name: "learn-rotation",
@@ -69,14 +69,7 @@ const DECAY: (f64, f64) = (0.9, 0.99);
 impl LearnRotation {
     fn new(options: &Options) -> Result<Self, OptionError> {
         let rate = options.number("rate")?.unwrap_or(1.0);
-        let errors = match options.text("errors", "compensated") {
-            "compensated" => Errors::Compensated,
-            "stay" => Errors::Stay,
-            other => {
-                let problem = format!("`{other}` is neither compensated nor stay");
-                return Err(OptionError { option: "errors".into(), problem });
-            }
-        };
+        let errors = Errors::parse(options)?;
         if rate <= 0.0 || rate > 100.0 {
             let problem = format!("`{rate}` is no number above 0 and up to 100");
             return Err(OptionError { option: "rate".into(), problem });

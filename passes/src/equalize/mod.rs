@@ -10,6 +10,7 @@ mod factors;
 mod fit_clamps;
 mod hadamard;
 mod learn_rotation;
+mod learn_scaling;
 mod orthogonal;
 mod pivots;
 mod pool_to_conv;
@@ -21,6 +22,7 @@ mod rotate_heads;
 mod rotate_inputs;
 mod rounding_loss;
 mod scaled;
+mod scaled_loss;
 mod shifted;
 mod smooth;
 mod smooth_caches;
@@ -40,6 +42,7 @@ pub static PASSES: &[PassEntry] = &[
     absorb_high_bias::ENTRY,
     reparameterize_norms::ENTRY,
     awq::ENTRY,
+    learn_scaling::ENTRY,
     rotate::ENTRY,
     learn_rotation::ENTRY,
     rotate_heads::ENTRY,

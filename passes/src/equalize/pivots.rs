@@ -6,6 +6,7 @@ use super::orthogonal::Orthogonal;
 use super::utilization::utilization;
 use crate::grad::gemm::{Matrix, multiply};
 use crate::observe::Gram;
+use crate::pass::{OptionError, Options};
 
 /// Second moments of a tensor that a stream's norm returns.
 #[derive(Debug)]
@@ -36,6 +37,20 @@ pub(super) enum Errors {
     Stay,
     /// Columns in the order of their power, as GPTQ goes: what is left of a column is its pivot.
     Compensated,
+}
+
+impl Errors {
+    /// What the option `errors` says.
+    pub(super) fn parse(options: &Options) -> Result<Self, OptionError> {
+        match options.text("errors", "compensated") {
+            "compensated" => Ok(Self::Compensated),
+            "stay" => Ok(Self::Stay),
+            other => {
+                let problem = format!("`{other}` is neither compensated nor stay");
+                Err(OptionError { option: "errors".into(), problem })
+            }
+        }
+    }
 }
 
 /// What is added to the diagonal, in mean diagonals, as GPTQ does.

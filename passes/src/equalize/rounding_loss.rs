@@ -1,6 +1,10 @@
 //! What rounding rows of numbers to nearest loses, and how that depends on the numbers.
 
-use crate::grid::Grid;
+use crate::grid::{self, Grid};
+use crate::id::{NodeId, ValueId};
+use crate::ir::Graph;
+use crate::pass::PassContext;
+use crate::target::Scheme;
 
 /// How rows are rounded: in blocks along them, each with the scale of [`SHARES`] that loses least.
 #[derive(Clone, Copy, Debug)]
@@ -10,6 +14,8 @@ pub(super) struct Rounding {
     pub(super) block: usize,
     /// Whether a scale may be negative, which gives the longer tail the further bound of the grid.
     pub(super) negative: bool,
+    /// Whether codes are shifted so that they reach from the least number to the greatest.
+    pub(super) zero_points: bool,
 }
 
 /// Scales that are tried, in those that put the largest number on the bound of the grid.
@@ -19,13 +25,42 @@ const SHARES: [f32; 6] = [1.25, 1.1, 1.0, 0.9, 0.8, 0.7];
 #[derive(Clone, Copy, Debug)]
 struct Fit {
     scale: f32,
-    /// Where the number is that sets it, and the change of the scale per change of that number.
-    at: usize,
-    slope: f32,
+    /// The codes that there are, around that of 0.
+    bounds: (f32, f32),
+    /// Where the numbers are that set the scale, and its change per change of each.
+    ends: [(usize, f32); 2],
     error: f32,
 }
 
+/// What a block spans, before any share of it is taken.
+struct Span {
+    scale: f32,
+    /// The code of 0, and the codes that there are, around it.
+    zero: f32,
+    bounds: (f32, f32),
+    ends: [(usize, f32); 2],
+}
+
 impl Rounding {
+    /// How the `weight` of a node, with so many inputs, is rounded; `None` where it stays in float.
+    pub(super) fn of(
+        graph: &Graph,
+        cx: &PassContext<'_>,
+        (node, weight): (NodeId, ValueId),
+        inputs: usize,
+    ) -> Option<Self> {
+        let names = [&graph.node(node)?.name, &graph.value(weight).name];
+        if names.iter().any(|name| cx.keep_float.contains_key(&***name)) {
+            return None;
+        }
+        let by_name = names.iter().find_map(|name| cx.schemes.get(&***name));
+        let accepts = cx.target.accepts();
+        let scheme = accepts.completed(by_name.copied().unwrap_or(cx.scheme));
+        let (grid, block) = format(&scheme)?;
+        let zero_points = scheme.asymmetric && scheme.weight_format.is_none();
+        Some(Self { grid, block: block.unwrap_or(inputs), negative: accepts.negative_scales, zero_points })
+    }
+
     /// The squared errors of `values`, rows of `columns` each, summed column by column. A block without a usable scale loses nothing.
     ///
     /// With `gradient`, every number there becomes the derivative of Σ `costs` · errors by the number in its place, straight through: codes
@@ -49,7 +84,7 @@ impl Rounding {
                 }
                 if let Some((costs, gradient)) = &mut gradient {
                     let at = r * columns + from;
-                    self.differentiate(w, points, fit, &costs[from..], &mut gradient[at..at + w.len()]);
+                    differentiate(w, points, fit, &costs[from..], &mut gradient[at..at + w.len()]);
                 }
             }
         }
@@ -58,51 +93,80 @@ impl Rounding {
 
     /// The scale for the block `w`, and its points.
     fn fit(&self, w: &[f32], points: &mut [f32], tried: &mut [f32]) -> Option<Fit> {
-        let (at, peak) = w
-            .iter()
-            .enumerate()
-            .fold((0, 0.0_f32), |(at, peak), (i, w)| if w.abs() > peak { (i, w.abs()) } else { (at, peak) });
-        if !peak.is_normal() {
-            return None;
-        }
-        let (low, high) = bounds(self.grid);
-        let (sign, bound) = if self.negative && low + high < 0.0 { (w[at].signum(), low) } else { (1.0, high) };
+        let Span { scale: whole, zero, bounds, ends } = self.span(w)?;
         let mut best: Option<Fit> = None;
         for share in SHARES {
-            let scale = sign * peak * share / bound;
+            let scale = whole * share;
             if !scale.is_normal() {
                 continue;
             }
             tried.iter_mut().zip(w).for_each(|(t, w)| *t = w / scale);
-            self.grid.snap(tried, 0.0);
+            self.grid.snap(tried, zero);
             let error: f32 = tried.iter().zip(w).map(|(p, w)| (p * scale - w) * (p * scale - w)).sum();
             if error.is_finite() && best.is_none_or(|best| error < best.error) {
                 points.copy_from_slice(tried);
-                best = Some(Fit { scale, at, slope: sign * w[at].signum() * share / bound, error });
+                best = Some(Fit { scale, bounds, ends: ends.map(|(at, slope)| (at, slope * share)), error });
             }
         }
         best
     }
 
-    /// See [`Self::errors`].
-    #[expect(clippy::cast_possible_truncation, reason = "multiplied in f32")]
-    fn differentiate(&self, w: &[f32], points: &[f32], fit: Fit, costs: &[f64], gradient: &mut [f32]) {
+    /// What the block `w` spans; `None` where that is nothing, or no number.
+    fn span(&self, w: &[f32]) -> Option<Span> {
         let (low, high) = bounds(self.grid);
-        let mut of_scale = 0.0;
-        for (((w, p), cost), g) in w.iter().zip(points).zip(costs).zip(gradient.iter_mut()) {
-            let (scale, position) = (f64::from(fit.scale), w / fit.scale);
-            let error = f64::from(*p) * scale - f64::from(*w);
-            if (low..=high).contains(&position) {
-                // The error is the scale times a rest that stays.
-                of_scale += 2.0 * cost * error * error / scale;
-                *g = 0.0;
-            } else {
-                of_scale += 2.0 * cost * error * f64::from(*p);
-                *g = (-2.0 * cost * error) as f32;
-            }
+        let furthest = |size: fn(f32) -> f32| {
+            w.iter()
+                .enumerate()
+                .fold((0, 0.0), |(at, top), (i, w)| if size(*w) > top { (i, size(*w)) } else { (at, top) })
+        };
+        if self.zero_points {
+            let ((top, most), (bottom, least)) = (furthest(|w| w), furthest(|w| -w));
+            let unit = 1.0 / (high - low);
+            let scale = (most + least) * unit;
+            let slope = |reach: f32, slope: f32| if reach > 0.0 { slope } else { 0.0 };
+            let zero = (low + least / scale).round_ties_even();
+            let ends = [(top, slope(most, unit)), (bottom, slope(least, -unit))];
+            return scale.is_normal().then_some(Span { scale, zero, bounds: (low - zero, high - zero), ends });
         }
-        gradient[fit.at] += (of_scale * f64::from(fit.slope)) as f32;
+        let (at, peak) = furthest(f32::abs);
+        let (sign, bound) = if self.negative && low + high < 0.0 { (w[at].signum(), low) } else { (1.0, high) };
+        let ends = [(at, sign * w[at].signum() / bound), (at, 0.0)];
+        peak.is_normal().then_some(Span { scale: sign * peak / bound, zero: 0.0, bounds: (low, high), ends })
     }
+}
+
+/// See [`Rounding::errors`].
+#[expect(clippy::cast_possible_truncation, reason = "multiplied in f32")]
+fn differentiate(w: &[f32], points: &[f32], fit: Fit, costs: &[f64], gradient: &mut [f32]) {
+    let (low, high) = fit.bounds;
+    let mut of_scale = 0.0;
+    for (((w, p), cost), g) in w.iter().zip(points).zip(costs).zip(gradient.iter_mut()) {
+        let (scale, position) = (f64::from(fit.scale), w / fit.scale);
+        let error = f64::from(*p) * scale - f64::from(*w);
+        if (low..=high).contains(&position) {
+            // The error is the scale times a rest that stays.
+            of_scale += 2.0 * cost * error * error / scale;
+            *g = 0.0;
+        } else {
+            of_scale += 2.0 * cost * error * f64::from(*p);
+            *g = (-2.0 * cost * error) as f32;
+        }
+    }
+    for (at, slope) in fit.ends {
+        gradient[at] += (of_scale * f64::from(slope)) as f32;
+    }
+}
+
+/// The points of weights in `scheme`, and how many of them share a scale.
+fn format(scheme: &Scheme) -> Option<(&'static dyn Grid, Option<usize>)> {
+    if let Some(format) = scheme.block_format() {
+        return Some((format.element, Some(format.size)));
+    }
+    let grid = match scheme.weight_format {
+        Some(name) => grid::find(name)?,
+        None => grid::find(&format!("int{}", scheme.weight_bits))?,
+    };
+    Some((grid, scheme.block))
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "bounds of grids are exact in f32")]
@@ -123,7 +187,7 @@ mod tests {
     }
 
     fn rounding(name: &str, block: usize, negative: bool) -> Rounding {
-        Rounding { grid: grid::find(name).unwrap(), block, negative }
+        Rounding { grid: grid::find(name).unwrap(), block, negative, zero_points: false }
     }
 
     /// Two bits, −2 to 1, one block: with the largest number on −2 the scale is −1, and the codes are −2 and 1.
@@ -137,13 +201,31 @@ mod tests {
         assert_eq!(rounding("int4", 4, true).errors(&[0.0, f32::NAN, 0.0, 0.0, f32::INFINITY], 5, None), [0.0; 5]);
     }
 
+    /// From -2 to 4 in three steps.
+    #[test]
+    fn zero_points_let_codes_reach_from_the_least_to_the_greatest() {
+        let shifted = Rounding { zero_points: true, ..rounding("int2", 4, false) };
+        let errors = shifted.errors(&[-2.0, 0.0, 2.0, 4.0], 4, None);
+        assert_eq!(errors, [0.0; 4]);
+        // 0 is among the codes even where all numbers lie on one side of it.
+        assert_eq!(shifted.errors(&[4.0, 2.0, 6.0, 6.0], 4, None), [0.0; 4]);
+        assert_eq!(shifted.errors(&[-4.0, -2.0, -6.0, -6.0], 4, None), [0.0; 4]);
+        assert_eq!(shifted.errors(&[0.0; 4], 4, None), [0.0; 4]);
+        for draw in 0..50 {
+            let w: Vec<f32> = values(draw, 16).iter().map(|v| v + 1.0).collect();
+            let of = |zero_points| Rounding { zero_points, ..rounding("int4", 16, false) }.errors(&w, 16, None);
+            assert!(of(true).iter().sum::<f64>() < of(false).iter().sum(), "{draw}");
+        }
+    }
+
     /// The loss with the codes' rests, and clamped codes, held: what the gradient is that of.
     fn held(rounding: Rounding, at: &[f32], moved: &[f32], costs: &[f64]) -> f64 {
         let n = at.len();
         let (mut points, mut tried) = (vec![0.0; n], vec![0.0; n]);
         let fit = rounding.fit(at, &mut points, &mut tried).unwrap();
-        let (low, high) = bounds(rounding.grid);
-        let scale = f64::from(fit.scale) + f64::from(fit.slope) * f64::from(moved[fit.at] - at[fit.at]);
+        let (low, high) = fit.bounds;
+        let by = fit.ends.map(|(end, slope)| f64::from(slope) * f64::from(moved[end] - at[end]));
+        let scale = f64::from(fit.scale) + by[0] + by[1];
         let error = |i: usize| {
             let position = at[i] / fit.scale;
             if (low..=high).contains(&position) {
@@ -158,14 +240,15 @@ mod tests {
     #[test]
     fn gradients_are_those_of_central_differences() {
         let mut clamped = 0;
-        for (name, negative) in [("int2", true), ("int3", true), ("int4", false), ("float4e2m1", true)] {
+        let some = [("int2", true), ("int3", true), ("int4", false), ("float4e2m1", true)].map(|(n, s)| (n, s, false));
+        for (name, negative, zero_points) in some.into_iter().chain([("int2", false, true), ("int4", false, true)]) {
             for draw in 0..20 {
                 let w = values(draw, 8);
                 let costs: Vec<f64> = drawn(50 + draw, 8).iter().map(|v| 1.5 + v).collect();
-                let rounding = rounding(name, 8, negative);
+                let rounding = Rounding { zero_points, ..rounding(name, 8, negative) };
                 let mut gradient = vec![0.0; 8];
                 rounding.errors(&w, 8, Some((&costs, &mut gradient)));
-                clamped += gradient.iter().filter(|g| **g != 0.0).count() - 1;
+                clamped += gradient.iter().filter(|g| **g != 0.0).count() - 1 - usize::from(zero_points);
                 for (i, said) in gradient.iter().enumerate() {
                     let by = 1.0 / 1024.0;
                     let along = |sign: f32| {

@@ -7,13 +7,11 @@ use super::pivots::{self, Errors, Moments};
 use super::rounding_loss::Rounding;
 use super::stream::{Reader, Role, Stream};
 use super::turned_loss::{AT_ONCE, Group, TurnedLoss, Weight};
-use crate::grid::{self, Grid};
 use crate::id::{NodeId, ValueId};
 use crate::ir::Graph;
 use crate::model::Model;
 use crate::observe::{Gram, Rows};
 use crate::pass::PassContext;
-use crate::target::Scheme;
 use crate::tensor::Tensor;
 
 /// Wider streams than this are not learned, since a step costs the cube of the width, and of wider tensors no moments are asked for.
@@ -84,24 +82,11 @@ impl Setting<'_> {
         self.model.stats().gram(value, Rows::Last).filter(|gram| gram.columns == columns)
     }
 
-    /// How the weight `value` of `node` is rounded, with so many inputs; `None` where it stays in float.
-    fn rounding(&self, node: NodeId, value: ValueId, inputs: usize) -> Option<Rounding> {
-        let graph = self.model.graph();
-        let names = [&graph.node(node)?.name, &graph.value(value).name];
-        if names.iter().any(|name| self.cx.keep_float.contains_key(&***name)) {
-            return None;
-        }
-        let by_name = names.iter().find_map(|name| self.cx.schemes.get(&***name));
-        let accepts = self.cx.target.accepts();
-        let (grid, block) = format(&accepts.completed(by_name.copied().unwrap_or(self.cx.scheme)))?;
-        Some(Rounding { grid, block: block.unwrap_or(inputs), negative: accepts.negative_scales })
-    }
-
     /// The weight of `reader`, with its gain, one row per output.
     fn reader(&self, reader: &Reader, moments: Option<&Moments>) -> Option<Weight> {
         let graph = self.model.graph();
         let width = self.stream.width;
-        let rounding = self.rounding(reader.node, reader.weight, width)?;
+        let rounding = Rounding::of(graph, self.cx, (reader.node, reader.weight), width)?;
         let weight = graph.constant(reader.weight)?;
         let by_output = if reader.transposed { Tensor::clone(weight) } else { weight.transposed()? };
         let mut rows = by_output.values::<f32>()?.into_owned();
@@ -117,9 +102,10 @@ impl Setting<'_> {
 
     /// The `weight` \[K, D\] of the product `node` that reads `read`.
     fn writer(&self, node: NodeId, read: ValueId, weight: ValueId, errors: Errors) -> Option<Group> {
-        let tensor = self.model.graph().constant(weight)?;
+        let graph = self.model.graph();
+        let tensor = graph.constant(weight)?;
         let [inputs, _] = *tensor.shape() else { return None };
-        let rounding = self.rounding(node, weight, inputs)?;
+        let rounding = Rounding::of(graph, self.cx, (node, weight), inputs)?;
         let rows = tensor.values::<f32>()?.into_owned();
         let gram = self.gram(read, inputs);
         let costs = gram.and_then(|gram| pivots::fixed(gram, errors));
@@ -150,24 +136,12 @@ fn of_weights(bytes: &[u64]) -> u64 {
     bytes.iter().fold(in_work, |sum, bytes| sum.saturating_add(*bytes))
 }
 
-/// The points of weights in `scheme`, and how many of them share a scale.
-fn format(scheme: &Scheme) -> Option<(&'static dyn Grid, Option<usize>)> {
-    if let Some(format) = scheme.block_format() {
-        return Some((format.element, Some(format.size)));
-    }
-    let grid = match scheme.weight_format {
-        Some(name) => grid::find(name)?,
-        None => grid::find(&format!("int{}", scheme.weight_bits))?,
-    };
-    Some((grid, scheme.block))
-}
-
 fn square(rows: &[f32]) -> f64 {
     rows.iter().map(|w| f64::from(*w).powi(2)).sum()
 }
 
 /// One over `power`; `None` for a weight that computes nothing, or no numbers.
-fn share(power: f64) -> Option<f64> {
+pub(super) fn share(power: f64) -> Option<f64> {
     Some(1.0 / power).filter(|share| power > 0.0 && share.is_normal())
 }
 

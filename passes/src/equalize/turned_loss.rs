@@ -185,7 +185,7 @@ pub(super) mod tests {
     #[expect(clippy::cast_possible_truncation, reason = "weights are f32")]
     fn weight(draw: u64, rows: usize, block: usize) -> Weight {
         let rows = drawn(draw, rows * WIDTH).iter().map(|v| v.powi(3) as f32).collect();
-        let rounding = Rounding { grid: grid::find("int3").unwrap(), block, negative: true };
+        let rounding = Rounding { grid: grid::find("int3").unwrap(), block, negative: true, zero_points: false };
         Weight { rows, share: 0.5, rounding }
     }
 
