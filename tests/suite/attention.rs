@@ -20,9 +20,12 @@ fn attention(softmax: &str, reader: &str) -> String {
     )
 }
 
-/// Some tokens for [`attention`].
+/// Some tokens, of this shape.
 #[derive(Debug)]
-struct Tokens;
+pub(super) struct Tokens(pub(super) &'static [usize]);
+
+/// Those for [`attention`].
+const TOKENS: Tokens = Tokens(&[24, 12]);
 
 impl Dataset for Tokens {
     fn len(&self) -> usize {
@@ -35,7 +38,7 @@ impl Dataset for Tokens {
 
     fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
         let value = |i: usize| ((i * 7919 + index * 104_729) % 2003) as f32 / 1001.5 - 1.0;
-        Ok(vec![Tensor::of([24, 12], (0..24 * 12).map(value).collect())])
+        Ok(vec![Tensor::of(self.0, (0..self.0.iter().product()).map(value).collect())])
     }
 }
 
@@ -44,7 +47,7 @@ const READ: &str = "  %y = MatMul(%p, %v)\n";
 #[test]
 fn attention_is_divided_behind_its_product_where_only_that_reads_it() {
     for axis in ["axis=-1", "axis=1", ""] {
-        let (_, after, counts) = divided(&attention(axis, READ), &Tokens, "defer-softmax", "w4a4");
+        let (_, after, counts) = divided(&attention(axis, READ), &TOKENS, "defer-softmax", "w4a4");
         let count = |op: &str| after.graph().nodes().filter(|(_, node)| node.op.is(op)).count();
         assert!(counts.contains("\"softmaxes\": 1"), "{counts}");
         assert_eq!(["Softmax", "Exp", "Div", "MatMul"].map(count), [0, 1, 1, 5]);
@@ -64,7 +67,7 @@ fn attention_is_divided_behind_its_product_where_only_that_reads_it() {
         ),
         ("axis=-1", "  %vt = Transpose(%v) {perm=[1, 0]}\n  %y = MatMul(%vt, %p)\n"),
     ] {
-        let (_, after, counts) = divided(&attention(axis, reader), &Tokens, "defer-softmax", "w4a4");
+        let (_, after, counts) = divided(&attention(axis, reader), &TOKENS, "defer-softmax", "w4a4");
         assert!(after.graph().nodes().any(|(_, node)| node.op.is("Softmax")), "{reader}: {counts}");
     }
 }
@@ -79,7 +82,7 @@ fn few_codes_of_attention_keep_masks() {
     let plain = passes::text::parse(&source).unwrap();
     let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
     let mut cx = PassContext {
-        dataset: Some(&Tokens),
+        dataset: Some(&TOKENS),
         scheme: passes::target::Scheme::parse("w4a4").unwrap(),
         ..PassContext::new(targets::find("onnx-qdq").unwrap(), executor.as_ref())
     };
@@ -89,7 +92,7 @@ fn few_codes_of_attention_keep_masks() {
     let graph = model.graph();
     assert!(graph.nodes().any(|(id, node)| node.op.is("Exp") && model.plan().encoding_of_use(graph, id, 0).is_some()));
     let run = Simulation::prepare(graph, model.plan(), executor.as_ref(), graph.outputs()).unwrap();
-    let sample = Tokens.sample(0).unwrap().remove(0);
+    let sample = TOKENS.sample(0).unwrap().remove(0);
     let mut other = sample.floats().unwrap().into_owned();
     other[12 * 12..].iter_mut().for_each(|value| *value = -*value);
     let other = Tensor::of([24, 12], other);
@@ -107,7 +110,7 @@ fn few_codes_of_attention_are_even_in_the_logarithm() {
     let decibels = |scheme: &str, defer: &str| {
         let mut cx = PassContext {
             keep_float: &kept,
-            dataset: Some(&Tokens),
+            dataset: Some(&TOKENS),
             scheme: passes::target::Scheme::parse(scheme).unwrap(),
             ..PassContext::new(targets::find("onnx-qdq").unwrap(), executor.as_ref())
         };
@@ -120,8 +123,8 @@ fn few_codes_of_attention_are_even_in_the_logarithm() {
         let run = |plan: &Plan| Simulation::prepare(graph, plan, executor.as_ref(), graph.outputs()).unwrap();
         let (float, coded) = (run(&Plan::default()), run(model.plan()));
         let (mut signal, mut noise) = (0.0_f64, 0.0_f64);
-        for index in 0..Tokens.len() {
-            let feeds = Tokens.sample(index).unwrap();
+        for index in 0..TOKENS.len() {
+            let feeds = TOKENS.sample(index).unwrap();
             let [a, b] = [&float, &coded].map(|run| run.run(&feeds).unwrap().remove(0));
             for (a, b) in a.floats().unwrap().iter().zip(b.floats().unwrap().iter()) {
                 signal += f64::from(*a).powi(2);

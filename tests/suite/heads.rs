@@ -1,11 +1,11 @@
 //! What attention heads hand on, in another basis or in other units.
 
 use onnx_quant::{exec, targets};
-use passes::exec::{DataError, Dataset};
 use passes::model::Model;
 use passes::pass::{PassContext, PassManager, Pipeline};
 use passes::tensor::Tensor;
 
+use super::attention::Tokens;
 use super::equalize::{divided, matrix, same_within};
 
 /// The same numbers every time, of any shape.
@@ -140,23 +140,8 @@ fn rows_that_are_summed_over_or_cut_are_not_turned() {
     assert_eq!(turned(&of(&inputs("16,16"), cut), &feeds(&[&[16, 16], &[16, 16]])).0, 0);
 }
 
-/// Tokens, of which some are louder.
-struct Tokens;
-
-impl Dataset for Tokens {
-    fn len(&self) -> usize {
-        2
-    }
-
-    fn name(&self, index: usize) -> String {
-        format!("tokens {index}")
-    }
-
-    fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
-        let value = |i: usize| ((i * 7919 + index * 104_729) % 2003) as f32 / 1001.5 - 1.0;
-        Ok(vec![Tensor::of([2, 512, 16], (0..2 * 512 * 16).map(value).collect())])
-    }
-}
+/// Those for [`attention`] and [`grouped`].
+const TOKENS: Tokens = Tokens(&[2, 512, 16]);
 
 /// The factors of the rows of what reads attention, as `after` has them beside `before`.
 fn factors(before: &Model, after: &Model) -> Vec<f32> {
@@ -179,7 +164,7 @@ fn values_take_the_division_of_what_attention_makes_of_them() {
     {
         for open in [false, true] {
             let source = attention(&loud("wvvv", 16, 16), HOME, READ, "%y", open);
-            let (before, after, counts) = divided(&source, &Tokens, pass, scheme);
+            let (before, after, counts) = divided(&source, &TOKENS, pass, scheme);
             assert!(counts.contains("\"folded\": 1") && !counts.contains("inserted"), "{pass} {scheme}: {counts}");
             assert_eq!(after.graph().nodes().count(), before.graph().nodes().count(), "{pass}");
             let factors = factors(&before, &after);
@@ -197,7 +182,7 @@ fn heads_that_share_values_or_change_places_share_factors() {
     let mixed = attention(&loud("wvvv", 16, 16), "[1, 2, 0, 3]", READ, "%y", false);
     for source in [grouped(&loud("wvvv", 16, 8), READ), mixed] {
         for (pass, scheme) in [("smooth", "w8a8"), ("awq", "w4a16g8"), ("learn-scaling", "w4a4")] {
-            let (before, after, counts) = divided(&source, &Tokens, pass, scheme);
+            let (before, after, counts) = divided(&source, &TOKENS, pass, scheme);
             assert!(counts.contains("\"folded\": 1"), "{pass}: {counts}");
             let factors = factors(&before, &after);
             assert!((0..8).all(|j| (factors[j + 8] / factors[j] - 1.0).abs() < 1e-3), "{pass}: {factors:?}");
@@ -215,7 +200,7 @@ fn a_bias_of_one_head_keeps_heads_from_factors_of_their_own() {
             "  %vh = Reshape(%vs, %split)\n  %vr = Add(%vh, %of)\n",
         )
         .replace("  %split =", "  %of = const f32[8] [1, 2, 3, 4, 5, 6, 7, 8]\n  %split =");
-    let (before, after, counts) = divided(&source, &Tokens, "smooth", "w8a8");
+    let (before, after, counts) = divided(&source, &TOKENS, "smooth", "w8a8");
     assert!(counts.contains("\"folded\": 1"), "{counts}");
     let factors = factors(&before, &after);
     assert!((0..8).all(|j| (factors[j + 8] / factors[j] - 1.0).abs() < 1e-3), "{factors:?}");
@@ -229,7 +214,7 @@ fn what_waits_for_a_round_gets_no_node() {
     let (head, body) = source.split_once("  %qs = ").unwrap();
     let source = format!("{head}{norm}  %qs = {}", body.replace("MatMul(%x,", "MatMul(%n,"));
     for (pass, scheme) in [("smooth", "w8a8"), ("learn-scaling", "w4a4")] {
-        let (before, after, counts) = divided(&source, &Tokens, pass, scheme);
+        let (before, after, counts) = divided(&source, &TOKENS, pass, scheme);
         assert!(!counts.contains("inserted") && counts.contains("\"folded\": 2"), "{pass}: {counts}");
         assert_eq!(after.graph().nodes().count(), before.graph().nodes().count(), "{pass}");
     }
@@ -249,7 +234,7 @@ fn a_weight_of_another_width_is_left_alone() {
         let plain = passes::text::parse(&source).unwrap();
         let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
         let mut cx = PassContext {
-            dataset: Some(&Tokens),
+            dataset: Some(&TOKENS),
             scheme: passes::target::Scheme::parse(scheme).unwrap(),
             ..PassContext::new(targets::TARGETS[0], executor.as_ref())
         };
@@ -269,7 +254,7 @@ fn learned_factors_are_the_same_on_any_threads() {
     let source = attention(&loud("wvvv", 16, 16), HOME, READ, "%y", false);
     let text = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| passes::text::graph(&divided(&source, &Tokens, "learn-scaling", "w3a8").1))
+        pool.install(|| passes::text::graph(&divided(&source, &TOKENS, "learn-scaling", "w3a8").1))
     };
     assert_eq!(text(1), text(3));
 }
@@ -279,7 +264,7 @@ fn factors_that_memory_does_not_hold_are_named() {
     let plain = passes::text::parse(&attention(&loud("wvvv", 16, 16), HOME, READ, "%y", false)).unwrap();
     let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
     let mut cx = PassContext {
-        dataset: Some(&Tokens),
+        dataset: Some(&TOKENS),
         scheme: passes::target::Scheme::parse("w4a4").unwrap(),
         state_budget: 10_000,
         ..PassContext::new(targets::TARGETS[0], executor.as_ref())
