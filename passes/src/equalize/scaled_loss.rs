@@ -216,29 +216,19 @@ pub(super) mod tests {
         assert!(gradient.iter().any(|g| g.abs() > 1e-4));
     }
 
+    /// A weight of fewer rows than there are parts has each of its rows in several.
     #[test]
     fn rows_that_stand_for_all_say_on_average_what_all_do() {
-        let loss = loss(None);
-        let s = factors(6);
-        let whole = loss.gradient(&s, 0, 1);
-        let mut mean = vec![0.0; WIDTH];
-        for first in 0..4 {
-            mean.iter_mut().zip(loss.gradient(&s, first, 4)).for_each(|(m, g)| *m += g / 4.0);
-        }
-        assert!(whole.iter().zip(&mean).all(|(a, b)| (a - b).abs() < 1e-6 * (1.0 + a.abs())), "{whole:?} {mean:?}");
-    }
-
-    /// As many steps as there are rows see each once, however many steps there are to a sweep.
-    #[test]
-    fn weights_of_few_rows_count_as_much() {
         let few = ScaledLoss::new(vec![weight(1, 3, 4)], vec![1.0; WIDTH], None);
-        let s = factors(8);
-        let whole = few.gradient(&s, 0, 1);
-        let mut mean = vec![0.0; WIDTH];
-        for first in 0..9 {
-            mean.iter_mut().zip(few.gradient(&s, first, 9)).for_each(|(m, g)| *m += g / 9.0);
+        for (loss, parts) in [(loss(None), 4), (few, 9)] {
+            let s = factors(6);
+            let whole = loss.gradient(&s, 0, 1);
+            let mut mean = vec![0.0; WIDTH];
+            for first in 0..parts {
+                mean.iter_mut().zip(loss.gradient(&s, first, parts)).for_each(|(m, g)| *m += g / parts as f64);
+            }
+            assert!(whole.iter().zip(&mean).all(|(a, b)| (a - b).abs() < 1e-6 * (1.0 + a.abs())), "{parts}: {mean:?}");
         }
-        assert!(whole.iter().zip(&mean).all(|(a, b)| (a - b).abs() < 1e-6 * (1.0 + a.abs())), "{whole:?} {mean:?}");
     }
 
     #[test]
