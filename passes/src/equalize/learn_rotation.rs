@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::annealing::Annealing;
 use super::hadamard::Hadamard;
 use super::orthogonal::Orthogonal;
 use super::pivots::{Errors, Moments};
@@ -54,8 +55,7 @@ pub(super) const ENTRY: PassEntry =
 #[derive(Debug)]
 struct LearnRotation {
     seed: u64,
-    sweeps: usize,
-    rate: f64,
+    annealing: Annealing,
     errors: Errors,
 }
 
@@ -68,13 +68,11 @@ const DECAY: (f64, f64) = (0.9, 0.99);
 
 impl LearnRotation {
     fn new(options: &Options) -> Result<Self, OptionError> {
-        let rate = options.number("rate")?.unwrap_or(1.0);
-        let errors = Errors::parse(options)?;
-        if rate <= 0.0 || rate > 100.0 {
-            let problem = format!("`{rate}` is no number above 0 and up to 100");
-            return Err(OptionError { option: "rate".into(), problem });
-        }
-        Ok(Self { seed: rotate::seed(options)?, sweeps: options.count("sweeps", 6)?, rate, errors })
+        Ok(Self {
+            seed: rotate::seed(options)?,
+            annealing: Annealing::of(options, RATE)?,
+            errors: Errors::parse(options)?,
+        })
     }
 }
 
@@ -127,36 +125,20 @@ impl LearnRotation {
         progress: &dyn Progress,
     ) -> Result<(Orthogonal, [f64; 2]), PassError> {
         let first = loss.at(&start);
-        let mut best = (first, start.clone());
-        let mut descent = Descent::new(loss.width);
-        let mut rate = RATE * self.rate / (loss.width as f64).sqrt();
-        let mut current = start;
         let steps = STEPS.min(loss.groups.len()).max(1);
-        let total = self.sweeps * steps;
-        progress.begin(INFO.about.name, total as u64);
-        for sweep in 0..self.sweeps {
-            for step in 0..steps {
-                if progress.cancelled() {
-                    return Err(PassError::Interrupted);
-                }
-                let done = (sweep * steps + step) as f64 / total as f64;
-                let cooled = rate * 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
-                let tangent = current.tangent(&loss.gradient(&current, step, steps));
-                current = current.moved(&descent.step(&tangent, cooled));
-                progress.step();
-            }
-            let now = loss.at(&current);
-            tracing::debug!(sweep, loss = now, best = best.0, first, "learned rotation");
-            if now < best.0 && current.error() < 1e-9 {
-                best = (now, current.clone());
-            } else {
-                current = best.1.clone();
-                descent = Descent::new(loss.width);
-                rate *= 0.5;
-            }
-        }
+        let annealing = Annealing { rate: self.annealing.rate / (loss.width as f64).sqrt(), ..self.annealing };
+        progress.begin(INFO.about.name, (annealing.sweeps * steps) as u64);
+        let step = |basis: &mut Orthogonal, descent: &mut Descent, step: usize, rate: f64| {
+            let tangent = basis.tangent(&loss.gradient(basis, step, steps));
+            *basis = basis.moved(&descent.step(&tangent, rate));
+            progress.step();
+        };
+        // A basis that has lost its right angles is none.
+        let at = |basis: &Orthogonal| Some(loss.at(basis)).filter(|_| basis.error() < 1e-9);
+        let best = annealing.best(steps, (first, start), || Descent::new(loss.width), step, at, progress);
+        let (last, learned) = best.ok_or(PassError::Interrupted)?;
         progress.end();
-        Ok((best.1, [first, best.0]))
+        Ok((learned, [first, last]))
     }
 }
 
@@ -211,7 +193,7 @@ mod tests {
     use crate::exec::Silent;
 
     fn pass(sweeps: usize, errors: Errors) -> LearnRotation {
-        LearnRotation { seed: 0, sweeps, rate: 1.0, errors }
+        LearnRotation { seed: 0, annealing: Annealing { sweeps, rate: RATE }, errors }
     }
 
     #[test]
@@ -234,32 +216,13 @@ mod tests {
         let loss = loss(Errors::Compensated, None);
         let start = Orthogonal::of(&Hadamard::new(loss.width, 5));
         for rate in [1e-3, 10.0, 100.0] {
-            let wild = LearnRotation { rate, ..pass(4, Errors::Compensated) };
+            let wild =
+                LearnRotation { annealing: Annealing { sweeps: 4, rate: RATE * rate }, ..pass(4, Errors::Compensated) };
             let (learned, [first, last]) = wild.learn(&loss, start.clone(), &Silent).unwrap();
             assert!(last <= first && learned.error() < 1e-9, "{rate}: {last} of {first}");
         }
         let (learned, [first, last]) = pass(0, Errors::Stay).learn(&loss, start.clone(), &Silent).unwrap();
         assert!((first - last).abs() < 1e-15 && learned.single() == start.single());
-    }
-
-    /// A user who stopped already.
-    struct Stopped;
-
-    impl Progress for Stopped {
-        fn begin(&self, _: &str, _: u64) {}
-        fn step(&self) {}
-        fn end(&self) {}
-        fn cancelled(&self) -> bool {
-            true
-        }
-    }
-
-    #[test]
-    fn a_user_can_stop_it() {
-        let loss = loss(Errors::Stay, None);
-        let start = Orthogonal::of(&Hadamard::new(loss.width, 0));
-        let stopped = pass(3, Errors::Stay).learn(&loss, start, &Stopped);
-        assert!(matches!(stopped, Err(PassError::Interrupted)));
     }
 
     #[test]

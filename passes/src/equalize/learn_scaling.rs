@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::annealing::Annealing;
 use super::awq;
 use super::divided::{self, AT_ONCE, Choice, Group, groups, last_axis};
 use super::pivots::{self, Errors, Moments};
@@ -53,15 +54,14 @@ pub(super) const ENTRY: PassEntry =
 /// See [`INFO`].
 #[derive(Debug)]
 struct LearnScaling {
-    sweeps: usize,
-    rate: f32,
+    annealing: Annealing,
     errors: Errors,
 }
 
 /// So many steps see every row once.
 const STEPS: usize = 8;
 /// The most that ln s moves in a step, at first.
-const RATE: f32 = 0.05;
+const RATE: f64 = 0.05;
 /// What remains of the loss must be below this for a division that is folded, or that costs a node.
 const FOLDED: f64 = 0.97;
 const INSERTED: f64 = 1.0 / 3.0;
@@ -70,15 +70,7 @@ const MAX_WIDTH: usize = 4096;
 
 impl LearnScaling {
     fn new(options: &Options) -> Result<Self, OptionError> {
-        let errors = Errors::parse(options)?;
-        let rate = options.number("rate")?.unwrap_or(1.0);
-        if rate <= 0.0 || rate > 100.0 {
-            let problem = format!("`{rate}` is no number above 0 and up to 100");
-            return Err(OptionError { option: "rate".into(), problem });
-        }
-        #[expect(clippy::cast_possible_truncation, reason = "checked")]
-        let rate = RATE * rate as f32;
-        Ok(Self { sweeps: options.count("sweeps", 6)?, rate, errors })
+        Ok(Self { annealing: Annealing::of(options, RATE)?, errors: Errors::parse(options)? })
     }
 }
 
@@ -191,26 +183,16 @@ impl LearnScaling {
     ) -> Option<(f64, Vec<f64>)> {
         let width = loss.width();
         let period = shared.unwrap_or(width).max(1);
-        let mut best = (start.0, logarithms(&start.1[..period]));
+        let first = (start.0, logarithms(&start.1[..period]));
         let spread = |logs: &[f32]| -> Vec<f64> { (0..width).map(|j| f64::from(logs[j % period]).exp()).collect() };
-        let (mut current, mut adam, mut rate) = (best.1.clone(), Adam::new(period), self.rate);
-        for sweep in 0..self.sweeps {
-            for step in 0..STEPS {
-                if progress.cancelled() {
-                    return None;
-                }
-                let gradient = loss.gradient(&spread(&current), step, STEPS);
-                let cooled = cooled(rate, sweep * STEPS + step, self.sweeps * STEPS);
-                adam.step(&mut current, &folded(&gradient, period), cooled);
-                current.iter_mut().for_each(|log| *log = log.clamp(-REACH, REACH));
-            }
-            let now = loss.at(&spread(&current));
-            if now < best.0 {
-                best = (now, current.clone());
-            } else {
-                (current, adam, rate) = (best.1.clone(), Adam::new(period), 0.5 * rate);
-            }
-        }
+        #[expect(clippy::cast_possible_truncation, reason = "learned in f32")]
+        let step = |logs: &mut Vec<f32>, adam: &mut Adam, step: usize, rate: f64| {
+            let gradient = loss.gradient(&spread(logs), step, STEPS);
+            adam.step(logs, &folded(&gradient, period), rate as f32);
+            logs.iter_mut().for_each(|log| *log = log.clamp(-REACH, REACH));
+        };
+        let at = |logs: &Vec<f32>| Some(loss.at(&spread(logs)));
+        let best = self.annealing.best(STEPS, first, || Adam::new(period), step, at, progress)?;
         let same = best.0 >= start.0;
         Some((best.0, if same { start.1 } else { spread(&best.1) }))
     }
@@ -228,13 +210,6 @@ const SILENT: f64 = 0.01;
 
 /// No factor is further from 1 than e to this.
 const REACH: f32 = 7.0;
-
-/// Half a cosine from `rate` at the first step to 0 behind the last.
-#[expect(clippy::cast_possible_truncation, reason = "a rate")]
-fn cooled(rate: f32, step: usize, steps: usize) -> f32 {
-    let done = step as f64 / steps.max(1) as f64;
-    rate * (0.5 * (1.0 + (std::f64::consts::PI * done).cos())) as f32
-}
 
 #[expect(clippy::cast_possible_truncation, reason = "learned in f32")]
 fn logarithms(s: &[f64]) -> Vec<f32> {
@@ -292,8 +267,8 @@ mod tests {
     use super::*;
     use crate::exec::Silent;
 
-    fn pass(sweeps: usize, rate: f32) -> LearnScaling {
-        LearnScaling { sweeps, rate: RATE * rate, errors: Errors::Compensated }
+    fn pass(sweeps: usize, rate: f64) -> LearnScaling {
+        LearnScaling { annealing: Annealing { sweeps, rate: RATE * rate }, errors: Errors::Compensated }
     }
 
     fn none(loss: &ScaledLoss) -> (f64, Vec<f64>) {

@@ -2,6 +2,7 @@
 
 mod absorb_high_bias;
 mod affine_norm;
+mod annealing;
 mod awq;
 mod defer_softmax;
 mod divided;
