@@ -79,10 +79,9 @@ impl Shown {
         let rate = done as f64 / seconds;
         let left = stage.total.saturating_sub(done) as f64 / rate.max(1e-9);
         match self.mode {
-            Mode::Plain => super::eprint(&format!(
-                "{}: {done}/{} ({rate:.1} samples/s, {left:.0} s left)\n",
-                stage.name, stage.total
-            )),
+            Mode::Plain => {
+                super::eprint(&format!("{}: {done}/{} ({rate:.1}/s, {left:.0} s left)\n", stage.name, stage.total));
+            }
             Mode::Json => super::eprint(&format!(
                 "{}\n",
                 serde_json::json!({ "stage": stage.name, "done": done, "total": stage.total, "rate": rate, "eta_seconds": left })
