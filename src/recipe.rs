@@ -37,6 +37,8 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
         with_learning(&text, &resolved(method, &scheme))
     });
     let text = request.distill.as_ref().map_or(text.clone(), |method| with_distillation(&text, method));
+    let learns = request.pipeline.is_none() && (request.learn.is_some() || request.distill.is_some());
+    let text = if learns { with_judges(&text, request.augment) } else { text };
     let text = if request.rest == Rest::F16 { format!("{}, round-to-half", text.trim_end()) } else { text };
     let max_drop = max_drop.filter(|_| raises(request) || request.budget.is_some());
     with_allocation(&text, request.budget, max_drop, request.sensitivity.as_deref())
@@ -100,6 +102,15 @@ fn with_damping(text: &str, variants: usize) -> String {
     }
     let damping = format!("damping={:.2}", 2.0 / (variants as f64 + 2.0));
     with_option(text, "round-in-order", &damping)
+}
+
+/// `text` with samples that judge what is learned left out of rounding, where there are `variants` of every sample: of few samples rounding
+/// needs all.
+fn with_judges(text: &str, variants: usize) -> String {
+    if variants == 0 || text.contains("spare=") {
+        return text.to_owned();
+    }
+    with_option(text, "round-in-order", "spare=1")
 }
 
 /// `text` with `option` first among those of the pass `name`, where it is there.
@@ -208,6 +219,9 @@ mod tests {
         );
         assert_eq!(with_rounding("a, round-in-order, b", "gptq"), "a, round-in-order{method=gptq}, b");
         assert_eq!(with_damping("a, round-in-order{refit=3}", 8), "a, round-in-order{damping=0.20, refit=3}");
+        assert_eq!(with_judges("a, round-in-order{refit=3}", 4), "a, round-in-order{spare=1, refit=3}");
+        assert_eq!(with_judges("a, round-in-order", 0), "a, round-in-order");
+        assert_eq!(with_judges("a, round-in-order{learn=lrq, spare=0}", 4), "a, round-in-order{learn=lrq, spare=0}");
         let turned = with_rotation("fold-constants, drop-dead,\ncalibrate, smooth,\ncalibrate, round");
         assert_eq!(
             turned,

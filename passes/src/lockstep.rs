@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::exec::Dataset;
 use crate::id::{NodeId, ValueId};
 use crate::ir::Graph;
+use crate::judges;
 use crate::model::Plan;
 use crate::ops::sizes;
 use crate::padding::{self, Mask};
@@ -25,6 +26,8 @@ pub(crate) struct Pair {
     pub(crate) index: usize,
     /// One of two halves of the samples: by what the sample is, or that which it is a variant of, and not by where it stands.
     pub(crate) half: usize,
+    /// The sample that it is a variant of; its own number where it is none.
+    pub(crate) origin: usize,
     float: Known,
     planned: Known,
     mask: Option<Mask>,
@@ -91,6 +94,8 @@ pub(crate) struct Lockstep<'a> {
     stage_of: BTreeMap<NodeId, usize>,
     /// The last stage that reads a value.
     last_reader: BTreeMap<ValueId, usize>,
+    /// Whether what is fitted to samples sees no [judges](judges).
+    spares: bool,
     /// First and last stages of what may be run again.
     spans: Vec<(usize, usize)>,
     read_by_spans: BTreeSet<ValueId>,
@@ -139,6 +144,7 @@ impl<'a> Lockstep<'a> {
             dataset,
             stage_of,
             last_reader,
+            spares: false,
             spans: spans.iter().map(|span| (span.first, span.last)).collect(),
             read_by_spans: spans.iter().flat_map(|span| span.reads.iter().copied()).collect(),
             touched,
@@ -150,6 +156,12 @@ impl<'a> Lockstep<'a> {
         let largest = walk.largest_pair(&dataset.sample(0)?).max(1);
         walk.n_kept = usize::try_from(cx.pair_budget / largest).unwrap_or(usize::MAX).min(dataset.len());
         Ok(walk)
+    }
+
+    /// The same with samples that judge what is learned left out of what is fitted, where `spares`.
+    #[must_use]
+    pub(crate) fn sparing(self, spares: bool) -> Self {
+        Self { spares, ..self }
     }
 
     /// The stage that node `id` begins or is in.
@@ -272,6 +284,21 @@ impl<'a> Lockstep<'a> {
         })
     }
 
+    /// As [`Self::each_on`], without the samples that are [spared](Self::sparing).
+    ///
+    /// # Errors
+    /// [`PassError`], as [`Self::advance`] and from `see`.
+    pub(crate) fn each_fitted<S: Send>(
+        &self,
+        workers: usize,
+        start: impl Fn() -> S + Sync,
+        see: impl Fn(&mut S, &mut Pair) -> Result<(), PassError> + Sync,
+    ) -> Result<Vec<S>, PassError> {
+        self.each_on(workers, start, |state, pair| {
+            if self.spares && judges::is_judge(pair.origin) { Ok(()) } else { see(state, pair) }
+        })
+    }
+
     fn interrupted(&self) -> Result<(), PassError> {
         if self.cx.progress.cancelled() { Err(PassError::Interrupted) } else { Ok(()) }
     }
@@ -288,7 +315,8 @@ impl<'a> Lockstep<'a> {
         let mask = Mask::of(self.graph, &feeds);
         let inputs = self.graph.inputs().iter().zip(&feeds);
         let known: Known = inputs.map(|(&value, tensor)| ((value, None), tensor.clone())).collect();
-        Ok(Pair { index, half: self.half(index, &feeds)?, float: known.clone(), planned: known, mask })
+        let (half, origin) = (self.half(index, &feeds)?, self.dataset.origin(index));
+        Ok(Pair { index, half, origin, float: known.clone(), planned: known, mask })
     }
 
     /// Lets go of what nobody reads after `stage`, or when its span is run again, and of rounded versions.

@@ -20,7 +20,7 @@ METHODS = {'nearest': ['--recipe', 'balanced', '--rounding', 'nearest'], 'gptq':
            'flexround': 'flexround{%s}', 'lrq': 'lrq{%s}', 'signround': 'signround{%s}', 'latent': 'latent{%s}', 'latent-stochastic': 'latent-stochastic{%s}',
            'latent-settled': 'latent-settled{%s}', 'talr': 'talr{%s}', 'q-galore': 'q-galore{%s}',
            'cbq': 'lora-rounding{%s, layers=2, window=2, overlap=1}', 'pd-quant': 'brecq{%s, drop=0.5, loss=pd}', 'pd-quant corrected': 'brecq{%s, drop=0.5, loss=pd, correct-distribution=1}', 'fisher': 'brecq{%s, loss=fisher}', 'fisher-each': 'brecq{%s, loss=fisher-each}',
-           'discquant': ('--distill', 'discquant{%s}'), 'distill': ('--distill', 'brecq{%s}')}
+           'brecq, spared': 'brecq{%s, spare=1}', 'discquant': ('--distill', 'discquant{%s}'), 'distill': ('--distill', 'brecq{%s}')}
 
 
 def run(command):

@@ -17,10 +17,18 @@ fn plain(model: &str) -> Model {
 
 /// `model` after the passes of `tail`, at `scheme`, with so many bytes for tensors between stages.
 fn rounded(model: &Model, tail: &str, scheme: &str, pair_budget: u64) -> Model {
-    let data = Files::open(&fixture("data/digits"), Slot::of(model.graph()), None, Some(24)).unwrap();
+    rounded_by(&digits(model, 24), model, tail, scheme, pair_budget)
+}
+
+fn digits(model: &Model, samples: usize) -> Files {
+    Files::open(&fixture("data/digits"), Slot::of(model.graph()), None, Some(samples)).unwrap()
+}
+
+/// The same on the samples of `data`.
+fn rounded_by(data: &Files, model: &Model, tail: &str, scheme: &str, pair_budget: u64) -> Model {
     let executor = (exec::find("rten").unwrap().build)(&model.meta).unwrap();
     let mut cx = PassContext {
-        dataset: Some(&data as &dyn Dataset),
+        dataset: Some(data as &dyn Dataset),
         scheme: Scheme::parse(scheme).unwrap(),
         threads: 2,
         pair_budget,
@@ -53,6 +61,20 @@ fn codes_are_learned_from_as_many_samples_as_memory_holds() {
         let encoded = after.plan().encodings().filter(|(site, _)| after.plan().codes(*site).is_some()).count();
         assert!(encoded >= 10, "{encoded}");
     }
+}
+
+/// What judges has no part in what it judges.
+#[test]
+fn weights_are_not_rounded_by_samples_that_are_spared() {
+    let model = plain("digits-resnet");
+    let (all, rest) = (digits(&model, 12), [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]);
+    let plan = |data: &Files, options: &str| {
+        let tail = format!("assign-encodings, round-in-order{{refit=1, {options}}}");
+        passes::text::plan(&rounded_by(data, &model, &tail, "w3a16", 1 << 30))
+    };
+    let spared = plan(&all, "spare=1");
+    assert!(spared == plan(&all.only(&rest), "spare=0"), "the fifth of twelve had a part in it");
+    assert!(spared != plan(&all, "spare=0"));
 }
 
 /// The bias takes back what weights and earlier layers shifted: the mean output is the float model's.

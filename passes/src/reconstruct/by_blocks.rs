@@ -248,7 +248,7 @@ impl Learner {
             }
             let objective = {
                 let logits = |value| settings.loss.is_of_logits(model.graph(), value);
-                Objective::new(&program, &samples.all, model.plan(), settings.loss, logits)?
+                Objective::new(&program, (&samples.all, &samples.origins), model.plan(), settings.loss, logits)?
             };
             let start = program.start(&objective.weights);
             let first = objective.loss(&start)?;

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::block::{Also, Program};
 use super::blocks::{self, Block};
 use super::measure::{Measure, Wish};
-use super::objective::{DISAGREEMENT, HELD_OUT, LANES, shares};
+use super::objective::{DISAGREEMENT, LANES, shares};
 use super::run::{Gradients, Leaves, add};
 use super::samples::Sample;
 use super::teacher::Teacher;
@@ -22,6 +22,7 @@ use crate::grad::{self, Array, GradError, Slot, Value, Values};
 use crate::id::{Site, ValueId};
 use crate::ir::Graph;
 use crate::ir::walk::Users;
+use crate::judges;
 use crate::lockstep;
 use crate::model::Plan;
 use crate::padding::Mask;
@@ -237,9 +238,7 @@ impl Chain {
         self.given = given.into_iter().map(|(_, given)| given).collect();
         // Variants of a sample go where it goes.
         let origins: Vec<usize> = indices.iter().map(|&index| dataset.origin(index)).collect();
-        let distinct: Vec<usize> = origins.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
-        let place = |i: &usize| distinct.binary_search(&origins[*i]).unwrap_or(0);
-        (self.held_out, self.fitted) = (0..self.given.len()).partition(|i| place(i) % HELD_OUT == HELD_OUT / 2);
+        (self.held_out, self.fitted) = judges::split(&origins);
         if self.held_out.is_empty() {
             self.held_out.clone_from(&self.fitted);
         }

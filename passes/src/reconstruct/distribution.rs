@@ -20,12 +20,12 @@ use super::block::{Also, Program};
 use super::blocks::Block;
 use super::chain::FLOAT;
 use super::moments::{self, Moments};
-use super::objective;
 use super::run::Leaves;
 use super::samples::Samples;
 use crate::grad::{Array, GradError, Slot, Value, Values};
 use crate::id::ValueId;
 use crate::ir::Graph;
+use crate::judges;
 use crate::lockstep;
 use crate::model::{Plan, Stats, Trained};
 use crate::parallel;
@@ -91,7 +91,7 @@ impl Correction {
         let places = places.collect::<Option<Vec<usize>>>();
         let places =
             places.ok_or_else(|| GradError("what it reads cannot be moved: its first nodes are not learned".into()))?;
-        let learned: Vec<usize> = (0..samples.all.len()).filter(|i| !objective::is_held_out(*i)).collect();
+        let (_, learned) = judges::split(&samples.origins);
         let leaves = program.float_leaves();
         let mut distances = (0.0, 0.0);
         for group in learned.chunks(GROUP) {

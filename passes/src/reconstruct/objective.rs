@@ -6,22 +6,16 @@ use super::parameterization::Weight;
 use super::run::{Gradients, Outcome, add};
 use super::samples::Sample;
 use crate::grad::{Array, GradError, Slot, Value, Values};
+use crate::judges;
 use crate::model::Plan;
 use crate::parallel;
 use crate::seed;
 
-/// Of so many samples one is held out, to judge by.
-pub(super) const HELD_OUT: usize = 8;
 /// The error over signal from which on a tape does not compute what the model does; constants other than weights and biases are
 /// rounded in it.
 pub(super) const DISAGREEMENT: f64 = 1e-2;
 /// Samples of a batch are added up in so many sums, whatever the number of threads.
 pub(super) const LANES: usize = 4;
-
-/// Whether sample `i` of a block is held out.
-pub(super) fn is_held_out(i: usize) -> bool {
-    i % HELD_OUT == HELD_OUT / 2
-}
 
 /// How a block does, as error over signal: on the samples that were held out, and on those learned from.
 #[derive(Clone, Copy)]
@@ -51,16 +45,17 @@ pub(super) struct Objective<'a> {
 }
 
 impl<'a> Objective<'a> {
-    /// With errors of outputs measured as `wish` says; `logits` tells those that may be compared as such.
+    /// With errors of outputs measured as `wish` says; `origins` tells which samples are variants of one, and `logits` outputs that may
+    /// be compared as such.
     pub(super) fn new(
         program: &'a Program,
-        samples: &'a [Sample],
+        (samples, origins): (&'a [Sample], &[usize]),
         plan: &Plan,
         wish: Wish,
         logits: impl Fn(crate::id::ValueId) -> bool,
     ) -> Result<Self, GradError> {
         let weights = program.weights_of(plan)?;
-        let (held_out, fitted) = (0..samples.len()).partition(|i| is_held_out(*i));
+        let (held_out, fitted) = judges::split(origins);
         let outputs = program.outputs.iter().enumerate();
         let measures: Vec<Measure> =
             outputs.map(|(at, (_, value))| Measure::of(wish, samples, at, logits(*value))).collect();

@@ -101,14 +101,16 @@ pub(super) fn before(graph: &Graph, nodes: &[crate::id::NodeId]) -> Vec<ValueId>
 pub(super) struct Samples {
     /// In order: all, or as many of them, spread over all, as memory holds.
     pub(super) all: Vec<Sample>,
+    /// Which sample each of them is, or is a variant of.
+    pub(super) origins: Vec<usize>,
     /// What each of them reads in the float model, where that was asked for.
     pub(super) floats: Vec<Vec<Value<f32>>>,
     /// The first one as the float model has it.
     pub(super) float: Sample,
 }
 
-/// The number of a sample, the sample, and what it reads in the float model.
-type Taken = (usize, Sample, Vec<Value<f32>>);
+/// The numbers of a sample and of that which it is a variant of, the sample, and what it reads in the float model.
+type Taken = ((usize, usize), Sample, Vec<Value<f32>>);
 
 /// The samples of a block, `both` as planned and in float, with errors that weigh what `stakes` say; `None` where something that it reads
 /// is not there yet.
@@ -141,14 +143,15 @@ pub(super) fn gather(
     let gathered = walk.each(Vec::new, |kept: &mut Vec<Taken>, pair| {
         if taken(pair.index) {
             let feeds = if both { source.sample(program, pair, false)?.feeds } else { Vec::new() };
-            kept.push((pair.index, source.sample(program, pair, true)?, feeds));
+            kept.push(((pair.index, pair.origin), source.sample(program, pair, true)?, feeds));
         }
         Ok(())
     })?;
     let mut samples: Vec<Taken> = gathered.into_iter().flatten().collect();
-    samples.sort_by_key(|(index, ..)| *index);
+    samples.sort_by_key(|(numbers, ..)| *numbers);
+    let origins = samples.iter().map(|((_, origin), ..)| *origin).collect();
     let (all, floats) = samples.into_iter().map(|(_, sample, feeds)| (sample, feeds)).unzip();
-    Ok(Some(Samples { all, floats, float }))
+    Ok(Some(Samples { all, origins, floats, float }))
 }
 
 impl Sample {

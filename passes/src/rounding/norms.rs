@@ -124,7 +124,7 @@ pub(super) fn fit(walk: &Lockstep<'_>, graph: &Graph, plan: &Plan, norms: &[Norm
         return Ok(Vec::new());
     }
     let crossing = Crossing::of(graph, plan);
-    let seen = walk.each(BTreeMap::new, |seen: &mut BTreeMap<NodeId, Vec<Sums>>, pair| {
+    let seen = walk.each_fitted(usize::MAX, BTreeMap::new, |seen: &mut BTreeMap<NodeId, Vec<Sums>>, pair| {
         for norm in norms {
             let planned = pair.planned(norm.input, &crossing)?;
             let Some(float) = pair.float(norm.input.0).filter(|float| float.shape() == planned.shape()) else {

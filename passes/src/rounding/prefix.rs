@@ -147,7 +147,7 @@ pub(super) fn measure(
     let readings: BTreeSet<Reading> = layers.iter().map(|layer| layer.reading).collect();
     let beside: Vec<Beside> =
         layers.iter().filter_map(|layer| Some((layer.node, layer.beside?, layer.reading))).collect();
-    let ends = walk.each(Ends::default, |ends, pair| {
+    let ends = walk.each_fitted(usize::MAX, Ends::default, |ends, pair| {
         for reading in &readings {
             let Some((float, planned)) = both(pair, reading, &crossing)? else { continue };
             let axis = reading.rows.channel_axis(planned.shape().len());
@@ -180,7 +180,7 @@ pub(super) fn measure(
         let start = || Sums::new(&batch.readings, &mine, &ends, (samples, halves));
         // Every worker has sums of its own, as far as memory allows.
         let workers = usize::try_from(walk.sums_budget() / batch.bytes.max(1)).unwrap_or(usize::MAX);
-        let sums = walk.each_on(workers, start, |sums, pair| sums.see(pair, &crossing, roots))?;
+        let sums = walk.each_fitted(workers, start, |sums, pair| sums.see(pair, &crossing, roots))?;
         measured.extend(sums.into_iter().reduce(|all, one| all.merge(&one)).unwrap_or_else(start).finish());
     }
     Ok(measured)

@@ -69,6 +69,10 @@ crate::declare_pass! {
             },
             OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers, and learned where blocks are; 0 by default" },
             OptionInfo {
+                name: "spare",
+                doc: "1: every eighth sample, with its variants, is left to judge what is learned here or after, and nothing is rounded by it; 0 by default",
+            },
+            OptionInfo {
                 name: "learn",
                 doc: "what is learned of the weights of a block once they are rounded: none (default), or any of `list parameterizations`",
             },
@@ -119,6 +123,7 @@ struct RoundInOrder {
     clips: bool,
     stakes: f64,
     norms: bool,
+    spares: bool,
     learner: Option<Learner>,
 }
 
@@ -155,6 +160,7 @@ impl RoundInOrder {
                 }
             },
             norms: options.count("norms", 0)? > 0,
+            spares: options.count("spare", 0)? > 0,
             learner: Learner::of(options)?,
         })
     }
@@ -340,7 +346,7 @@ impl Pass for RoundInOrder {
             None => None,
         };
         let spans: Vec<Span> = blocks.iter().map(|(_, span)| span.clone()).collect();
-        let mut walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &spans)?;
+        let mut walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &spans)?.sparing(self.spares);
         let last = stops.iter().map(|node| walk.stage_of(*node)).max().unwrap_or(0);
         let samples = cx.dataset.map_or(0, Dataset::len);
         let to_learn = self.learner.as_ref().map_or(0, |learner| learner.steps(blocks.len()));
