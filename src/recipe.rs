@@ -23,8 +23,8 @@ pub(crate) fn pipelines(request: &Request) -> Vec<String> {
 }
 
 fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
+    let scheme = Scheme { weight_bits: fewest_bits(request), ..request.scheme };
     let text = request.pipeline.clone().unwrap_or_else(|| {
-        let scheme = Scheme { weight_bits: fewest_bits(request), ..request.scheme };
         let text = request.target.pipeline(request.goal, &scheme);
         let text = if request.rotate { with_rotation(&text) } else { text.into_owned() };
         let text = request.cache.map_or(text.clone(), |bits| with_caches(&text, bits, request.data.is_some()));
@@ -32,13 +32,11 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     });
     let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
     let text = request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method));
-    let text = request.learn.as_ref().map_or(text.clone(), |method| {
-        let scheme = Scheme { weight_bits: fewest_bits(request), ..request.scheme };
-        with_learning(&text, &resolved(method, &scheme))
-    });
+    let learn = request.learn.as_ref().map(|method| resolved(method, &scheme));
+    let text = learn.as_ref().map_or(text.clone(), |method| with_learning(&text, method));
     let text = request.distill.as_ref().map_or(text.clone(), |method| with_distillation(&text, method));
-    let learns = request.pipeline.is_none() && (request.learn.is_some() || request.distill.is_some());
-    let text = if learns { with_judges(&text, request.augment) } else { text };
+    let learns = request.distill.is_some() || learn.is_some_and(|method| !method.starts_with("none"));
+    let text = if learns && request.pipeline.is_none() { with_judges(&text, request.augment) } else { text };
     let text = if request.rest == Rest::F16 { format!("{}, round-to-half", text.trim_end()) } else { text };
     let max_drop = max_drop.filter(|_| raises(request) || request.budget.is_some());
     with_allocation(&text, request.budget, max_drop, request.sensitivity.as_deref())

@@ -94,7 +94,7 @@ pub(crate) struct Lockstep<'a> {
     stage_of: BTreeMap<NodeId, usize>,
     /// The last stage that reads a value.
     last_reader: BTreeMap<ValueId, usize>,
-    /// Whether what is fitted to samples sees no [judges](judges).
+    /// Whether what is fitted to samples leaves out those that learning holds out.
     spares: bool,
     /// First and last stages of what may be run again.
     spans: Vec<(usize, usize)>,
@@ -162,6 +162,11 @@ impl<'a> Lockstep<'a> {
     #[must_use]
     pub(crate) fn sparing(self, spares: bool) -> Self {
         Self { spares, ..self }
+    }
+
+    /// Whether sample `index` is a judge that is spared.
+    pub(crate) fn is_spared(&self, index: usize) -> bool {
+        self.spares && judges::is_judge(self.dataset.origin(index))
     }
 
     /// The stage that node `id` begins or is in.
@@ -269,19 +274,7 @@ impl<'a> Lockstep<'a> {
         start: impl Fn() -> S + Sync,
         see: impl Fn(&mut S, &mut Pair) -> Result<(), PassError> + Sync,
     ) -> Result<Vec<S>, PassError> {
-        parallel::workers(workers.clamp(1, self.cx.threads.max(1)), self.kept.len(), start, |state, index| {
-            self.interrupted()?;
-            if index < self.n_kept {
-                let mut slot = self.kept[index].lock().unwrap_or_else(PoisonError::into_inner);
-                return see(state, slot.as_mut().ok_or_else(lost)?);
-            }
-            let mut pair = self.start(index)?;
-            for (at, stage) in self.stages.iter().enumerate() {
-                run(stage, &mut pair)?;
-                self.forget(at, &mut pair);
-            }
-            see(state, &mut pair)
-        })
+        self.each_where(workers, |_| true, start, see)
     }
 
     /// As [`Self::each_on`], without the samples that are [spared](Self::sparing).
@@ -294,8 +287,31 @@ impl<'a> Lockstep<'a> {
         start: impl Fn() -> S + Sync,
         see: impl Fn(&mut S, &mut Pair) -> Result<(), PassError> + Sync,
     ) -> Result<Vec<S>, PassError> {
-        self.each_on(workers, start, |state, pair| {
-            if self.spares && judges::is_judge(pair.origin) { Ok(()) } else { see(state, pair) }
+        self.each_where(workers, |index| !self.is_spared(index), start, see)
+    }
+
+    fn each_where<S: Send>(
+        &self,
+        workers: usize,
+        wanted: impl Fn(usize) -> bool + Sync,
+        start: impl Fn() -> S + Sync,
+        see: impl Fn(&mut S, &mut Pair) -> Result<(), PassError> + Sync,
+    ) -> Result<Vec<S>, PassError> {
+        parallel::workers(workers.clamp(1, self.cx.threads.max(1)), self.kept.len(), start, |state, index| {
+            self.interrupted()?;
+            if !wanted(index) {
+                return Ok(());
+            }
+            if index < self.n_kept {
+                let mut slot = self.kept[index].lock().unwrap_or_else(PoisonError::into_inner);
+                return see(state, slot.as_mut().ok_or_else(lost)?);
+            }
+            let mut pair = self.start(index)?;
+            for (at, stage) in self.stages.iter().enumerate() {
+                run(stage, &mut pair)?;
+                self.forget(at, &mut pair);
+            }
+            see(state, &mut pair)
         })
     }
 

@@ -65,12 +65,12 @@ impl Annealing {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::exec::Silent;
 
     /// A user who stopped already.
-    struct Stopped;
+    pub(in super::super) struct Stopped;
 
     impl Progress for Stopped {
         fn begin(&self, _: &str, _: u64) {}
@@ -94,6 +94,27 @@ mod tests {
         let far = descended(Annealing { sweeps: 6, rate: 1e6 }, &Silent).unwrap();
         assert!(far.0 <= 1.0, "{far:?}");
         assert_eq!(descended(Annealing { sweeps: 0, rate: 1.0 }, &Silent), Some((1.0, 1.0)));
+    }
+
+    /// Every sweep that finds nothing better begins at the best state again, with moments of its own, at half the rate.
+    #[test]
+    fn a_sweep_in_vain_is_taken_back() {
+        let (seen, made) = (std::cell::RefCell::new(Vec::new()), std::cell::Cell::new(0));
+        let fresh = || made.set(made.get() + 1);
+        let step = |x: &mut f64, (): &mut (), at: usize, rate: f64| {
+            seen.borrow_mut().push((*x, at, rate));
+            *x += 1.0;
+        };
+        let annealing = Annealing { sweeps: 3, rate: 8.0 };
+        assert_eq!(annealing.best(2, (0.0, 5.0), fresh, step, |x| Some(*x), &Silent), Some((0.0, 5.0)));
+        let cosine = |at: i32| 0.5 * (1.0 + (PI * f64::from(at) / 6.0).cos());
+        let want = [8.0, 8.0, 4.0, 4.0, 2.0, 2.0].iter().zip(0..).map(|(rate, at)| rate * cosine(at));
+        let states = [5.0, 6.0].iter().cycle();
+        for (at, ((seen, want), state)) in seen.borrow().iter().zip(want).zip(states).enumerate() {
+            assert_eq!((seen.0, seen.1), (*state, at % 2), "{at}");
+            assert!((seen.2 - want).abs() < 1e-12, "{at}: {} and not {want}", seen.2);
+        }
+        assert_eq!((seen.borrow().len(), made.get()), (6, 4));
     }
 
     #[test]

@@ -188,6 +188,7 @@ fn tell(model: &Model, stream: &Stream, (start, learned): (&Orthogonal, &Orthogo
 
 #[cfg(test)]
 mod tests {
+    use super::super::annealing::tests::Stopped;
     use super::super::turned_loss::tests::loss;
     use super::*;
     use crate::exec::Silent;
@@ -223,6 +224,14 @@ mod tests {
         }
         let (learned, [first, last]) = pass(0, Errors::Stay).learn(&loss, start.clone(), &Silent).unwrap();
         assert!((first - last).abs() < 1e-15 && learned.single() == start.single());
+    }
+
+    #[test]
+    fn who_stops_it_is_told_so() {
+        let loss = loss(Errors::Stay, None);
+        let start = Orthogonal::of(&Hadamard::new(loss.width, 0));
+        let stopped = pass(3, Errors::Stay).learn(&loss, start, &Stopped);
+        assert!(matches!(stopped, Err(PassError::Interrupted)));
     }
 
     #[test]

@@ -219,7 +219,8 @@ impl Chain {
         let most = most.clamp(1, dataset.len());
         let keeps = most as u64 * (own + of_targets) <= room;
         let room = usize::try_from(room / own.max(1)).unwrap_or(usize::MAX).clamp(1, most);
-        let indices: Vec<usize> = (0..room).map(|i| i * dataset.len() / room).collect();
+        let all: Vec<usize> = (0..dataset.len()).map(|index| dataset.origin(index)).collect();
+        let indices = judges::chosen(&all, room);
         let given = parallel::workers(cx.threads, indices.len(), Vec::new, |kept, at| {
             if cx.progress.cancelled() {
                 return Err(PassError::Interrupted);
@@ -237,7 +238,7 @@ impl Chain {
         given.sort_by_key(|(at, _)| *at);
         self.given = given.into_iter().map(|(_, given)| given).collect();
         // Variants of a sample go where it goes.
-        let origins: Vec<usize> = indices.iter().map(|&index| dataset.origin(index)).collect();
+        let origins: Vec<usize> = indices.iter().map(|&index| all[index]).collect();
         (self.held_out, self.fitted) = judges::split(&origins);
         if self.held_out.is_empty() {
             self.held_out.clone_from(&self.fitted);

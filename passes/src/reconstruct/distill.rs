@@ -19,7 +19,7 @@ crate::declare_pass! {
     ///
     /// The model as planned goes forward and back on batches of samples; every weight starts at the codes that it has. Memory holds the
     /// tape of one block at a time. What is learned is kept only where it does better on the samples that are held out from it, one of
-    /// eight where there are eight; codes that were chosen by those too look better on them than they are, unless `round-in-order{spare=1}`
+    /// eight where there are eight; codes that were chosen by those too look better on them than on others, unless `round-in-order{spare=1}`
     /// left them out. A run that is killed goes on from its last check, where the journal has room for all that is learned. Codes that came with the model are learned anew like all others; a constant that several nodes read stays.
     INFO {
         name: "distill",

@@ -1,6 +1,6 @@
 //! What a block reads behind rounded blocks, and what it should give: the float model's results.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::block::Program;
 use super::block_stakes::BlockStakes;
@@ -8,6 +8,7 @@ use crate::exec::Session;
 use crate::grad::{self, Array, Value};
 use crate::id::ValueId;
 use crate::ir::{Graph, walk};
+use crate::judges;
 use crate::lockstep::{Lockstep, Pair};
 use crate::pass::{PassContext, PassError};
 
@@ -88,12 +89,12 @@ impl<'a> Source<'a> {
 
 /// The values that the nodes of the block read and do not make themselves, constants left out.
 pub(super) fn before(graph: &Graph, nodes: &[crate::id::NodeId]) -> Vec<ValueId> {
-    let inside: std::collections::BTreeSet<_> = nodes.iter().copied().collect();
+    let inside: BTreeSet<_> = nodes.iter().copied().collect();
     let reads = nodes.iter().filter_map(|id| graph.node(*id)).flat_map(walk::reads);
     let outer = reads.filter(|value| {
         graph.constant(*value).is_none() && graph.producer(*value).is_none_or(|(id, _)| !inside.contains(&id))
     });
-    outer.collect::<std::collections::BTreeSet<_>>().into_iter().collect()
+    outer.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// Samples of a block.
@@ -123,7 +124,7 @@ pub(super) fn gather(
     both: bool,
 ) -> Result<Option<Samples>, PassError> {
     let source = Source::new(graph, cx, program, before, stakes)?;
-    let count = cx.dataset.map_or(0, crate::exec::Dataset::len);
+    let origins: Vec<usize> = cx.dataset.map_or(Vec::new(), |data| (0..data.len()).map(|i| data.origin(i)).collect());
     let first = walk.each_on(
         1,
         || None,
@@ -137,11 +138,10 @@ pub(super) fn gather(
     let Some(float) = first.into_iter().flatten().next() else { return Ok(None) };
     // As much again waits between the stages of the walk.
     let room = cx.pair_budget / 2 / (bytes(&float).max(1) * if both { 2 } else { 1 });
-    let room = usize::try_from(room).unwrap_or(usize::MAX).clamp(1, count.max(1));
-    // Sample i is taken where i · room / count reaches a new whole number.
-    let taken = |index: usize| index * room / count != (index + 1) * room / count;
+    let room = usize::try_from(room).unwrap_or(usize::MAX).max(1);
+    let chosen: BTreeSet<usize> = judges::chosen(&origins, room).into_iter().collect();
     let gathered = walk.each(Vec::new, |kept: &mut Vec<Taken>, pair| {
-        if taken(pair.index) {
+        if chosen.contains(&pair.index) {
             let feeds = if both { source.sample(program, pair, false)?.feeds } else { Vec::new() };
             kept.push(((pair.index, pair.origin), source.sample(program, pair, true)?, feeds));
         }

@@ -80,14 +80,15 @@ pub(super) struct Roots(BTreeMap<NodeId, Vec<Vec<f32>>>);
 const MOST: f64 = 32.0;
 
 impl Roots {
-    /// Rows that weigh what they have at stake in a `share` of their weight, and the same in the rest of it.
+    /// Rows that weigh what they have at stake in a `share` of their weight, and the same in the rest of it; those of samples that are
+    /// `spared` have no say in what the others weigh.
     #[expect(clippy::cast_possible_truncation, reason = "from 0 to 1")]
-    pub(super) fn of_stakes(stakes: Stakes, share: f64) -> Self {
+    pub(super) fn of_stakes(stakes: Stakes, share: f64, spared: impl Fn(usize) -> bool) -> Self {
         let roots = |(node, samples): (NodeId, Vec<Vec<f32>>)| {
-            let count = samples.iter().map(Vec::len).sum::<usize>().max(1) as f64;
-            let mean = samples.iter().flatten().map(|w| f64::from(*w)).sum::<f64>() / count;
+            let fitted = || samples.iter().enumerate().filter(|(at, _)| !spared(*at)).flat_map(|(_, rows)| rows);
+            let mean = fitted().map(|w| f64::from(*w)).sum::<f64>() / fitted().count().max(1) as f64;
             let weight = |stake: f32| 1.0 - share + share * (f64::from(stake) / mean).min(MOST);
-            let top = samples.iter().flatten().map(|stake| weight(*stake)).fold(0.0, f64::max);
+            let top = fitted().map(|stake| weight(*stake)).fold(0.0, f64::max);
             let root = |stake: &f32| (weight(*stake) / top).sqrt() as f32;
             (node, samples.iter().map(|rows| rows.iter().map(root).collect()).collect())
         };
@@ -551,10 +552,20 @@ mod tests {
         let node = NodeId(0);
         let varied = vec![vec![0.5, 3.0, 0.0], vec![100.0]];
         for (samples, share) in [(vec![vec![0.7; 5], vec![0.7; 2]], 0.9), (varied, 0.0)] {
-            let roots = Roots::of_stakes(BTreeMap::from([(node, samples)]), share);
+            let roots = Roots::of_stakes(BTreeMap::from([(node, samples)]), share, |_| false);
             assert!(roots.weigh(node) && !roots.weigh(NodeId(1)));
             assert!(roots.0[&node].iter().flatten().all(|root| (root - 1.0).abs() < 1e-6));
         }
+    }
+
+    #[test]
+    fn spared_samples_have_no_say_in_what_others_weigh() {
+        let node = NodeId(0);
+        let fitted = vec![vec![0.5, 3.0, 0.0], vec![1.0]];
+        let all = vec![fitted[0].clone(), vec![100.0], fitted[1].clone()];
+        let alone = Roots::of_stakes(BTreeMap::from([(node, fitted)]), 0.8, |_| false);
+        let beside = Roots::of_stakes(BTreeMap::from([(node, all)]), 0.8, |at| at == 1);
+        assert_eq!([&beside.0[&node][0], &beside.0[&node][2]], [&alone.0[&node][0], &alone.0[&node][1]]);
     }
 
     #[test]
@@ -566,7 +577,7 @@ mod tests {
             let draw = |at: u64| 10.0_f64.powf(8.0 * uniform(mixed(seed) ^ at) - 4.0) as f32;
             let samples: Vec<Vec<f32>> = (0..5).map(|s| (0..7).map(|r| draw(7 * s + r)).collect()).collect();
             let stakes: Vec<f32> = samples.iter().flatten().copied().collect();
-            let roots = Roots::of_stakes(BTreeMap::from([(node, samples)]), uniform(seed));
+            let roots = Roots::of_stakes(BTreeMap::from([(node, samples)]), uniform(seed), |_| false);
             let mut pairs: Vec<(f32, f32)> = stakes.into_iter().zip(roots.0[&node].iter().flatten().copied()).collect();
             pairs.sort_by(|a, b| a.0.total_cmp(&b.0));
             assert!(pairs.iter().all(|(_, root)| (0.0..=1.0).contains(root)), "{pairs:?}");

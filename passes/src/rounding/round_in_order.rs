@@ -18,6 +18,7 @@ use crate::grid::Grid;
 use crate::id::{NodeId, Site};
 use crate::ir::Graph;
 use crate::ir::walk::Users;
+use crate::judges;
 use crate::lockstep::{self, Lockstep, Span};
 use crate::model::{Edit, Model, Patch};
 use crate::observe::Gram;
@@ -70,7 +71,7 @@ crate::declare_pass! {
             OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers, and learned where blocks are; 0 by default" },
             OptionInfo {
                 name: "spare",
-                doc: "1: every eighth sample, with its variants, is left to judge what is learned here or after, and nothing is rounded by it; 0 by default",
+                doc: "1: moments leave out every eighth sample, with its variants, which judges what is learned here or after; by its number, so that the order of samples matters; 0 by default",
             },
             OptionInfo {
                 name: "learn",
@@ -186,7 +187,9 @@ impl RoundInOrder {
                     let place = Place::Node(Arc::clone(&node.name));
                     patch.note(Diagnostic::new(diag::NO_MOMENTS, Severity::Note, place, message));
                 }
-                Ok(Roots::of_stakes(stakes, self.stakes))
+                let spared =
+                    |at: usize| self.spares && cx.dataset.is_some_and(|data| judges::is_judge(data.origin(at)));
+                Ok(Roots::of_stakes(stakes, self.stakes, spared))
             }
             Err(reason) => Err(PassError::Model(format!("stakes={}: gradients do not tell: {reason}", self.stakes))),
         }
@@ -349,6 +352,8 @@ impl Pass for RoundInOrder {
         let mut walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &spans)?.sparing(self.spares);
         let last = stops.iter().map(|node| walk.stage_of(*node)).max().unwrap_or(0);
         let samples = cx.dataset.map_or(0, Dataset::len);
+        let spared = (0..samples).filter(|index| walk.is_spared(*index)).count();
+        patch.count("samples left to judge what is learned", spared as u64);
         let to_learn = self.learner.as_ref().map_or(0, |learner| learner.steps(blocks.len()));
         cx.progress.begin(INFO.about.name, layers.len() as u64 + to_learn);
         let mut asked = Asked::default();
