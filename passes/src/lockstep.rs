@@ -105,6 +105,8 @@ pub(crate) struct Lockstep<'a> {
     kept: Vec<Mutex<Option<Pair>>>,
     /// How many samples are kept, from the first on.
     n_kept: usize,
+    /// The most bytes that the tensors of one sample take between stages.
+    largest: u64,
     /// What ran so far, where a sample has to run it again.
     stages: Vec<Stage>,
     ran: usize,
@@ -150,12 +152,20 @@ impl<'a> Lockstep<'a> {
             touched,
             kept: (0..dataset.len()).map(|_| Mutex::new(None)).collect(),
             n_kept: 0,
+            largest: 1,
             stages: Vec::new(),
             ran: 0,
         };
-        let largest = walk.largest_pair(&dataset.sample(0)?).max(1);
-        walk.n_kept = usize::try_from(cx.pair_budget / largest).unwrap_or(usize::MAX).min(dataset.len());
-        Ok(walk)
+        walk.largest = walk.largest_pair(&dataset.sample(0)?).max(1);
+        Ok(walk.beside(0))
+    }
+
+    /// The same where so many `bytes` of what waiting samples may take are needed for something else.
+    #[must_use]
+    pub(crate) fn beside(mut self, bytes: u64) -> Self {
+        let n_kept = self.cx.pair_budget.saturating_sub(bytes) / self.largest;
+        self.n_kept = usize::try_from(n_kept).unwrap_or(usize::MAX).min(self.dataset.len());
+        self
     }
 
     /// The same with samples that judge what is learned left out of what is fitted, where `spares`.
@@ -320,9 +330,8 @@ impl<'a> Lockstep<'a> {
     }
 
     fn half(&self, index: usize, feeds: &[Tensor]) -> Result<usize, PassError> {
-        let of = |feeds: &[Tensor]| feeds.iter().fold(0, |hash, tensor| seed::mixed(hash ^ u64::from(tensor.digest())));
         let origin = self.dataset.origin(index);
-        let hash = if origin == index { of(feeds) } else { of(&self.dataset.sample(origin)?) };
+        let hash = if origin == index { key(feeds) } else { key(&self.dataset.sample(origin)?) };
         Ok(usize::from(hash % 2 == 1))
     }
 
@@ -448,4 +457,9 @@ pub(crate) fn touched(graph: &Graph, plan: &Plan) -> BTreeSet<ValueId> {
         }
     }
     touched
+}
+
+/// What tells a sample from others, whatever its number: a hash of its tensors.
+pub(crate) fn key(feeds: &[Tensor]) -> u64 {
+    feeds.iter().fold(0, |hash, tensor| seed::mixed(hash ^ u64::from(tensor.digest())))
 }

@@ -164,10 +164,12 @@ fn products(goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
     let rest = match (goal, scheme.dynamic) {
         (Goal::Fast, _) | (Goal::Balanced, Some(RangesOf::Tensor)) => "assign-encodings{weights=min-max}, round",
         (Goal::Balanced, _) => "assign-encodings{weights=mse}, round{method=gptq}",
-        (Goal::Best, Some(RangesOf::Token)) if scheme.activation_format.is_none() => {
-            "rotate-inputs, drop-dead,\ncalibrate, assign-encodings{weights=mse}, round-in-order{refit=3}"
+        (Goal::Best, Some(RangesOf::Token) | None) => {
+            let turned = scheme.dynamic.is_some() && scheme.activation_format.is_none();
+            let turned = if turned { "rotate-inputs, drop-dead,\ncalibrate, " } else { "" };
+            let coupled = if scheme.weight_bits < 8 { ", coupled=1" } else { "" };
+            &format!("{turned}assign-encodings{{weights=mse}}, round-in-order{{refit=3{coupled}}}")
         }
-        (Goal::Best, Some(RangesOf::Token) | None) => "assign-encodings{weights=mse}, round-in-order{refit=3}",
         (Goal::Best, Some(RangesOf::Tensor)) => {
             "smooth, drop-dead,\ncalibrate, assign-encodings{observer=min-max, weights=min-max, least-db=31}, \
              round-in-order{method=enumerate}"

@@ -35,6 +35,7 @@ STEPS = {
              ('in order, sum', f'calibrate, {ENCODE}, round-in-order'),
              ('+ enumerate', f'calibrate, {ENCODE}, round-in-order{{method=enumerate}}'),
              ('+ refit', f'calibrate, {ENCODE}, round-in-order{{method=enumerate, refit=3}}'),
+             ('+ refit, coupled', f'calibrate, {ENCODE}, round-in-order{{method=enumerate, refit=3, coupled=1}}'),
              ('+ equalize-layers', f'calibrate, smooth, equalize-layers, drop-dead, calibrate, {LEAST}, round-in-order{{method=enumerate, refit=3}}'),
              ('adaround instead', f'calibrate, {ENCODE}, round-in-order{{method=adaround}}')],
     'w4a16g32': [('nearest', f'calibrate, {ENCODE}, round'),
@@ -46,6 +47,8 @@ STEPS = {
                  ('in order, sum', f'calibrate, {ENCODE}, round-in-order{{refit=3}}'),
                  ('awq, in order, sum', f'calibrate, awq, drop-dead, calibrate, {ENCODE}, round-in-order{{refit=3}}'),
                  ('learn-scaling, in order, sum', f'calibrate, learn-scaling, drop-dead, calibrate, {ENCODE}, round-in-order{{refit=3}}'),
+                 ('in order, sum, coupled', f'calibrate, {ENCODE}, round-in-order{{refit=3, coupled=1}}'),
+                 ('in order, sum, coupled=4', f'calibrate, {ENCODE}, round-in-order{{refit=3, coupled=4}}'),
                  ('in order, sum, stakes 0.5', f'calibrate, {ENCODE}, round-in-order{{refit=3, stakes=0.5}}'),
                  ('+ augment', f'calibrate, {ENCODE}, round-in-order{{damping=0.2, refit=3}}', '--augment', '8')],
 }

@@ -15,25 +15,30 @@ fn threads_do_not_matter() {
     assert!(files[0] == files[1] && files[1] == files[2]);
 }
 
-/// Second moments are exact sums: what is rounded by them does not depend on threads, batches or order either.
+/// Second moments are exact sums: what is rounded by them does not depend on threads, batches or order either. Gradients are drawn, and added
+/// up, by what samples are.
 #[test]
 fn rounding_by_data_is_as_reproducible() {
     let model = fixture("models/digits-resnet.onnx");
-    let results: Vec<Vec<u8>> = [("1", 1_usize, 1_usize), ("2", 8, 37), ("3", 32, 11)]
-        .iter()
-        .map(|&(threads, batch, stride)| {
-            let folder = tempfile::tempdir().unwrap();
-            // Some neighbors change places too, so that even ones come to be odd.
-            let swapped = |row: usize| if stride > 1 && (row / 2).is_multiple_of(3) { row ^ 1 } else { row };
-            rebatched(folder.path(), batch, |row| swapped(row * stride % 128));
-            let out = folder.path().join("q.onnx");
-            let args =
-                ["quantize", text(&model), "--data", text(folder.path()), "-o", text(&out), "--progress", "none"];
-            tool_ok(&[&args[..], &["--recipe", "best", "--scheme", "w4a8", "--threads", threads]].concat());
-            std::fs::read(out).unwrap()
-        })
-        .collect();
-    assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+    let coupled = "infer-shapes, fold-batch-norm, infer-shapes, drop-dead, calibrate, assign-encodings{weights=mse}, \
+                   round-in-order{refit=3, coupled=1}";
+    for how in [["--recipe", "best"], ["--pipeline", coupled]] {
+        let results: Vec<Vec<u8>> = [("1", 1_usize, 1_usize), ("2", 8, 37), ("3", 32, 11)]
+            .iter()
+            .map(|&(threads, batch, stride)| {
+                let folder = tempfile::tempdir().unwrap();
+                // Some neighbors change places too, so that even ones come to be odd.
+                let swapped = |row: usize| if stride > 1 && (row / 2).is_multiple_of(3) { row ^ 1 } else { row };
+                rebatched(folder.path(), batch, |row| swapped(row * stride % 128));
+                let out = folder.path().join("q.onnx");
+                let args =
+                    ["quantize", text(&model), "--data", text(folder.path()), "-o", text(&out), "--progress", "none"];
+                tool_ok(&[&args[..], &how, &["--scheme", "w4a8", "--threads", threads]].concat());
+                std::fs::read(out).unwrap()
+            })
+            .collect();
+        assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{how:?}");
+    }
 }
 
 /// Writes the fixture's samples as `.safetensors`, `batch` to a file, in the order of `order`.

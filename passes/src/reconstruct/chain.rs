@@ -6,31 +6,29 @@
 //!
 //! Source: Chen et al. 2016, arXiv:1604.06174, section 4, with segments that are the blocks.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use rayon::prelude::*;
 
 use super::block::{Also, Program};
 use super::blocks::{self, Block};
+use super::given::{Given, Giver};
 use super::measure::{Measure, Wish};
 use super::objective::{DISAGREEMENT, LANES, shares};
 use super::run::{Gradients, Leaves, add};
 use super::samples::Sample;
 use super::teacher::Teacher;
-use crate::exec::Dataset;
-use crate::grad::{self, Array, GradError, Slot, Value, Values};
+use crate::grad::{Array, GradError, Slot, Value, Values};
 use crate::id::{Site, ValueId};
 use crate::ir::Graph;
 use crate::ir::walk::Users;
 use crate::judges;
 use crate::lockstep;
 use crate::model::Plan;
-use crate::padding::Mask;
 use crate::parallel;
 use crate::pass::{PassContext, PassError};
 use crate::seed;
-use crate::simulate::Simulation;
-use crate::tensor::Tensor;
 
 /// One block of the chain.
 pub(super) struct Link {
@@ -38,16 +36,6 @@ pub(super) struct Link {
     pub(super) program: Program,
     /// What it reads of blocks before it.
     carried: Vec<(Slot, ValueId)>,
-}
-
-/// What one sample brings besides what blocks hand on.
-struct Given {
-    values: BTreeMap<ValueId, Value<f32>>,
-    /// What the teacher reads.
-    reads: Vec<Tensor>,
-    /// What it says, where that is kept.
-    targets: Option<Sample>,
-    mask: Option<Mask>,
 }
 
 /// What blocks hand on for one sample, and the gradients that come back.
@@ -90,7 +78,7 @@ impl Moment {
 pub(super) const FLOAT: (i64, u64) = (1000, 0);
 
 /// What is done with a link, a sample, the values of its tape, and what arrives.
-pub(super) type See<'a> = &'a (dyn Fn(&Link, usize, &Values<f32>, Arrived) + Sync);
+pub(super) type See<'a, T = ()> = &'a (dyn Fn(&Link, usize, &Values<f32>, Arrived) -> T + Sync);
 
 /// What arrives somewhere on the way back; `None` where nothing does.
 pub(super) type Arrived = Vec<Option<Array<f32>>>;
@@ -103,6 +91,8 @@ pub(super) struct Chain {
     pub(super) links: Vec<Link>,
     teacher: Teacher,
     given: Vec<Given>,
+    /// Which samples of the dataset these are.
+    pub(super) numbers: Vec<usize>,
     /// What blocks read of blocks before them, with the last link that does.
     carried: BTreeMap<ValueId, usize>,
     /// How errors of what the graph returns are measured, output by output.
@@ -112,6 +102,8 @@ pub(super) struct Chain {
     /// The samples to learn from.
     pub(super) fitted: Vec<usize>,
     held_out: Vec<usize>,
+    /// Whether draws go by what samples are, not by their numbers.
+    is_keyed: bool,
 }
 
 impl Chain {
@@ -178,11 +170,13 @@ impl Chain {
             links,
             teacher,
             given: Vec::new(),
+            numbers: Vec::new(),
             carried,
             measures: Vec::new(),
             shares: Vec::new(),
             fitted: Vec::new(),
             held_out: Vec::new(),
+            is_keyed: false,
         }))
     }
 
@@ -210,11 +204,10 @@ impl Chain {
         let dataset = cx.dataset.filter(|data| !data.is_empty()).ok_or(PassError::NoData)?;
         let feeds = self.links.iter().flat_map(|link| &link.program.feeds).map(|(_, v)| *v);
         let fixed: BTreeSet<ValueId> = feeds.filter(|v| !self.carried.contains_key(v)).collect();
-        let wanted: Vec<ValueId> = fixed.iter().chain(&self.teacher.reads).copied().collect();
-        let float = Simulation::prepare(graph, &Plan::default(), cx.executor, &wanted)?;
-        let first = sample(graph, &float, &fixed, dataset, 0)?;
+        let giver = Giver::new(graph, cx, fixed, &self.teacher.reads)?;
+        let first = giver.sample(0)?;
         let targets = self.teacher.says(&first.reads, first.mask.as_ref())?;
-        let own = first.bytes();
+        let own = giver.bytes(&first);
         let of_targets: u64 = targets.targets.iter().map(|target| 4 * target.len() as u64).sum();
         let most = most.clamp(1, dataset.len());
         let keeps = most as u64 * (own + of_targets) <= room;
@@ -225,7 +218,7 @@ impl Chain {
             if cx.progress.cancelled() {
                 return Err(PassError::Interrupted);
             }
-            let mut given = sample(graph, &float, &fixed, dataset, indices[at])?;
+            let mut given = giver.sample(indices[at])?;
             if keeps {
                 given.targets = Some(self.teacher.says(&given.reads, given.mask.as_ref())?);
                 given.reads.clear();
@@ -240,14 +233,33 @@ impl Chain {
         // Variants of a sample go where it goes.
         let origins: Vec<usize> = indices.iter().map(|&index| all[index]).collect();
         (self.held_out, self.fitted) = judges::split(&origins);
+        self.numbers = indices;
         if self.held_out.is_empty() {
             self.held_out.clone_from(&self.fitted);
         }
-        let seen = std::slice::from_ref(&targets);
+        self.measure(graph, wish, &targets);
+        Ok(())
+    }
+
+    /// Measures errors by what the float model `says` of a sample.
+    fn measure(&mut self, graph: &Graph, wish: Wish, says: &Sample) {
+        let seen = std::slice::from_ref(says);
         let of = self.teacher.returned.iter().enumerate();
         self.measures = of.map(|(at, value)| Measure::of(wish, seen, at, wish.is_of_logits(graph, *value))).collect();
         self.shares = shares(&self.measures, seen);
-        Ok(())
+    }
+
+    /// The same chain, in which all that is drawn or measured is so by what samples are, whatever their order; and all samples in an order of
+    /// that kind.
+    pub(super) fn in_any_order(mut self, graph: &Graph, wish: Wish) -> Result<(Self, Vec<usize>), GradError> {
+        let mut order: Vec<usize> = (0..self.given.len()).collect();
+        order.sort_by_key(|at| self.given[*at].key);
+        if let Some(first) = order.first() {
+            let says = self.targets(*first)?.into_owned();
+            self.measure(graph, wish, &says);
+        }
+        self.is_keyed = true;
+        Ok((self, order))
     }
 
     /// How many samples there are.
@@ -256,13 +268,32 @@ impl Chain {
     }
 
     /// What the float model returns for sample `i`.
-    fn targets(&self, i: usize) -> Result<std::borrow::Cow<'_, Sample>, GradError> {
+    fn targets(&self, i: usize) -> Result<Cow<'_, Sample>, GradError> {
         let given = &self.given[i];
         if let Some(targets) = &given.targets {
-            return Ok(std::borrow::Cow::Borrowed(targets));
+            return Ok(Cow::Borrowed(targets));
         }
         let said = self.teacher.says(&given.reads, given.mask.as_ref());
-        said.map(std::borrow::Cow::Owned).map_err(|error| GradError(error.to_string()))
+        said.map(Cow::Owned).map_err(|error| GradError(error.to_string()))
+    }
+
+    /// What draws for sample `i` at `place` begin at.
+    fn draw(&self, i: usize, place: usize) -> u64 {
+        if self.is_keyed {
+            seed::mixed(self.given[i].key ^ place as u64)
+        } else {
+            (i * self.measures.len() + place) as u64
+        }
+    }
+
+    /// What the float model returns for sample `i` at `place`, where `got` is that already: it need not be computed again.
+    fn said(&self, i: usize, place: usize, got: Option<&Array<f32>>) -> Sample {
+        let mask = self.given[i].mask.as_ref();
+        let words = got.and_then(|got| mask?.words(got.shape()).map(<[bool]>::to_vec));
+        let mut said = Sample { feeds: Vec::new(), targets: Vec::new(), words: Vec::new(), weights: Vec::new() };
+        said.targets.resize_with(place + 1, || got.cloned().unwrap_or_default());
+        said.words.resize(place + 1, words);
+        said
     }
 
     /// Runs link `link` on sample `i`.
@@ -364,6 +395,10 @@ impl Chain {
             matches!(pull, Pull::Errors) || batch.len() <= LANES,
             "a lane of several samples would square their sum"
         );
+        debug_assert!(
+            matches!(pull, Pull::Errors) || drop == FLOAT,
+            "what is drawn is drawn at what the float model says"
+        );
         let mut states = self.forward(batch, drop, &mut |at| leaves(at, false))?;
         for (at, link) in self.links.iter().enumerate().rev() {
             let leaves = leaves(at, true)?;
@@ -428,16 +463,28 @@ impl Chain {
         wanted: &(dyn Fn(&Link) -> Vec<Slot> + Sync),
         see: See<'_>,
     ) -> Result<(), GradError> {
+        self.arrivals(batch, drawn, wanted, see, &mut |_, _| ())
+    }
+
+    /// The same, where `see` leaves something of every sample; `done` gets that for all samples of `batch`, in their order.
+    pub(super) fn arrivals<T: Send>(
+        &self,
+        batch: &[usize],
+        drawn: u64,
+        wanted: &(dyn Fn(&Link) -> Vec<Slot> + Sync),
+        see: See<'_, T>,
+        done: &mut dyn FnMut(&Link, Vec<T>),
+    ) -> Result<(), GradError> {
         let mut states = self.forward(batch, FLOAT, &mut |at| Ok(self.links[at].program.float_leaves()))?;
         for link in self.links.iter().rev() {
             let (leaves, wanted) = (link.program.float_leaves(), wanted(link));
             let back = |(state, i): (&mut Carried, &usize)| {
                 let values = self.run(link, &leaves, *i, state, FLOAT)?;
                 let grads = self.back((link, Pull::Drawn(drawn, Moment::Square)), &values, *i, state, &wanted)?;
-                see(link, *i, &values, grads);
-                Ok(())
+                Ok(see(link, *i, &values, grads))
             };
-            states.par_iter_mut().zip(batch).map(back).collect::<Result<(), GradError>>()?;
+            let left = states.par_iter_mut().zip(batch).map(back).collect::<Result<Vec<T>, GradError>>()?;
+            done(link, left);
         }
         Ok(())
     }
@@ -456,16 +503,14 @@ impl Chain {
             seeds.extend(state.grads.remove(value).map(|grad| (*slot, grad)));
         }
         for (slot, place) in self.returned(link) {
-            let (measure, targets) = (self.measures[place], self.targets(i)?);
+            let (measure, got) = (self.measures[place], values.real(slot));
             let grad = match pull {
-                Pull::Drawn(seed, _) => measure.drawn(
-                    &targets,
-                    place,
-                    values.real(slot),
-                    seed::mixed(seed ^ (i * self.measures.len() + place) as u64),
-                )?,
+                Pull::Drawn(seed, _) => {
+                    let said = self.said(i, place, got);
+                    measure.drawn(&said, place, got, seed::mixed(seed ^ self.draw(i, place)))?
+                }
                 Pull::Errors => {
-                    let mut grad = measure.gradient(&targets, place, values.real(slot))?;
+                    let mut grad = measure.gradient(&*self.targets(i)?, place, got)?;
                     if self.shares.len() > 1 {
                         grad *= self.shares[place];
                     }
@@ -495,31 +540,4 @@ impl Chain {
 /// What is drawn for sample `i` at link `at`.
 fn seeded(drop: (i64, u64), at: usize, i: usize) -> (i64, u64) {
     (drop.0, seed::mixed(drop.1 ^ at as u64) ^ i as u64)
-}
-
-/// Sample `index`, without what the teacher says of it.
-fn sample(
-    graph: &Graph,
-    float: &Simulation,
-    fixed: &BTreeSet<ValueId>,
-    dataset: &dyn Dataset,
-    index: usize,
-) -> Result<Given, PassError> {
-    let feeds = dataset.sample(index)?;
-    let mut results = float.run(&feeds)?;
-    let reads = results.split_off(fixed.len());
-    let missing = || PassError::Model("a bug in onnx-quant: a block reads what is not there".into());
-    let value = |(value, tensor): (&ValueId, &Tensor)| Some((*value, grad::value_of(tensor)?));
-    let values: Option<BTreeMap<_, _>> = fixed.iter().zip(&results).map(value).collect();
-    let mask = Mask::of(graph, &feeds);
-    Ok(Given { values: values.ok_or_else(missing)?, reads, targets: None, mask })
-}
-
-impl Given {
-    /// An upper bound: whole numbers take eight bytes.
-    fn bytes(&self) -> u64 {
-        let values: usize = self.values.values().map(|value| value.shape().iter().product::<usize>()).sum();
-        let reads: usize = self.reads.iter().map(Tensor::len).sum();
-        8 * values as u64 + 4 * reads as u64
-    }
 }

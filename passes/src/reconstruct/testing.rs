@@ -21,10 +21,15 @@ pub(super) const READ: usize = 4;
 
 /// Two products with `tanh` between them; `spread` is that of the second weight.
 pub(super) fn two_products(spread: f64) -> Model {
+    two_products_of(5, spread)
+}
+
+/// The same with so many numbers between them.
+pub(crate) fn two_products_of(width: usize, spread: f64) -> Model {
     let text = format!(
         "graph (%x: f32[1,4]) -> (%y: f32[1,3]) {{
-        %a = const f32[4,5] rand(seed=1, std=0.7)
-        %b = const f32[5,3] rand(seed=2, std={spread:.3})
+        %a = const f32[4,{width}] rand(seed=1, std=0.7)
+        %b = const f32[{width},3] rand(seed=2, std={spread:.3})
         %p = MatMul(%x, %a)
         %h = Tanh(%p)
         %y = MatMul(%h, %b)
@@ -44,7 +49,7 @@ pub(super) fn two_products(spread: f64) -> Model {
 }
 
 /// So many samples of it.
-pub(super) struct Drawn(pub(super) usize);
+pub(crate) struct Drawn(pub(crate) usize);
 
 impl Dataset for Drawn {
     fn len(&self) -> usize {

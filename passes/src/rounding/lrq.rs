@@ -46,6 +46,10 @@ impl Method for Lrq {
         "400 steps of up to 2 m d² multiply-adds for weights of up to 1152 columns, and what `gptq` and `descend` cost."
     }
 
+    fn learns_together(&self) -> bool {
+        true
+    }
+
     fn prepare(&self, q: &Quadratic) -> Option<Box<dyn Prepared>> {
         Some(Box::new(Ready { start: gptq::Gptq.prepare(q)?, learns: q.columns <= MOST_COLUMNS }))
     }

@@ -5,6 +5,7 @@
 
 mod adaround;
 mod clip_weights;
+mod coupled;
 mod descend;
 mod divisors;
 mod enumerate;
@@ -65,6 +66,10 @@ pub trait Method: Debug + Send + Sync {
     fn cost(&self) -> &'static str;
     /// What can be done once for all rows that share `q`; `None` leaves them to nearest.
     fn prepare(&self, q: &Quadratic) -> Option<Box<dyn Prepared>>;
+    /// Whether rows learn together, so that they cannot be rounded a few at a time.
+    fn learns_together(&self) -> bool {
+        false
+    }
     /// Whether it needs to know what the weight is multiplied with.
     fn needs_data(&self) -> bool {
         true

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::clip_weights::{Form, clip};
+use super::coupled::{self, Coupling};
 use super::descend::descend;
 use super::held_out::{self, Asked, Chosen};
 use super::layer::{self, Layer};
@@ -25,7 +26,7 @@ use crate::observe::Gram;
 use crate::ops;
 use crate::parallel;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
-use crate::reconstruct::{Learner, Turn, stakes};
+use crate::reconstruct::{Learner, OutputMoments, Turn, output_moments, stakes};
 use crate::simulate::{Cutter, Version};
 use crate::target::Scheme;
 
@@ -43,16 +44,21 @@ crate::declare_pass! {
     /// Off the diagonal moments are shrunk by d / (n + d) for n effective rows. Where there are fewer than five rows for two columns, and codes
     /// have fewer than eight bits, moments of either half of the samples choose codes of a few rows that those of the other half judge, both
     /// around the weight that all samples ask for; where that saves loss, moments are shrunk more and channels are taken to be louder than
-    /// they were. Layers with a bias, in their own node or in an
-    /// addition right after it, have their mean error taken back in it; where that bias is in float, the plan notes the
-    /// corrected one. Two runs of the model where memory holds the tensors between stages; samples for which it does not
-    /// run again from their inputs. Everything that is no such layer goes to nearest, and so does everything where there are no
+    /// they were. Layers with a bias, in their own node or in an addition right after it, have their mean error taken back in it; where that
+    /// bias is in float, the plan notes the corrected one.
+    ///
+    /// With `coupled`, rows of a weight make up for one another where the outputs of the model add up their errors: each block of rows aims at
+    /// W* less what the errors of the rows before it bring there. Where no gradients come back from the outputs, a note says so.
+    ///
+    /// Two runs of the model where memory holds the tensors between stages; samples for which it does not run again from their inputs.
+    /// Everything that is no such layer goes to nearest, and so does everything where there are no
     /// samples. With `norms=1` the scales and shifts of norms that compute in float are fitted too, where they stand in the order.
     INFO {
         name: "round-in-order",
         source: "order: Frantar et al. 2022, arXiv:2210.17323, section 5; target: Zhong et al. 2024 (ERQ), arXiv:2407.06794, \
-                 section 3.2; norms: Li et al. 2023, arXiv:2309.02784, in closed form; the sum's error ours",
-        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size; for layers that are asked on held-out samples four to ten more factors, and the method for a few rows. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs, `loss=fisher` four such sweeps before, and 8 bytes per element that blocks return, for every sample.",
+                 section 3.2; rows that make up for one another: Tseng et al. 2025 (YAQA), arXiv:2505.22988, section 3; norms: Li et \
+                 al. 2023, arXiv:2309.02784, in closed form; the sum's error ours",
+        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size; for layers that are asked on held-out samples four to ten more factors, and the method for a few rows. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `coupled` adds the float model forward twice and back once for some 8,192 rows of what layers compute (32 texts of 256 words), N times that with `coupled=N`, m² / 2 numbers per weight until it is rounded, and m³ / 3 and m² d multiply-adds. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs, `loss=fisher` four such sweeps before, and 8 bytes per element that blocks return, for every sample.",
         requires: Facts::ENCODED,
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,
@@ -67,6 +73,10 @@ crate::declare_pass! {
             OptionInfo {
                 name: "stakes",
                 doc: "the share of what outputs depend on in what a row weighs, by gradients of the float model; from 0 (default) to 1",
+            },
+            OptionInfo {
+                name: "coupled",
+                doc: "1: rows of a weight make up for one another where the outputs add up their errors, by some 8,000 gradients of the float model at every layer; N by N times as many; 0 by default",
             },
             OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers, and learned where blocks are; 0 by default" },
             OptionInfo {
@@ -102,6 +112,9 @@ crate::declare_pass! {
 pub(super) const ENTRY: PassEntry =
     PassEntry { info: &INFO, build: |options| Ok(Box::new(RoundInOrder::new(options)?)) };
 
+/// How errors of output channels of layers add up.
+type Outputs = std::collections::BTreeMap<NodeId, OutputMoments>;
+
 /// So many draws of gradients tell what is at stake.
 const DRAWS: usize = 2;
 
@@ -123,6 +136,7 @@ struct RoundInOrder {
     refit: usize,
     clips: bool,
     stakes: f64,
+    coupled: usize,
     norms: bool,
     spares: bool,
     learner: Option<Learner>,
@@ -160,6 +174,7 @@ impl RoundInOrder {
                     return Err(OptionError { option: "stakes".into(), problem });
                 }
             },
+            coupled: options.count("coupled", 0)?,
             norms: options.count("norms", 0)? > 0,
             spares: options.count("spare", 0)? > 0,
             learner: Learner::of(options)?,
@@ -195,12 +210,36 @@ impl RoundInOrder {
         }
     }
 
+    /// How errors of output channels add up, layer by layer.
+    fn outputs(&self, model: &Model, cx: &PassContext<'_>, patch: &mut Patch) -> Result<Outputs, PassError> {
+        if self.coupled == 0 {
+            return Ok(Outputs::new());
+        }
+        let spared = |at: usize| self.spares && cx.dataset.is_some_and(|data| judges::is_judge(data.origin(at)));
+        let found = if self.method.learns_together() {
+            Ok(Err(format!("rows learn together with {}", self.method.about().name)))
+        } else {
+            output_moments(model, cx, (spared, self.coupled), "gradients")
+        };
+        let reason = match found {
+            Ok(Ok(outputs)) => {
+                patch.count("layers whose rows make up for one another", outputs.len() as u64);
+                return Ok(outputs);
+            }
+            Ok(Err(reason)) | Err(PassError::Model(reason)) => reason,
+            Err(error) => return Err(error),
+        };
+        let message = format!("every row of a weight is rounded as if the others were exact: {reason}");
+        patch.note(Diagnostic::new(diag::NO_GRADIENTS, Severity::Note, Place::Model, message));
+        Ok(Outputs::new())
+    }
+
     /// The edits that round `layer` and correct its bias.
     fn layer(
         &self,
         model: &Model,
         inputs: &Inputs,
-        measured: &Measured,
+        (measured, outputs): (&Measured, Option<&OutputMoments>),
         bias: Option<Site>,
         scheme: &Scheme,
         asked: &mut Asked,
@@ -221,18 +260,23 @@ impl RoundInOrder {
         if let Some(chosen) = chosen {
             asked.keep(inputs.node, chosen);
         }
-        let rounded = |free: bool| {
-            work::over_tiles(
+        let per_group = layer.rows / layer.groups;
+        let rounded = |free: bool| match outputs.filter(|outputs| outputs.channels == per_group) {
+            Some(outputs) => self.together(&layer, outputs, (grid, free)),
+            None => work::over_tiles(
                 &layer,
                 None,
                 |q| self.method.prepare(q),
-                |tiles, q, prepared| {
-                    self.round(tiles, (grid, free), q, prepared.as_deref());
-                },
-            )
+                |tiles, q, prepared| self.round(tiles, (grid, free), q, prepared.as_deref()),
+            ),
         };
         let kept = || rounded(false).map(|rounded| rounded.points);
-        let rounded = rounded(free)?.in_reach(model, &layer, kept)?;
+        let chosen = rounded(free)?;
+        let rounded = match outputs {
+            // Rows make up for those of their own run.
+            Some(_) if chosen.saturates(model, &layer) => rounded(false)?,
+            _ => chosen.in_reach(model, &layer, kept)?,
+        };
         let shift = bias.and_then(|bias| {
             let decoded = rounded.decoded(&layer);
             Some((bias, prefix::shift(&layer, moments, sum, &decoded)?))
@@ -245,6 +289,24 @@ impl RoundInOrder {
             correct(model, bias, &shift, &mut edits);
         }
         Some(edits)
+    }
+
+    /// Chooses points of `layer`, and scales where they are `free`, its rows making up for one another.
+    fn together(
+        &self,
+        layer: &Layer<'_>,
+        outputs: &OutputMoments,
+        (grid, free): (&dyn Grid, bool),
+    ) -> Option<work::Rounded> {
+        let rows = |group: usize, _: usize| coupled::tiles(outputs, group);
+        let prepare = |q: &Quadratic| self.method.prepare(q);
+        work::over_groups(layer, None, &rows, prepare, |group, tiles, q, prepared| {
+            let choose = |tiles: &mut [Tile]| self.round(tiles, (grid, free), q, prepared.as_deref());
+            match Coupling::of(outputs, group) {
+                Some(coupling) => coupling.round(tiles, &choose),
+                None => choose(tiles),
+            }
+        })
     }
 
     /// Chooses points of `tiles`, and scales where they are `free`.
@@ -332,6 +394,7 @@ impl Pass for RoundInOrder {
         let users = Users::of(model.graph());
         let mut layers = layers(model, &users);
         let roots = self.roots(model, &layers, cx, &mut patch)?;
+        let mut outputs = self.outputs(model, cx, &mut patch)?;
         for layer in &mut layers {
             layer.reading.weighed_for = Some(layer.node).filter(|node| roots.weigh(*node));
         }
@@ -349,7 +412,9 @@ impl Pass for RoundInOrder {
             None => None,
         };
         let spans: Vec<Span> = blocks.iter().map(|(_, span)| span.clone()).collect();
-        let mut walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &spans)?.sparing(self.spares);
+        let held: u64 = outputs.values().map(OutputMoments::held).sum();
+        let walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &spans)?.sparing(self.spares);
+        let mut walk = walk.beside(held.saturating_sub(cx.state_budget));
         let last = stops.iter().map(|node| walk.stage_of(*node)).max().unwrap_or(0);
         let samples = cx.dataset.map_or(0, Dataset::len);
         let spared = (0..samples).filter(|index| walk.is_spared(*index)).count();
@@ -374,7 +439,9 @@ impl Pass for RoundInOrder {
             let measured = prefix::measure(&walk, model.graph(), work.plan(), &here, samples, (&roots, halves))?;
             for inputs in &here {
                 let bias = ops::bias_site(model.graph(), &users, inputs.node);
-                let edits = self.layer(&work, inputs, &measured, bias, &cx.scheme, &mut asked).unwrap_or_default();
+                let own = outputs.remove(&inputs.node);
+                let measured = (&measured, own.as_ref());
+                let edits = self.layer(&work, inputs, measured, bias, &cx.scheme, &mut asked).unwrap_or_default();
                 patch.count("rounded in order", u64::from(!edits.is_empty()));
                 patch.and_on(&mut work, edits)?;
                 cx.progress.step();
@@ -448,6 +515,9 @@ mod tests {
     use super::super::work::tests::{independent, with_a_large_bias};
     use super::prefix::Moments;
     use super::*;
+    use crate::model::record;
+    use crate::pass::{PassManager, Pipeline};
+    use crate::reconstruct::testing::{Drawn, NoTarget, Tapes, two_products_of};
 
     /// One row whose bias leaves no room for a finer scale, and the others have theirs all the same.
     #[test]
@@ -461,11 +531,34 @@ mod tests {
         let bias = ops::bias_site(model.graph(), &users, node);
         let scheme = Scheme::parse("w4a8").unwrap();
         let pass = RoundInOrder::new(&options).unwrap();
-        let edits = pass.layer(&model, &inputs, &measured, bias, &scheme, &mut Asked::default()).unwrap();
+        let edits = pass.layer(&model, &inputs, (&measured, None), bias, &scheme, &mut Asked::default()).unwrap();
         let scales = edits.iter().find_map(|edit| match edit {
             Edit::Encode { site, encoding } if Some(*site) != bias => Some(encoding.scale.to_vec()),
             _ => None,
         });
         assert_eq!(scales.unwrap(), [0.15, 0.3, 1.0]);
+    }
+
+    /// A digest of what `round-in-order` with `options` makes of two products within so much memory, and its notes that gradients do not tell.
+    fn rounded(options: &str, bytes: u64) -> (u64, Vec<String>) {
+        let data = Drawn(24);
+        let given = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
+        let mut cx = PassContext { state_budget: bytes, pair_budget: bytes, ..given };
+        let pipeline = Pipeline::parse(&format!("round-in-order{{{options}}}"), &crate::catalogue::passes()).unwrap();
+        let (model, trace) = PassManager::default().run(&pipeline, two_products_of(80, 0.7), &mut cx).unwrap();
+        let notes = trace.notes.into_iter().filter(|note| note.code == diag::NO_GRADIENTS);
+        (record::digest(model.plan()), notes.map(|note| note.message).collect())
+    }
+
+    #[test]
+    fn rows_make_up_for_one_another_where_gradients_tell_and_a_note_says_where_not() {
+        let (alone, none) = rounded("coupled=0", u64::MAX);
+        let (together, passed) = rounded("coupled=1", u64::MAX);
+        assert_ne!(alone, together);
+        assert!(none.is_empty() && passed.is_empty(), "{none:?} {passed:?}");
+        assert_eq!(rounded("coupled=1", u64::MAX).0, together, "the same every time");
+        let (tight, notes) = rounded("coupled=1", 50);
+        assert_eq!((tight, notes.len()), (rounded("coupled=0", 50).0, 1));
+        assert!(notes[0].contains("--max-memory"), "{notes:?}");
     }
 }

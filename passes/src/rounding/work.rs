@@ -21,6 +21,9 @@ pub(super) struct Rounded {
     scales: Vec<f32>,
 }
 
+/// Tiles of a group, each with the rows that it holds.
+type Cut = Vec<(Vec<usize>, Tile)>;
+
 /// What every method that rounds by data wishes for.
 pub(super) fn wishes(model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
     let graph = model.graph();
@@ -56,26 +59,41 @@ pub(super) fn over_tiles<P: Sync>(
     prepare: impl Fn(&Quadratic) -> P + Sync,
     work: impl Fn(&mut [Tile], &Quadratic, &P) + Sync,
 ) -> Option<Rounded> {
+    over_groups(layer, points, &consecutive, prepare, |_, tiles, q, prepared| work(tiles, q, prepared))
+}
+
+/// The same, where `work` gets the number of the group and tiles of the rows that `rows` lists, tile by tile, for so many rows of a group.
+pub(super) fn over_groups<P: Sync>(
+    layer: &Layer<'_>,
+    points: Option<&[f32]>,
+    rows: &(dyn Fn(usize, usize) -> Vec<Vec<usize>> + Sync),
+    prepare: impl Fn(&Quadratic) -> P + Sync,
+    work: impl Fn(usize, &mut [Tile], &Quadratic, &P) + Sync,
+) -> Option<Rounded> {
     let weights = layer.goal()?;
     let per_group = layer.rows / layer.groups;
     let groups: Vec<usize> = (0..layer.groups).collect();
-    let tiles_of = |group: &usize| -> Option<Vec<(usize, Tile)>> {
+    let tiles_of = |group: &usize| -> Option<Cut> {
         let h = layer.quadratic(*group)?;
         let q = Quadratic::new(&h, layer.columns);
         let prepared = prepare(&q);
-        let starts: Vec<usize> = (group * per_group..(group + 1) * per_group).step_by(LANES).collect();
-        let end = (group + 1) * per_group;
-        let mut tiles = parallel::map(&starts, |&start| cut(layer, &weights, points, start..end.min(start + LANES)));
-        work(&mut tiles, &q, &prepared);
-        Some(starts.into_iter().zip(tiles).collect())
+        let mut rows = rows(*group, per_group);
+        rows.iter_mut().flatten().for_each(|row| *row += group * per_group);
+        let mut tiles = parallel::map(&rows, |rows| cut(layer, &weights, points, rows));
+        work(*group, &mut tiles, &q, &prepared);
+        Some(rows.into_iter().zip(tiles).collect())
     };
-    let tiles: Option<Vec<Vec<(usize, Tile)>>> = parallel::map(&groups, tiles_of).into_iter().collect();
+    let tiles: Option<Vec<Cut>> = parallel::map(&groups, tiles_of).into_iter().collect();
     let mut rounded = Rounded { points: vec![0.0; weights.len()], scales: layer.encoding.scale.to_vec() };
-    for (start, tile) in tiles?.into_iter().flatten() {
-        let end = (start / per_group + 1) * per_group;
-        put_back(layer, &tile, start..end.min(start + LANES), &mut rounded);
+    for (rows, tile) in tiles?.into_iter().flatten() {
+        put_back(layer, &tile, &rows, &mut rounded);
     }
     Some(rounded)
+}
+
+/// Neighbors in one tile.
+fn consecutive(_: usize, rows: usize) -> Vec<Vec<usize>> {
+    (0..rows).step_by(LANES).map(|start| (start..rows.min(start + LANES)).collect()).collect()
 }
 
 /// What `work`, after `prepare`, loses on `parts` of `layer` by the moments of `judge`, as they were measured.
@@ -91,7 +109,8 @@ pub(super) fn loss_of<P: Sync>(
         let group = parts.first()?.0;
         let q = Quadratic::new(&layer.quadratic(group)?, layer.columns);
         let prepared = prepare(&q);
-        let mut tiles: Vec<Tile> = parts.iter().map(|(_, rows)| cut(layer, &weights, None, rows.clone())).collect();
+        let mut tiles: Vec<Tile> =
+            parts.iter().map(|(_, rows)| cut(layer, &weights, None, &rows.clone().collect::<Vec<_>>())).collect();
         work(&mut tiles, &q, &prepared);
         let judge = Quadratic::new(&judge.raw_quadratic(group)?, layer.columns);
         Some(tiles.iter().map(|tile| tile.losses(&judge)[..tile.live].iter().sum::<f64>()).sum())
@@ -135,11 +154,11 @@ pub(super) fn polish(
     Ok(patch)
 }
 
-fn cut(layer: &Layer<'_>, weights: &[f32], points: Option<&[f32]>, rows: std::ops::Range<usize>) -> Tile {
+fn cut(layer: &Layer<'_>, weights: &[f32], points: Option<&[f32]>, rows: &[usize]) -> Tile {
     let gather = |from: &[f32]| {
         let column = |column: usize| {
             let mut lanes = [0.0; LANES];
-            lanes.iter_mut().zip(rows.clone()).for_each(|(lane, row)| *lane = from[layer.index(row, column)]);
+            lanes.iter_mut().zip(rows).for_each(|(lane, row)| *lane = from[layer.index(*row, column)]);
             lanes
         };
         (0..layer.columns).map(column).collect::<Vec<_>>()
@@ -147,7 +166,7 @@ fn cut(layer: &Layer<'_>, weights: &[f32], points: Option<&[f32]>, rows: std::op
     let per_block = |of: &dyn Fn(usize) -> f32, rest: f32| {
         let block = |block: usize| {
             let mut lanes = [rest; LANES];
-            lanes.iter_mut().zip(rows.clone()).for_each(|(lane, row)| *lane = of(layer.scale_index(row, block)));
+            lanes.iter_mut().zip(rows).for_each(|(lane, row)| *lane = of(layer.scale_index(*row, block)));
             lanes
         };
         (0..layer.blocks()).map(block).collect::<Vec<_>>()
@@ -162,8 +181,8 @@ fn cut(layer: &Layer<'_>, weights: &[f32], points: Option<&[f32]>, rows: std::op
     }
 }
 
-fn put_back(layer: &Layer<'_>, tile: &Tile, rows: std::ops::Range<usize>, into: &mut Rounded) {
-    for (lane, row) in rows.enumerate() {
+fn put_back(layer: &Layer<'_>, tile: &Tile, rows: &[usize], into: &mut Rounded) {
+    for (lane, &row) in rows.iter().enumerate() {
         for (column, points) in tile.points.iter().enumerate() {
             into.points[layer.index(row, column)] = points[lane];
         }
@@ -183,6 +202,12 @@ impl Rounded {
             }
         }
         values
+    }
+
+    /// Whether there are rows in whose scales the bias of the node would saturate.
+    pub(super) fn saturates(&self, model: &Model, layer: &Layer<'_>) -> bool {
+        let encoding = Encoding { scale: self.scales.as_slice().into(), ..layer.encoding.clone() };
+        bias::saturated(model, layer.node, &encoding).iter().any(|row| *row < layer.rows)
     }
 
     /// The same, but for rows in whose scales the bias of the node would saturate: those keep the scales that were assigned, and the points
@@ -268,6 +293,39 @@ pub(super) mod tests {
     pub(in super::super) fn independent() -> Arc<Gram> {
         let moments = (0..16).map(|at| if at % 5 == 0 { 1.0 } else { 0.0 }).collect();
         Arc::new(Gram { columns: 4, moments, means: vec![0.0; 4], count: 60, effective: 1e12 })
+    }
+
+    /// Convolutions in two groups of 20 rows, products stored either way: rows come back to where they were cut, in whatever order.
+    #[test]
+    fn rows_go_back_to_where_they_were() {
+        let gram = |columns: usize, groups: usize| {
+            let moments = (0..groups * columns * columns).map(|at| 1.0 + (at % 7) as f32).collect();
+            Arc::new(Gram { columns, moments, means: vec![0.0; groups * columns], count: 60, effective: 1e12 })
+        };
+        for (x, w, node, axis, columns, groups) in [
+            ("1,4,3,3", "40,2,1,1", "Conv(%x, %w) {group=2, kernel_shape=[1,1]}", 0, 2, 2),
+            ("8,3", "3,40", "MatMul(%x, %w)", 1, 3, 1),
+            ("8,3", "40,3", "Gemm(%x, %w) {transB=1}", 0, 3, 1),
+        ] {
+            let text =
+                format!("graph (%x: f32[{x}]) -> (%y) {{\n%w = const f32[{w}] rand(seed=1, std=1)\n%y = {node}\n}}");
+            let mut model = crate::text::parse(&text).unwrap();
+            let id = model.graph().nodes().next().unwrap().0;
+            let grid = crate::grid::find("int4").unwrap();
+            let encoding = Encoding::per_axis(grid, axis, (1..41_u8).map(|row| 0.01 * f32::from(row)).collect());
+            let mut patch = Patch::on(&model);
+            patch.edit(Edit::Encode { site: Site::Use { node: id, input: 1 }, encoding });
+            model.apply(patch).unwrap();
+            let layer = Layer::of(&model, id).unwrap().behind(gram(columns, groups), false);
+            let nearest = |tiles: &mut [Tile]| tiles.iter_mut().for_each(|tile| tile.nearest(grid));
+            let straight = over_tiles(&layer, None, |_| (), |tiles, _, ()| nearest(tiles)).unwrap();
+            let rows = |group: usize, rows: usize| -> Vec<Vec<usize>> {
+                let order: Vec<usize> = (0..rows).map(|row| (row * 7 + group) % rows).collect();
+                order.chunks(LANES).map(<[usize]>::to_vec).collect()
+            };
+            let mixed = over_groups(&layer, None, &rows, |_| (), |_, tiles, _, ()| nearest(tiles)).unwrap();
+            assert_eq!((straight.points, straight.scales), (mixed.points, mixed.scales), "{node}");
+        }
     }
 
     #[test]
