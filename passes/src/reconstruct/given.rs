@@ -51,7 +51,6 @@ impl<'a> Giver<'a> {
         let all: BTreeSet<ValueId> = values.iter().chain(reads).copied().collect();
         let differs = |value: &ValueId| !walk::needed(graph, &BTreeSet::new(), &[*value]).1.is_empty();
         let (own, same): (Vec<ValueId>, Vec<ValueId>) = all.into_iter().partition(differs);
-        let float = Simulation::prepare(graph, &Plan::default(), cx.executor, &own)?;
         let constant = |(value, tensor): (ValueId, Tensor)| {
             let number = values.contains(&value).then(|| grad::value_of(&tensor)).flatten();
             (value, (reads.contains(&value).then_some(tensor), number))
@@ -61,6 +60,7 @@ impl<'a> Giver<'a> {
             same => Simulation::prepare(graph, &Plan::default(), cx.executor, same)?.run(&dataset.sample(0)?)?,
         };
         let same = same.into_iter().zip(computed).map(constant).collect();
+        let float = Simulation::prepare(graph, &Plan::default(), cx.executor, &own)?;
         Ok(Self { graph, dataset, values: values.into_iter().collect(), reads: reads.to_vec(), own, float, same })
     }
 
