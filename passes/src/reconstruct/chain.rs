@@ -250,7 +250,7 @@ impl Chain {
     }
 
     /// The same chain, in which all that is drawn or measured is so by what samples are, whatever their order; and all samples in an order of
-    /// that kind.
+    /// that kind. Only for what is [drawn](Pull::Drawn) at what the float model says: the teacher is dismissed.
     pub(super) fn in_any_order(mut self, graph: &Graph, wish: Wish) -> Result<(Self, Vec<usize>), GradError> {
         let mut order: Vec<usize> = (0..self.given.len()).collect();
         order.sort_by_key(|at| self.given[*at].key);
@@ -259,6 +259,8 @@ impl Chain {
             self.measure(graph, wish, &says);
         }
         self.is_keyed = true;
+        self.teacher.dismiss();
+        self.given.iter_mut().for_each(|given| given.reads.clear());
         Ok((self, order))
     }
 

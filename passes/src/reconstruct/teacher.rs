@@ -14,7 +14,8 @@ use crate::tensor::Tensor;
 
 /// The part of the float model that computes what is returned.
 pub(super) struct Teacher {
-    session: Box<dyn Session>,
+    /// None once it is not asked any more.
+    session: Option<Box<dyn Session>>,
     /// What it reads.
     pub(super) reads: Vec<ValueId>,
     /// What it computes, of what the graph returns.
@@ -34,12 +35,18 @@ impl Teacher {
         let before = if all { samples::before(graph, last) } else { graph.inputs().to_vec() };
         let part = walk::extract(graph, &before, &returned);
         let session = cx.executor.prepare(&part).map_err(SimulateError::from)?;
-        Ok(Self { session, reads: part.inputs().to_vec(), returned })
+        Ok(Self { session: Some(session), reads: part.inputs().to_vec(), returned })
+    }
+
+    /// Lets go of the model: nothing is asked any more.
+    pub(super) fn dismiss(&mut self) {
+        self.session = None;
     }
 
     /// What it says of a sample of which these are the `reads`.
     pub(super) fn says(&self, reads: &[Tensor], mask: Option<&Mask>) -> Result<Sample, PassError> {
-        let computed = self.session.run(reads).map_err(SimulateError::from)?;
+        let gone = || PassError::Model("a bug in onnx-quant: the float model is asked after it was dropped".into());
+        let computed = self.session.as_ref().ok_or_else(gone)?.run(reads).map_err(SimulateError::from)?;
         let target = |tensor: &Tensor| match grad::value_of(tensor) {
             Some(Value::Real(array)) => Ok(array),
             _ => Err(PassError::Model("a bug in onnx-quant: what is returned is no float tensor".into())),
