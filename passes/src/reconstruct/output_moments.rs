@@ -236,6 +236,8 @@ pub(crate) fn output_moments(
             return Err(PassError::Interrupted);
         }
         match gather(model.graph(), &chain, (batch, draw), &mut all) {
+            // Where no layer has any, there is nothing to wait for.
+            Ok(usize::MAX) => break,
             Ok(more) => {
                 (rows..enough.min(rows.saturating_add(more))).for_each(|_| cx.progress.step());
                 rows = rows.saturating_add(more);
@@ -263,7 +265,7 @@ fn crowded(graph: &Graph, chain: &Chain, cx: &PassContext<'_>) -> Option<String>
     })
 }
 
-/// Adds what arrives for `batch` in this draw; the fewest rows of any layer.
+/// Adds what arrives for `batch` in this draw; the fewest rows of any layer, `usize::MAX` where there is none.
 fn gather(
     graph: &Graph,
     chain: &Chain,
@@ -287,7 +289,6 @@ fn gather(
         }
     };
     chain.arrivals(batch, seed::mixed(SEED ^ draw), &slots, &see, &mut done).map_err(|error| error.to_string())?;
-    // Where no layer has any, there is nothing to wait for.
     Ok(fewest)
 }
 
