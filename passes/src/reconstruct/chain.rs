@@ -6,8 +6,10 @@
 //!
 //! Source: Chen et al. 2016, arXiv:1604.06174, section 4, with segments that are the blocks.
 
+mod back;
+
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
@@ -15,11 +17,11 @@ use super::block::{Also, Program};
 use super::blocks::{self, Block};
 use super::given::{Given, Giver};
 use super::measure::{Measure, Wish};
-use super::objective::{DISAGREEMENT, LANES, shares};
-use super::run::{Gradients, Leaves, add};
+use super::objective::{DISAGREEMENT, shares};
+use super::run::Leaves;
 use super::samples::Sample;
 use super::teacher::Teacher;
-use crate::grad::{Array, GradError, Slot, Value, Values};
+use crate::grad::{GradError, Slot};
 use crate::id::{Site, ValueId};
 use crate::ir::Graph;
 use crate::ir::walk::Users;
@@ -28,7 +30,10 @@ use crate::lockstep;
 use crate::model::Plan;
 use crate::parallel;
 use crate::pass::{PassContext, PassError};
-use crate::seed;
+
+use back::Carried;
+pub(crate) use back::Moment;
+pub(super) use back::{Arrived, FLOAT, Pull};
 
 /// One block of the chain.
 pub(super) struct Link {
@@ -38,50 +43,8 @@ pub(super) struct Link {
     carried: Vec<(Slot, ValueId)>,
 }
 
-/// What blocks hand on for one sample, and the gradients that come back.
-#[derive(Default)]
-struct Carried {
-    values: BTreeMap<ValueId, Array<f32>>,
-    grads: BTreeMap<ValueId, Array<f32>>,
-}
-
-/// What goes back from what the graph returns.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Pull {
-    /// Gradients of its errors.
-    Errors,
-    /// Gradients [drawn](Measure::drawn) from this seed. [`Chain::sweep`] adds up this of them, sample by sample, of at most [`LANES`] at
-    /// once.
-    Drawn(u64, Moment),
-}
-
-/// What is added up of gradients, element by element.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Moment {
-    /// Their squares.
-    Square,
-    /// Their sizes, signs left out.
-    Size,
-}
-
-impl Moment {
-    /// What is added up of the gradient `g`.
-    pub(super) fn of(self, g: f32) -> f32 {
-        match self {
-            Self::Square => g * g,
-            Self::Size => g.abs(),
-        }
-    }
-}
-
-/// All activations in float, in thousandths.
-pub(super) const FLOAT: (i64, u64) = (1000, 0);
-
-/// What is done with a link, a sample, the values of its tape, and what arrives.
-pub(super) type See<'a, T = ()> = &'a (dyn Fn(&Link, usize, &Values<f32>, Arrived) -> T + Sync);
-
-/// What arrives somewhere on the way back; `None` where nothing does.
-pub(super) type Arrived = Vec<Option<Array<f32>>>;
+/// What the float model says of a sample.
+type Targets<'a> = &'a (dyn Fn(usize) -> Result<Cow<'a, Sample>, GradError> + Sync);
 
 /// Errors of outputs, by their places: sums, and how many there are.
 type Errors = Vec<(usize, (f64, usize))>;
@@ -107,8 +70,8 @@ pub(super) struct Chain {
 }
 
 impl Chain {
-    /// The chain of `graph` under `plan` with at most so many `samples`, or why gradients do not pass it.
-    pub(super) fn of(
+    /// The chain of `graph` under `plan` with at most so many `samples` to [draw](Pull::Drawn) at, or why gradients do not pass it.
+    pub(super) fn for_draws(
         graph: &Graph,
         plan: &Plan,
         cx: &PassContext<'_>,
@@ -117,7 +80,7 @@ impl Chain {
         wish: Wish,
     ) -> Result<Result<Self, String>, PassError> {
         match Self::linked(graph, plan, cx, layers, also)? {
-            Ok(chain) => chain.with_samples(graph, cx, (samples, cx.pair_budget), wish),
+            Ok(chain) => chain.drawing(graph, cx, samples, wish),
             Err(reason) => Ok(Err(reason)),
         }
     }
@@ -188,32 +151,61 @@ impl Chain {
         (most, room): (usize, u64),
         wish: Wish,
     ) -> Result<Result<Self, String>, PassError> {
-        self.take_samples(graph, cx, (most, room), wish)?;
-        let agrees = self.agrees().map_err(|error| error.to_string());
-        Ok(agrees.map(|()| self))
-    }
-
-    /// Reads the samples, and what the float model says of them where `room` holds it for all.
-    fn take_samples(
-        &mut self,
-        graph: &Graph,
-        cx: &PassContext<'_>,
-        (most, room): (usize, u64),
-        wish: Wish,
-    ) -> Result<(), PassError> {
-        let dataset = cx.dataset.filter(|data| !data.is_empty()).ok_or(PassError::NoData)?;
-        let feeds = self.links.iter().flat_map(|link| &link.program.feeds).map(|(_, v)| *v);
-        let fixed: BTreeSet<ValueId> = feeds.filter(|v| !self.carried.contains_key(v)).collect();
-        let giver = Giver::new(graph, cx, fixed, &self.teacher.reads)?;
+        let giver = self.giver(graph, cx, &self.teacher.reads)?;
         let first = giver.sample(0)?;
         let targets = self.teacher.says(&first.reads, first.mask.as_ref())?;
         let own = giver.bytes(&first);
         let of_targets: u64 = targets.targets.iter().map(|target| 4 * target.len() as u64).sum();
-        let most = most.clamp(1, dataset.len());
+        let most = most.clamp(1, giver.samples());
         let keeps = most as u64 * (own + of_targets) <= room;
-        let room = usize::try_from(room / own.max(1)).unwrap_or(usize::MAX).clamp(1, most);
+        tracing::debug!(most, kept_targets = keeps, own, of_targets, "chain");
+        let fitting = usize::try_from(room / own.max(1)).unwrap_or(usize::MAX);
+        self.take_samples(cx, &giver, most.min(fitting), keeps)?;
+        self.measure(graph, wish, &targets);
+        let agrees = self.agrees(0, &targets).map_err(|error| error.to_string());
+        Ok(agrees.map(|()| self))
+    }
+
+    /// With at most so many samples as [`Self::with_samples`], only for what is [drawn](Pull::Drawn): that is drawn at what the chain itself
+    /// gives, and the float model is asked about one sample alone, whichever their order.
+    fn drawing(
+        mut self,
+        graph: &Graph,
+        cx: &PassContext<'_>,
+        most: usize,
+        wish: Wish,
+    ) -> Result<Result<Self, String>, PassError> {
+        let giver = self.giver(graph, cx, &[])?;
+        let own = giver.bytes(&giver.sample(0)?);
+        let fitting = usize::try_from(cx.pair_budget / own.max(1)).unwrap_or(usize::MAX);
+        self.take_samples(cx, &giver, most.min(fitting), false)?;
+        drop(giver);
+        let judge = (0..self.given.len()).min_by_key(|at| self.given[*at].key).unwrap_or_default();
+        let asked = self.giver(graph, cx, &self.teacher.reads)?.sample(self.numbers[judge])?;
+        let says = self.teacher.says(&asked.reads, asked.mask.as_ref())?;
+        self.teacher.dismiss();
+        self.measure(graph, wish, &says);
+        let agrees = self.agrees(judge, &says).map_err(|error| error.to_string());
+        Ok(agrees.map(|()| self))
+    }
+
+    /// What computes what samples bring to blocks, and to a teacher that reads `reads`.
+    fn giver<'a>(&self, graph: &'a Graph, cx: &PassContext<'a>, reads: &[ValueId]) -> Result<Giver<'a>, PassError> {
+        let feeds = self.links.iter().flat_map(|link| &link.program.feeds).map(|(_, v)| *v);
+        Giver::new(graph, cx, feeds.filter(|v| !self.carried.contains_key(v)).collect(), reads)
+    }
+
+    /// Takes at most so many samples, spread over all; with what the float model says of them where it `keeps` that.
+    fn take_samples(
+        &mut self,
+        cx: &PassContext<'_>,
+        giver: &Giver<'_>,
+        most: usize,
+        keeps: bool,
+    ) -> Result<(), PassError> {
+        let dataset = cx.dataset.filter(|data| !data.is_empty()).ok_or(PassError::NoData)?;
         let all: Vec<usize> = (0..dataset.len()).map(|index| dataset.origin(index)).collect();
-        let indices = judges::chosen(&all, room);
+        let indices = judges::chosen(&all, most.clamp(1, dataset.len()));
         let given = parallel::workers(cx.threads, indices.len(), Vec::new, |kept, at| {
             if cx.progress.cancelled() {
                 return Err(PassError::Interrupted);
@@ -226,7 +218,6 @@ impl Chain {
             kept.push((at, given));
             Ok(())
         })?;
-        tracing::debug!(samples = room, kept_targets = keeps, own, of_targets, "chain");
         let mut given: Vec<(usize, Given)> = given.into_iter().flatten().collect();
         given.sort_by_key(|(at, _)| *at);
         self.given = given.into_iter().map(|(_, given)| given).collect();
@@ -237,7 +228,6 @@ impl Chain {
         if self.held_out.is_empty() {
             self.held_out.clone_from(&self.fitted);
         }
-        self.measure(graph, wish, &targets);
         Ok(())
     }
 
@@ -249,19 +239,12 @@ impl Chain {
         self.shares = shares(&self.measures, seen);
     }
 
-    /// The same chain, in which all that is drawn or measured is so by what samples are, whatever their order; and all samples in an order of
-    /// that kind. Only for what is [drawn](Pull::Drawn) at what the float model says: the teacher is dismissed.
-    pub(super) fn in_any_order(mut self, graph: &Graph, wish: Wish) -> Result<(Self, Vec<usize>), GradError> {
+    /// The same chain, in which all that is drawn is so by what samples are, whatever their order; and all samples in an order of that kind.
+    pub(super) fn in_any_order(mut self) -> (Self, Vec<usize>) {
         let mut order: Vec<usize> = (0..self.given.len()).collect();
         order.sort_by_key(|at| self.given[*at].key);
-        if let Some(first) = order.first() {
-            let says = self.targets(*first)?.into_owned();
-            self.measure(graph, wish, &says);
-        }
         self.is_keyed = true;
-        self.teacher.dismiss();
-        self.given.iter_mut().for_each(|given| given.reads.clear());
-        Ok((self, order))
+        (self, order)
     }
 
     /// How many samples there are.
@@ -279,64 +262,14 @@ impl Chain {
         said.map(Cow::Owned).map_err(|error| GradError(error.to_string()))
     }
 
-    /// What draws for sample `i` at `place` begin at.
-    fn draw(&self, i: usize, place: usize) -> u64 {
-        if self.is_keyed {
-            seed::mixed(self.given[i].key ^ place as u64)
-        } else {
-            (i * self.measures.len() + place) as u64
-        }
-    }
-
-    /// What the float model returns for sample `i` at `place`, where `got` is that already: it need not be computed again.
-    fn said(&self, i: usize, place: usize, got: Option<&Array<f32>>) -> Sample {
-        let mask = self.given[i].mask.as_ref();
-        let words = got.and_then(|got| mask?.words(got.shape()).map(<[bool]>::to_vec));
-        let mut said = Sample { feeds: Vec::new(), targets: Vec::new(), words: Vec::new(), weights: Vec::new() };
-        said.targets.resize_with(place + 1, || got.cloned().unwrap_or_default());
-        said.words.resize(place + 1, words);
-        said
-    }
-
-    /// Runs link `link` on sample `i`.
-    fn run(
-        &self,
-        link: &Link,
-        leaves: &Leaves,
-        i: usize,
-        carried: &Carried,
-        drop: (i64, u64),
-    ) -> Result<Values<f32>, GradError> {
-        let missing = || GradError("a bug in onnx-quant: a block reads what is not there".into());
-        let feed = |(_, value): &(Slot, ValueId)| match carried.values.get(value) {
-            Some(array) => Ok(Value::Real(array.clone())),
-            None => self.given[i].values.get(value).cloned().ok_or_else(missing),
-        };
-        let feeds = link.program.feeds.iter().map(feed).collect::<Result<Vec<_>, _>>()?;
-        link.program.run(leaves, &feeds, drop)
-    }
-
-    /// Keeps what `link` hands on.
-    fn hand_on(&self, link: &Link, values: &Values<f32>, state: &mut Carried) {
-        let outputs = link.program.outputs.iter().filter(|(_, value)| self.carried.contains_key(value));
-        state.values.extend(outputs.filter_map(|(slot, value)| Some((*value, values.real(*slot)?.clone()))));
-    }
-
-    /// What the graph returns out of `link`, with its place among all that it returns.
-    fn returned<'a>(&'a self, link: &'a Link) -> impl Iterator<Item = (Slot, usize)> + 'a {
-        link.program
-            .outputs
-            .iter()
-            .filter_map(|(slot, value)| Some((*slot, self.teacher.returned.iter().position(|other| other == value)?)))
-    }
-
-    /// The mean error of what the graph returns for `samples`, with the leaves of every link.
+    /// The mean error of what the graph returns for `samples` to their `targets`, with the leaves of every link.
     fn error_on(
         &self,
         samples: &[usize],
         drop: i64,
         measures: &[Measure],
         leaves: &mut dyn FnMut(usize) -> Result<Leaves, GradError>,
+        targets: Targets<'_>,
     ) -> Result<f64, GradError> {
         let mut states: Vec<Carried> = samples.iter().map(|_| Carried::default()).collect();
         let mut sums = vec![(0.0, 0); measures.len()];
@@ -347,7 +280,7 @@ impl Chain {
                 self.hand_on(link, &values, state);
                 state.values.retain(|value, _| self.carried.get(value).is_some_and(|&last| last > at));
                 let error = |(slot, place): (Slot, usize)| {
-                    Ok((place, measures[place].error(&*self.targets(*i)?, place, values.real(slot))?))
+                    Ok((place, measures[place].error(&*targets(*i)?, place, values.real(slot))?))
                 };
                 self.returned(link).map(error).collect()
             };
@@ -366,180 +299,20 @@ impl Chain {
         &self,
         leaves: &mut dyn FnMut(usize) -> Result<Leaves, GradError>,
     ) -> Result<f64, GradError> {
-        self.error_on(&self.held_out, 0, &self.measures, leaves)
+        self.error_on(&self.held_out, 0, &self.measures, leaves, &|i| self.targets(i))
     }
 
-    /// Whether the tapes of all blocks give what the float model gives, with float weights and nothing rounded.
-    fn agrees(&self) -> Result<(), GradError> {
-        let targets = self.targets(0)?;
-        let seen = std::slice::from_ref(&*targets);
+    /// Whether the tapes of all blocks give what the float model `says` of sample `i`, with float weights and nothing rounded.
+    fn agrees(&self, i: usize, says: &Sample) -> Result<(), GradError> {
+        let seen = std::slice::from_ref(says);
         let all = 0..self.teacher.returned.len();
         let squares: Vec<Measure> = all.map(|at| Measure::of(Wish::Square, seen, at, false)).collect();
-        let error = self.error_on(&[0], 1000, &squares, &mut |at| Ok(self.links[at].program.float_leaves()))?;
+        let float = |at: usize| Ok(self.links[at].program.float_leaves());
+        let error = self.error_on(&[i], 1000, &squares, &mut { float }, &|_| Ok(Cow::Borrowed(says)))?;
         if error < DISAGREEMENT {
             Ok(())
         } else {
             Err(GradError(format!("the tapes are {error:.1e} off the float model")))
         }
     }
-
-    /// Takes `batch` forward and back, by gradients of the errors or those that are drawn; `leaves` is told whether a link is on its way
-    /// back, and `see` gets the gradients of one link after the other, from the last to the first.
-    pub(super) fn sweep(
-        &self,
-        batch: &[usize],
-        drop: (i64, u64),
-        pull: Pull,
-        leaves: &mut dyn FnMut(usize, bool) -> Result<Leaves, GradError>,
-        see: &mut dyn FnMut(usize, Gradients) -> Result<(), GradError>,
-    ) -> Result<(), GradError> {
-        debug_assert!(
-            matches!(pull, Pull::Errors) || batch.len() <= LANES,
-            "a lane of several samples would square their sum"
-        );
-        debug_assert!(
-            matches!(pull, Pull::Errors) || drop == FLOAT,
-            "what is drawn is drawn at what the float model says"
-        );
-        let mut states = self.forward(batch, drop, &mut |at| leaves(at, false))?;
-        for (at, link) in self.links.iter().enumerate().rev() {
-            let leaves = leaves(at, true)?;
-            let lane = batch.len().div_ceil(LANES).max(1);
-            let back = |(states, samples): (&mut [Carried], &[usize])| {
-                let mut sums: Vec<Vec<f32>> = vec![Vec::new(); link.program.learned().len()];
-                for (state, i) in states.iter_mut().zip(samples) {
-                    let values = self.run(link, &leaves, *i, state, seeded(drop, at, *i))?;
-                    let grads = self.back((link, pull), &values, *i, state, &link.program.learned())?;
-                    for (sum, grad) in sums.iter_mut().zip(grads) {
-                        if let Some(grad) = grad {
-                            add(sum, grad.iter().copied());
-                        }
-                    }
-                }
-                Ok::<_, GradError>(sums)
-            };
-            let lanes: Vec<Result<Vec<Vec<f32>>, GradError>> =
-                states.par_chunks_mut(lane).zip(batch.par_chunks(lane)).map(back).collect();
-            let mut total: Vec<Vec<f32>> = vec![Vec::new(); link.program.learned().len()];
-            for lane in lanes {
-                let sums = total.iter_mut().zip(lane?).filter(|(_, sum)| !sum.is_empty());
-                match pull {
-                    Pull::Errors => sums.for_each(|(total, sum)| add(total, sum.into_iter())),
-                    Pull::Drawn(_, moment) => {
-                        sums.for_each(|(total, sum)| add(total, sum.into_iter().map(|g| moment.of(g))));
-                    }
-                }
-            }
-            see(at, link.program.gradients(total))?;
-        }
-        Ok(())
-    }
-
-    /// What the last link reads for `batch`, everything before it having run; `leaves` are those of every link.
-    fn forward(
-        &self,
-        batch: &[usize],
-        drop: (i64, u64),
-        leaves: &mut dyn FnMut(usize) -> Result<Leaves, GradError>,
-    ) -> Result<Vec<Carried>, GradError> {
-        let mut states: Vec<Carried> = batch.iter().map(|_| Carried::default()).collect();
-        let (_, before) =
-            self.links.split_last().ok_or_else(|| GradError("a bug in onnx-quant: a chain without links".into()))?;
-        for (at, link) in before.iter().enumerate() {
-            let leaves = leaves(at)?;
-            let run = |(state, i): (&mut Carried, &usize)| {
-                self.hand_on(link, &self.run(link, &leaves, *i, state, seeded(drop, at, *i))?, state);
-                Ok(())
-            };
-            states.par_iter_mut().zip(batch).map(run).collect::<Result<(), GradError>>()?;
-        }
-        Ok(states)
-    }
-
-    /// Takes gradients [drawn](Measure::drawn) from the seed `drawn` back through the float model for every sample of `batch`; `see` gets,
-    /// link after link, what the tape of a sample holds, and what arrives in those slots that `wanted` says, in their order.
-    pub(super) fn trace(
-        &self,
-        batch: &[usize],
-        drawn: u64,
-        wanted: &(dyn Fn(&Link) -> Vec<Slot> + Sync),
-        see: See<'_>,
-    ) -> Result<(), GradError> {
-        self.arrivals(batch, drawn, wanted, see, &mut |_, _| ())
-    }
-
-    /// The same, where `see` leaves something of every sample; `done` gets that for all samples of `batch`, in their order.
-    pub(super) fn arrivals<T: Send>(
-        &self,
-        batch: &[usize],
-        drawn: u64,
-        wanted: &(dyn Fn(&Link) -> Vec<Slot> + Sync),
-        see: See<'_, T>,
-        done: &mut dyn FnMut(&Link, Vec<T>),
-    ) -> Result<(), GradError> {
-        let mut states = self.forward(batch, FLOAT, &mut |at| Ok(self.links[at].program.float_leaves()))?;
-        for link in self.links.iter().rev() {
-            let (leaves, wanted) = (link.program.float_leaves(), wanted(link));
-            let back = |(state, i): (&mut Carried, &usize)| {
-                let values = self.run(link, &leaves, *i, state, FLOAT)?;
-                let grads = self.back((link, Pull::Drawn(drawn, Moment::Square)), &values, *i, state, &wanted)?;
-                Ok(see(link, *i, &values, grads))
-            };
-            let left = states.par_iter_mut().zip(batch).map(back).collect::<Result<Vec<T>, GradError>>()?;
-            done(link, left);
-        }
-        Ok(())
-    }
-
-    /// Takes the gradients of sample `i` back through `link`, whose tape holds `values`; returns those of `wanted`.
-    fn back(
-        &self,
-        (link, pull): (&Link, Pull),
-        values: &Values<f32>,
-        i: usize,
-        state: &mut Carried,
-        wanted: &[Slot],
-    ) -> Result<Arrived, GradError> {
-        let mut seeds: Vec<(Slot, Array<f32>)> = Vec::new();
-        for (slot, value) in &link.program.outputs {
-            seeds.extend(state.grads.remove(value).map(|grad| (*slot, grad)));
-        }
-        for (slot, place) in self.returned(link) {
-            let (measure, got) = (self.measures[place], values.real(slot));
-            let grad = match pull {
-                Pull::Drawn(seed, _) => {
-                    let said = self.said(i, place, got);
-                    measure.drawn(&said, place, got, seed::mixed(seed ^ self.draw(i, place)))?
-                }
-                Pull::Errors => {
-                    let mut grad = measure.gradient(&*self.targets(i)?, place, got)?;
-                    if self.shares.len() > 1 {
-                        grad *= self.shares[place];
-                    }
-                    grad
-                }
-            };
-            seeds.push((slot, grad));
-        }
-        let mut wanted = wanted.to_vec();
-        let own = wanted.len();
-        wanted.extend(link.carried.iter().map(|(slot, _)| *slot));
-        let mut grads = link.program.tape.backward(values, seeds, &wanted)?;
-        let through = grads.split_off(own);
-        for ((_, value), grad) in link.carried.iter().zip(through) {
-            let Some(grad) = grad else { continue };
-            match state.grads.get_mut(value) {
-                Some(sum) => *sum += &grad,
-                None => {
-                    state.grads.insert(*value, grad);
-                }
-            }
-        }
-        Ok(grads)
-    }
-}
-
-/// What is drawn for sample `i` at link `at`.
-fn seeded(drop: (i64, u64), at: usize, i: usize) -> (i64, u64) {
-    (drop.0, seed::mixed(drop.1 ^ at as u64) ^ i as u64)
 }

@@ -60,7 +60,7 @@ pub fn first_order(
     let also = Also { steps: false, norms: false, inputs: true, rest: 0 };
     let rounded = rounding::in_nearest(model)?;
     let plan = rounded.plan();
-    let chain = match Chain::of(model.graph(), plan, cx, (LAYERS, samples), also, Wish::Fitting)? {
+    let chain = match Chain::for_draws(model.graph(), plan, cx, (LAYERS, samples), also, Wish::Fitting)? {
         Ok(chain) => chain,
         Err(reason) => return Ok(Err(reason)),
     };

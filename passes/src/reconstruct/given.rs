@@ -64,6 +64,11 @@ impl<'a> Giver<'a> {
         Ok(Self { graph, dataset, values: values.into_iter().collect(), reads: reads.to_vec(), own, float, same })
     }
 
+    /// How many samples there are.
+    pub(super) fn samples(&self) -> usize {
+        self.dataset.len()
+    }
+
     /// Sample `index`, without what the teacher says of it.
     pub(super) fn sample(&self, index: usize) -> Result<Given, PassError> {
         let feeds = self.dataset.sample(index)?;

@@ -209,7 +209,7 @@ pub(crate) fn output_moments(
     let also = Also { steps: false, norms: false, inputs: true, rest: 0 };
     let rounded = rounding::in_nearest(model)?;
     let samples = cx.dataset.map_or(0, Dataset::len);
-    let chain = match Chain::of(model.graph(), rounded.plan(), cx, (LAYERS, samples), also, Wish::Fitting)? {
+    let chain = match Chain::for_draws(model.graph(), rounded.plan(), cx, (LAYERS, samples), also, Wish::Fitting)? {
         Ok(chain) => chain,
         Err(reason) => return Ok(Err(reason)),
     };
@@ -217,10 +217,7 @@ pub(crate) fn output_moments(
     if let Some(reason) = crowded(model.graph(), &chain, cx) {
         return Ok(Err(reason));
     }
-    let (chain, mut order) = match chain.in_any_order(model.graph(), Wish::Fitting) {
-        Ok(both) => both,
-        Err(error) => return Ok(Err(error.to_string())),
-    };
+    let (chain, mut order) = chain.in_any_order();
     order.retain(|at| !spared(chain.numbers[*at]));
     let enough = ROWS.saturating_mul(times);
     let batches =

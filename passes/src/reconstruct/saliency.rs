@@ -97,7 +97,7 @@ impl Saliency {
         let also = Also { steps: false, norms: false, inputs: true, rest: 0 };
         // Which weights count: those with codes, whatever these are.
         let rounded = rounding::in_nearest(model)?;
-        let chain = match Chain::of(model.graph(), rounded.plan(), cx, (LAYERS, samples), also, Wish::Fitting)? {
+        let chain = match Chain::for_draws(model.graph(), rounded.plan(), cx, (LAYERS, samples), also, Wish::Fitting)? {
             Ok(chain) => chain,
             Err(reason) => return Ok(Err(reason)),
         };

@@ -90,7 +90,7 @@ impl Draw<'_> {
         let rounded = rounding::in_nearest(model)?;
         let samples = cx.dataset.map_or(0, Dataset::len);
         let size = (self.layers, samples);
-        let chain = match Chain::of(model.graph(), rounded.plan(), cx, size, also, Wish::Fitting)? {
+        let chain = match Chain::for_draws(model.graph(), rounded.plan(), cx, size, also, Wish::Fitting)? {
             Ok(chain) => chain,
             Err(reason) => return Ok(Err(reason)),
         };

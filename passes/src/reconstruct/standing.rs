@@ -119,7 +119,9 @@ mod tests {
         let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
         let model = rounding::in_nearest(&two_products(0.7)).unwrap();
         let also = Also { steps: true, norms: true, inputs: true, rest: 0 };
-        let chain = Chain::of(model.graph(), model.plan(), &cx, (1, usize::MAX), also, Wish::Fitting).unwrap().unwrap();
+        let chain = Chain::linked(model.graph(), model.plan(), &cx, 1, also).unwrap().unwrap();
+        let all = (usize::MAX, cx.pair_budget);
+        let chain = chain.with_samples(model.graph(), &cx, all, Wish::Fitting).unwrap().unwrap();
         let usual = Usual { learn: "latent", iterations: 9, batch: 4, norms: true, loss: "fitting" };
         let settings = Settings::of(&Options::default(), &usual).unwrap().unwrap();
         let mut at = Standing::begin(&model, &chain, &settings, 1).unwrap();
