@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from zoo import MODELS
 
-PASSES = [('smooth', 'w8a8'), ('equalize-layers', 'w4a8'), ('equalize-layers{clamps=1}', 'w4a8'), ('relax-clamps', 'w8a8'), ('absorb-high-bias', 'w8a8'), ('reparameterize-norms{strength=1}', 'w8a8'), ('awq', 'w4a16g32'), ('learn-scaling{sweeps=1}', 'w4a16g32'), ('learn-scaling{sweeps=1}', 'w4a4'), ('rotate', 'w4a16g32'), ('learn-rotation{sweeps=1}', 'w4a16g32'), ('rotate-heads', 'w4a16g32'), ('rotate-inputs', 'w4a4'), ('reparameterize-norms{to=bare}', 'w4a4'), ('defer-softmax', 'w4a4')]
+PASSES = [('smooth', 'w8a8'), ('equalize-layers', 'w4a8'), ('equalize-layers{clamps=1}', 'w4a8'), ('relax-clamps', 'w8a8'), ('absorb-high-bias', 'w8a8'), ('reparameterize-norms{strength=1}', 'w8a8'), ('awq', 'w4a16g32'), ('learn-scaling{sweeps=1}', 'w4a16g32'), ('learn-scaling{sweeps=1}', 'w4a4'), ('rotate', 'w4a16g32'), ('learn-rotation{sweeps=1}', 'w4a16g32'), ('rotate-heads', 'w4a16g32'), ('rotate-bottlenecks', 'w4a8'), ('rotate-inputs', 'w4a4'), ('reparameterize-norms{to=bare}', 'w4a4'), ('defer-softmax', 'w4a4')]
 PLAIN = 'infer-shapes, absorb-qdq, fold-constants, *(eliminate-identity, fold-gemm-scalars, fold-batch-norm, fold-affine, fold-pad, fold-constants, infer-shapes, drop-dead)'
 
 

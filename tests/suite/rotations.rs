@@ -176,3 +176,55 @@ fn a_stream_with_another_reader_is_left_alone_and_named() {
         assert!(trace.notes.iter().any(|note| note.message.contains(says)), "{says}: {:?}", trace.notes);
     }
 }
+
+/// Two inverted residuals without their activations in front of a head: one bottleneck of 12 channels, one of 4 behind an average.
+fn bottlenecks(between: &str, groups: usize) -> String {
+    let tensor = |name: &str, shape: [usize; 4]| {
+        let [o, i, kh, kw] = shape;
+        format!("  %{name} = const f32[{o},{i},{kh},{kw}] rand(seed={}, std=0.4)\n", o + 7 * i + kh)
+    };
+    let rows = |name: &str, n: usize| format!("  %{name} = const f32[{n}] rand(seed={n}, std=1.0)\n");
+    format!(
+        "opset 21\ngraph (%i: f32[2,3,6,6]) -> (%y) {{\n{}{}{}{}{}{}{}  %a = Conv(%i, %wa, %ba)\n  %r = Relu(%a)\n  %x = Conv(%r, %wx, %bx)\n  \
+         %b = Conv(%x, %wb) {{pads=[1, 1, 1, 1]}}\n  %s = Relu(%b)\n  %c = Conv(%s, %wc) {{group={groups}}}\n  %z = {between}\n  \
+         %p = AveragePool(%z) {{kernel_shape=[2, 2], strides=[2, 2]}}\n  %d = Conv(%p, %wd)\n  %y = Conv(%d, %we)\n}}\n",
+        tensor("wa", [8, 3, 1, 1]),
+        rows("ba", 8),
+        tensor("wx", [12, 8, 1, 1]),
+        rows("bx", 12),
+        tensor("wb", [16, 12, 3, 3]),
+        tensor("wc", [12, 16 / groups, 1, 1]),
+        tensor("wd", [4, 12, 1, 1]) + &tensor("we", [5, 4, 1, 1]),
+    )
+}
+
+#[test]
+fn linear_bottlenecks_turn_and_others_stay() {
+    let feeds =
+        [Tensor::of([2, 3, 6, 6], (0..216_u16).map(|i| f32::from(i * 37 % 101) / 50.0 - 1.0).collect::<Vec<f32>>())];
+    let cases = [
+        ("Add(%x, %c)", 1, 2, "one basis for a sum"),
+        ("Relu(%c)", 1, 2, "not what a Relu looks at"),
+        ("Add(%x, %c)", 4, 1, "not what groups write"),
+    ];
+    for (between, groups, turned, why) in cases {
+        let plain = passes::text::parse(&bottlenecks(between, groups)).unwrap();
+        let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+        let mut cx = PassContext::new(targets::TARGETS[0], executor.as_ref());
+        let text = "infer-shapes, rotate-bottlenecks{seed=5}, infer-shapes, drop-dead";
+        let pipeline = Pipeline::parse(text, &passes::catalogue::passes()).unwrap();
+        let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+        let counts = &trace.steps.iter().find(|(name, _)| *name == "rotate-bottlenecks").unwrap().1.counts;
+        assert_eq!(counts.get("bottlenecks"), Some(&turned), "{why}: {counts:?}");
+        check_same(&plain, &after, executor.as_ref(), &feeds, why);
+        let weights = |model: &Model| {
+            let graph = model.graph();
+            let convolutions = graph.nodes().filter(|(_, node)| node.op.is("Conv"));
+            convolutions.map(|(_, node)| graph.constant_input(node, 1).unwrap().digest()).collect::<Vec<u32>>()
+        };
+        let (before, after) = (weights(&plain), weights(&after));
+        let same = |at: usize| before[at] == after[at];
+        assert!(same(0) && !same(5), "{why}: what reads inputs stays, what reads %d does not");
+        assert_eq!(same(3), between.starts_with("Relu") || groups > 1, "{why}");
+    }
+}

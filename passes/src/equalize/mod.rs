@@ -19,6 +19,7 @@ mod region;
 mod relax_clamps;
 mod reparameterize_norms;
 mod rotate;
+mod rotate_bottlenecks;
 mod rotate_heads;
 mod rotate_inputs;
 mod rounding_loss;
@@ -47,6 +48,7 @@ pub static PASSES: &[PassEntry] = &[
     rotate::ENTRY,
     learn_rotation::ENTRY,
     rotate_heads::ENTRY,
+    rotate_bottlenecks::ENTRY,
     smooth_caches::ENTRY,
     rotate_inputs::ENTRY,
     defer_softmax::ENTRY,
