@@ -121,25 +121,31 @@ pub(super) fn pipeline(goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
     passes(goal, scheme, false)
 }
 
-/// The same, for few codes with what products read `turned` while the model runs, in float.
-fn passes(goal: Goal, scheme: &Scheme, turned: bool) -> Cow<'static, str> {
+/// The same; where what has few bits is `simulated` in float, what matrix products read is turned while the model runs, and what nothing
+/// multiplies has 8 bits.
+fn passes(goal: Goal, scheme: &Scheme, simulated: bool) -> Cow<'static, str> {
     if !scheme.fixes_ranges() {
         return products(goal, scheme);
     }
+    let fewer =
+        |than: u32| scheme.activation_format.is_none() && scheme.activation_bits.is_some_and(|bits| bits < than);
+    let others = if simulated && fewer(8) { ", others=8" } else { "" };
     let rest = match (scheme.activation_bits, goal) {
-        (_, Goal::Fast) => "assign-encodings{observer=min-max, weights=min-max}, round, correct-bias",
+        (_, Goal::Fast) => {
+            &format!("assign-encodings{{observer=min-max, weights=min-max{others}}}, round, correct-bias")
+        }
         (Some(8), Goal::Balanced) if scheme.weight_bits == 8 => {
             "assign-encodings{observer=mse, weights=min-max}, round, correct-bias"
         }
-        (_, Goal::Balanced) => {
-            "smooth, drop-dead,\ncalibrate, assign-encodings{observer=mse, products=min-max, weights=mse}, \
-             round{method=gptq}, refit-scales, correct-bias"
-        }
+        (_, Goal::Balanced) => &format!(
+            "smooth, drop-dead,\ncalibrate, assign-encodings{{observer=mse, products=min-max, weights=mse{others}}}, \
+             round{{method=gptq}}, refit-scales, correct-bias"
+        ),
         (bits, Goal::Best) => {
             // What fewer bits would leave in float would be nearly everything.
             let least = if bits == Some(8) { ", least-db=31" } else { "" };
             // Of few codes none can be spared for outliers.
-            let (turned, products) = if turned && few_codes(scheme) {
+            let (turned, products) = if simulated && fewer(5) {
                 (
                     "reparameterize-norms{to=bare}, defer-softmax, drop-dead,\ncalibrate, rotate-inputs, drop-dead,\ncalibrate, ",
                     "mse",
@@ -148,12 +154,13 @@ fn passes(goal: Goal, scheme: &Scheme, turned: bool) -> Cow<'static, str> {
                 ("", "min-max")
             };
             let (weights, refit) = if scheme.weight_bits == 8 { ("min-max", "") } else { ("mse", ", refit=3") };
-            return format!(
-                "{NORMALIZE},\ncalibrate, {turned}smooth, equalize-layers, drop-dead,\ncalibrate, \
-                 assign-encodings{{observer=mse, products={products}, weights={weights}{least}}}, \
+            // Behind equalization: errors are the same for all channels of a basis.
+            let bases = if scheme.weight_bits < 8 || fewer(8) { ", rotate-bottlenecks, infer-shapes" } else { "" };
+            &format!(
+                "{turned}smooth, equalize-layers{bases}, drop-dead,\ncalibrate, \
+                 assign-encodings{{observer=mse, products={products}, weights={weights}{least}{others}}}, \
                  round-in-order{{method=enumerate{refit}}}, correct-bias"
             )
-            .into();
         }
     };
     format!("{NORMALIZE},\ncalibrate, {rest}").into()
@@ -176,11 +183,6 @@ fn products(goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
         }
     };
     format!("{NORMALIZE}, split-gemm, drop-dead,\ncalibrate, {rest}").into()
-}
-
-/// Whether activations are integers of so few bits that what matrix products read is better turned first.
-fn few_codes(scheme: &Scheme) -> bool {
-    scheme.activation_format.is_none() && scheme.activation_bits.is_some_and(|bits| bits <= 4)
 }
 
 fn is_native(name: &str) -> bool {

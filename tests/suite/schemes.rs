@@ -232,3 +232,39 @@ fn small_floats_that_fit_better_are_found() {
     assert!(!found.contains("e4m1") && found.iter().all(|name| name.len() == 4), "{found:?}");
     assert!(after > before + 3.0, "{before} {after}");
 }
+
+/// What layers multiply has the bits of the scheme; sums of branches and what the model is given have 8, and circuits know no such thing.
+#[test]
+fn few_bits_are_for_what_is_multiplied() {
+    use passes::tensor::DType;
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("q.onnx");
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let bits = |pipeline: &[&str]| {
+        let args = ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--target", "onnx-qdq"];
+        tool_ok(&[&args[..], &["--scheme", "w4a4", "--progress", "none"], pipeline].concat());
+        let written = onnx_quant::import::file(&out).unwrap().model;
+        let graph = written.graph();
+        let read = |value| {
+            let (_, back) = graph.producer(value).filter(|(_, node)| node.op.is("DequantizeLinear"))?;
+            Some((graph.constant_input(back, 2)?.dtype(), graph.producer(back.input(0)?)?.1.input(0)?))
+        };
+        let mut found: Vec<(String, bool, DType)> = Vec::new();
+        for (_, node) in graph.nodes().filter(|(_, node)| ["Conv", "Gemm", "Add"].iter().any(|op| node.op.is(op))) {
+            let activations = if node.op.is("Add") { 2 } else { 1 };
+            for (dtype, source) in node.inputs.iter().take(activations).flatten().filter_map(|value| read(*value)) {
+                found.push((node.op.name.to_string(), graph.inputs().contains(&source), dtype));
+            }
+        }
+        found
+    };
+    let found = bits(&[]);
+    assert!(found.iter().any(|(op, ..)| op == "Add") && found.iter().any(|(_, given, _)| *given), "{found:?}");
+    for (op, given, dtype) in &found {
+        let want = if op == "Add" || *given { DType::U8 } else { DType::U4 };
+        assert_eq!(*dtype, want, "{op} {given}: {found:?}");
+    }
+    let all = "infer-shapes, fold-constants, calibrate, assign-encodings, round";
+    let found = bits(&["--pipeline", all]);
+    assert!(found.len() > 5 && found.iter().all(|(.., dtype)| *dtype == DType::U4), "{found:?}");
+}

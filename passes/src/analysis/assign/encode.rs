@@ -1,9 +1,10 @@
 //! How the tensors of quantized nodes are written.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::select::Selection;
+use super::width::Wide;
 use super::{Goal, Goals, logarithm, weights};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::Encoding;
@@ -59,61 +60,77 @@ pub(super) fn read_by_products(graph: &Graph, selection: &Selection) -> BTreeSet
     selection.reads.iter().filter_map(read).collect()
 }
 
-/// Records the encodings of everything that `selection` reads and writes.
+/// Records the encodings of everything that `selection` reads and writes; of `wide` activations with the bits of `others`.
 pub(super) fn encode(
     model: &Model,
     selection: &Selection,
     observers: &Observers<'_>,
     goals: &Goals,
+    (wide, others): (&Wide, &Goal),
     patch: &mut Patch,
 ) {
     let graph = model.graph();
-    let mut by_value: Vec<Option<Encoding>> = vec![None; graph.n_values()];
-    let mut is_written = vec![false; graph.n_values()];
-    let mut wanted: Vec<ValueId> = selection.written.iter().map(|(value, _)| *value).collect();
-    wanted.extend(selection.reads.iter().filter_map(|(node, input)| graph.node(*node)?.input((*input).into())));
-    wanted.sort_unstable();
-    wanted.dedup();
-    let products = read_by_products(graph, selection);
-    let encodings = parallel::map(&wanted, |value| {
-        let observer = if products.contains(value) { observers.products } else { observers.usual };
-        Some(activation(model.stats().distribution(*value)?, observer, &goals.base))
-    });
-    for (value, encoding) in wanted.iter().zip(encodings) {
-        by_value[value.index()] = encoding;
-    }
+    let read = |&(node, input): &(NodeId, u16)| graph.node(node)?.input(input.into());
+    let mut encodings = activations(model, selection, observers, (&goals.base, wide, others));
     for &(value, shares) in &selection.written {
-        is_written[value.index()] = true;
-        if let Some(source) = shares {
-            let shared = by_value[source.index()].clone();
-            by_value[value.index()] = shared;
+        if wide.is_apart(value) {
+            continue;
         }
-        if let Some(encoding) = &by_value[value.index()] {
+        let is_wide = wide.is_written(value);
+        if let Some(source) = shares {
+            let shared = encodings.get(&(source, is_wide)).cloned();
+            encodings.extend(shared.map(|shared| ((value, is_wide), shared)));
+        }
+        if let Some(encoding) = encodings.get(&(value, is_wide)) {
             note_dead(model, value, patch);
             patch.edit(Edit::Encode { site: Site::Value(value), encoding: encoding.clone() });
         }
     }
+    let written = selection.written.iter().map(|(value, _)| *value);
+    let written: BTreeSet<ValueId> = written.filter(|value| !wide.is_apart(*value)).collect();
     let users = Users::of(graph);
     for &(node, input) in &selection.reads {
-        let Some(value) = graph.node(node).and_then(|n| n.input(input.into())) else { continue };
+        let Some(value) = read(&(node, input)) else { continue };
         if let Some((site, encoding)) = logarithm::of(graph, &users, (node, input), &goals.base) {
             patch.edit(Edit::Encode { site, encoding });
-        } else if let (false, Some(encoding)) = (is_written[value.index()], &by_value[value.index()]) {
+        } else if let Some(encoding) = encodings.get(&(value, wide.is_read((node, input))))
+            && !written.contains(&value)
+        {
             note_dead(model, value, patch);
             patch.edit(Edit::Encode { site: Site::Use { node, input }, encoding: encoding.clone() });
         }
     }
-    let linear: Vec<NodeId> =
-        selection.reads.iter().map(|(node, _)| *node).filter(|node| ops::linear(graph, *node).is_some()).collect();
-    let parameters = parallel::map(&linear, |node| {
-        let input = graph.node(*node)?.input(ops::linear(graph, *node)?.activation.into())?;
-        let scale = *by_value[input.index()].as_ref()?.scale.first()?;
-        parameters(model, *node, scale, goals.of(*node))
+    let linear: Vec<(NodeId, u16)> =
+        selection.reads.iter().copied().filter(|(node, _)| ops::linear(graph, *node).is_some()).collect();
+    let parameters = parallel::map(&linear, |at| {
+        let encoding = encodings.get(&(read(at)?, wide.is_read(*at)))?;
+        parameters(model, at.0, *encoding.scale.first()?, goals.of(at.0))
     });
     for edits in parameters.into_iter().flatten() {
         edits.edits.into_iter().for_each(|edit| patch.edit(edit));
         edits.note.into_iter().for_each(|note| patch.note(note));
     }
+}
+
+/// The encodings of all activations that `selection` reads or writes, by whether they are wide ones.
+fn activations(
+    model: &Model,
+    selection: &Selection,
+    observers: &Observers<'_>,
+    (usual, wide, others): (&Goal, &Wide, &Goal),
+) -> BTreeMap<(ValueId, bool), Encoding> {
+    let graph = model.graph();
+    let written = selection.written.iter().map(|(value, _)| (*value, wide.is_written(*value)));
+    let read =
+        |&(node, input): &(NodeId, u16)| Some((graph.node(node)?.input(input.into())?, wide.is_read((node, input))));
+    let wanted: BTreeSet<(ValueId, bool)> = written.chain(selection.reads.iter().filter_map(read)).collect();
+    let wanted: Vec<(ValueId, bool)> = wanted.into_iter().collect();
+    let products = read_by_products(graph, selection);
+    let encodings = parallel::map(&wanted, |(value, is_wide)| {
+        let observer = if products.contains(value) { observers.products } else { observers.usual };
+        Some(activation(model.stats().distribution(*value)?, observer, if *is_wide { others } else { usual }))
+    });
+    wanted.into_iter().zip(encodings).filter_map(|(at, encoding)| Some((at, encoding?))).collect()
 }
 
 fn note_dead(model: &Model, value: ValueId, patch: &mut Patch) {

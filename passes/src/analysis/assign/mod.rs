@@ -6,6 +6,7 @@ mod logarithm;
 mod select;
 mod tables;
 mod weights;
+mod width;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -21,6 +22,7 @@ use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, Pa
 use crate::target::{Accepts, Scheme};
 use crate::{observe, ops};
 pub(super) use weights::WeightScale;
+use width::Wide;
 
 crate::declare_pass! {
     /// Decides which nodes run on codes and how each of their tensors is written.
@@ -49,6 +51,10 @@ crate::declare_pass! {
                 name: "formats",
                 doc: "asked (default): that of the scheme; search: of all small floats of as many bits the one that fits each weight best",
             },
+            OptionInfo {
+                name: "others",
+                doc: "bits of integers for activations that nothing multiplies and for what the model is given, where the scheme has fewer; as the scheme says by default",
+            },
             OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max, mse (default), or cfp, which cuts outliers off long rows" },
         ],
     }
@@ -70,6 +76,8 @@ struct AssignEncodings {
     reach: Option<f64>,
     /// Whether every weight has the small float that fits it best.
     search: bool,
+    /// Bits of activations that nothing multiplies, and of what the model is given, where the scheme has fewer.
+    others: Option<u32>,
 }
 
 /// That share for integers of 4 bits and fewer: what is cut off costs less than finer steps gain. Source: Ashkboos et al. 2024,
@@ -82,6 +90,13 @@ impl AssignEncodings {
     fn reach(&self, cx: &PassContext<'_>) -> f32 {
         let narrow = cx.scheme.activation_format.is_none() && cx.scheme.activation_bits.is_some_and(|bits| bits <= 4);
         self.reach.map_or(if narrow { REACH } else { 1.0 }, |reach| reach as f32)
+    }
+
+    /// The scheme of activations that have more bits than `scheme` says, where there are any.
+    fn others(&self, scheme: Scheme) -> Option<Scheme> {
+        let more = self.others.filter(|more| scheme.activation_bits.is_some_and(|bits| bits < *more));
+        let activation_bits = more.filter(|_| scheme.activation_format.is_none())?;
+        Some(Scheme { activation_bits: Some(activation_bits), ..scheme })
     }
 
     fn new(options: &Options) -> Result<Self, OptionError> {
@@ -107,8 +122,18 @@ impl AssignEncodings {
                 return Err(OptionError { option: "formats".into(), problem });
             }
         };
+        let others = match options.count("others", 0)? {
+            0 => None,
+            bits @ (2..=8 | 16) => u32::try_from(bits).ok(),
+            _ => {
+                return Err(OptionError {
+                    option: "others".into(),
+                    problem: "integers have 2 to 8 bits, or 16".into(),
+                });
+            }
+        };
         let weights = WeightScale::of(options)?;
-        Ok(Self { observer, products, weights, least: options.number("least-db")?, reach, search })
+        Ok(Self { observer, products, weights, least: options.number("least-db")?, reach, search, others })
     }
 }
 
@@ -257,7 +282,10 @@ impl Pass for AssignEncodings {
             selection = select(&kept.into_iter().filter(|(_, kept)| *kept < least).collect());
         }
         if cx.scheme.fixes_ranges() {
-            encode::encode(model, &selection, &observers, &goals, &mut patch);
+            let others = self.others(cx.scheme).and_then(|scheme| Goal::new(scheme, self.weights, cx.target.accepts()));
+            let wide = others.map(|_| Wide::of(model.graph(), &selection)).unwrap_or_default();
+            let others = (&wide, &others.unwrap_or(goals.base));
+            encode::encode(model, &selection, &observers, &goals, others, &mut patch);
         } else {
             encode::encode_products(model, &selection, &goals, self.reach(cx), &mut patch)?;
         }
