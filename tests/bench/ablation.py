@@ -37,6 +37,7 @@ STEPS = {
              ('+ refit', f'calibrate, {ENCODE}, round-in-order{{method=enumerate, refit=3}}'),
              ('+ refit, coupled', f'calibrate, {ENCODE}, round-in-order{{method=enumerate, refit=3, coupled=1}}'),
              ('+ equalize-layers', f'calibrate, smooth, equalize-layers, drop-dead, calibrate, {LEAST}, round-in-order{{method=enumerate, refit=3}}'),
+             ('+ rotate-bottlenecks', f'calibrate, smooth, equalize-layers, rotate-bottlenecks, infer-shapes, drop-dead, calibrate, {LEAST}, round-in-order{{method=enumerate, refit=3}}'),
              ('adaround instead', f'calibrate, {ENCODE}, round-in-order{{method=adaround}}')],
     'w4a16g32': [('nearest', f'calibrate, {ENCODE}, round'),
                  ('+ gptq', f'calibrate, {ENCODE}, round{{method=gptq}}'),
@@ -62,7 +63,11 @@ STEPS['w4a4'] = [('nearest', f'calibrate, {FEW}, round'),
                  ('+ smooth, equalize-layers', f'calibrate, {SMOOTHED}, correct-bias'),
                  ('+ rotate-inputs', f'calibrate, rotate-inputs, drop-dead, calibrate, {SMOOTHED}, correct-bias'),
                  ('+ defer-softmax', f'calibrate, defer-softmax, rotate-inputs, drop-dead, calibrate, {SMOOTHED}, correct-bias'),
-                 ('+ norms bare', f'calibrate, reparameterize-norms{{to=bare}}, defer-softmax, rotate-inputs, drop-dead, calibrate, {SMOOTHED}, correct-bias')]
+                 ('+ norms bare', f'calibrate, reparameterize-norms{{to=bare}}, defer-softmax, rotate-inputs, drop-dead, calibrate, {SMOOTHED}, correct-bias'),
+                 ('+ inputs and sums of 8 bits', 'calibrate, reparameterize-norms{to=bare}, defer-softmax, rotate-inputs, drop-dead, calibrate, '
+                  + SMOOTHED.replace('products=mse', 'products=mse, others=8') + ', correct-bias'),
+                 ('+ rotate-bottlenecks', 'calibrate, reparameterize-norms{to=bare}, defer-softmax, rotate-inputs, drop-dead, calibrate, '
+                  + SMOOTHED.replace('products=mse', 'products=mse, others=8').replace('layers,', 'layers, rotate-bottlenecks, infer-shapes,') + ', correct-bias')]
 # Turned, the language model's head is a weight of its own: it stays in float as in the other rows.
 ROTATE, HEAD = 'rotate, infer-shapes, drop-dead, calibrate', ('--keep-float', 'node_linear_210')
 STEPS['w4a16g128'] = [*STEPS['w4a16g32'][:-1], ('rotate, nearest', f'{ROTATE}, {ENCODE}, round', *HEAD),
