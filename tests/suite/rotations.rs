@@ -222,6 +222,12 @@ fn linear_bottlenecks_turn_and_others_stay() {
             let convolutions = graph.nodes().filter(|(_, node)| node.op.is("Conv"));
             convolutions.map(|(_, node)| graph.constant_input(node, 1).unwrap().digest()).collect::<Vec<u32>>()
         };
+        let kept = |name: &str| {
+            let names = [(name.to_owned(), "--keep-float".to_owned())].into_iter().collect();
+            let mut cx = PassContext { keep_float: &names, ..PassContext::new(targets::TARGETS[0], executor.as_ref()) };
+            weights(&PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap().0)
+        };
+        assert_eq!(kept("wd")[4..], weights(&plain)[4..], "{why}: what stays in float keeps its name, and its numbers");
         let (before, after) = (weights(&plain), weights(&after));
         let same = |at: usize| before[at] == after[at];
         assert!(same(0) && !same(5), "{why}: what reads inputs stays, what reads %d does not");

@@ -3,12 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::region::{Region, is_kept_in_float, regions};
+use super::region::{Region, free_regions};
 use super::smooth::divisors;
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::id::{NodeId, ValueId};
-use crate::ir::Graph;
-use crate::ir::walk::Users;
 use crate::model::{Edit, Model, Patch, Statistic, Trained};
 use crate::observe::Peaks;
 use crate::parallel;
@@ -111,14 +109,6 @@ impl Pass for EqualizeLayers {
         }
         Ok(patch)
     }
-}
-
-/// The regions in which nothing has to stay in float: nodes and tensors get new names, which no pattern would find.
-fn free_regions(graph: &Graph, cx: &PassContext<'_>, clamps: bool) -> Vec<Region> {
-    let named = |id: &NodeId| is_kept_in_float(graph, cx, *id);
-    let mut regions = regions(graph, &Users::of(graph), clamps);
-    regions.retain(|region| !region.sources.iter().chain(&region.inside).chain(&region.sinks).any(named));
-    regions
 }
 
 /// What a sink does with the channels of the region.

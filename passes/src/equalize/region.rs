@@ -75,6 +75,14 @@ fn convolution<'a>(graph: &'a Graph, users: &Users, id: NodeId) -> Option<(&'a N
     (plain && weight.shape()[0] > 0).then_some((node, weight.as_ref()))
 }
 
+/// The regions in which nothing has to stay in float: nodes and tensors get new names, which no pattern would find.
+pub(super) fn free_regions(graph: &Graph, cx: &PassContext<'_>, clamps: bool) -> Vec<Region> {
+    let named = |id: &NodeId| is_kept_in_float(graph, cx, *id);
+    let mut regions = regions(graph, &Users::of(graph), clamps);
+    regions.retain(|region| !region.sources.iter().chain(&region.inside).chain(&region.sinks).any(named));
+    regions
+}
+
 /// Every region of `graph`, in the order of the first node of each; with `clamps`, those with clamps that end somewhere too.
 pub(super) fn regions(graph: &Graph, users: &Users, clamps: bool) -> Vec<Region> {
     let mut parent: BTreeMap<ValueId, ValueId> = BTreeMap::new();

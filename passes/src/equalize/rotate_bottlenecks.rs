@@ -9,7 +9,6 @@ use super::region::{self, Region};
 use super::rotate;
 use crate::id::NodeId;
 use crate::ir::Graph;
-use crate::ir::walk::Users;
 use crate::model::{Model, Patch};
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
 use crate::tensor::Tensor;
@@ -58,14 +57,14 @@ impl Pass for RotateBottlenecks {
         &INFO
     }
 
-    fn run(&self, model: &Model, _: &PassContext<'_>) -> Result<Patch, PassError> {
+    fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         let graph = model.graph();
         let mut patch = Patch::on(model);
         // A convolution between two bottlenecks is turned on both sides.
         let mut turned: BTreeMap<NodeId, Turned> = BTreeMap::new();
-        for region in region::regions(graph, &Users::of(graph), false) {
+        for region in region::free_regions(graph, cx, false) {
             let both = || region.sources.iter().chain(&region.sinks);
-            let parts: Option<Vec<Turned>> = both().map(|id| Turned::of(graph, *id)).collect();
+            let parts: Option<Vec<Turned>> = both().map(|id| Turned::of(model, cx, *id)).collect();
             let (Some(parts), true) = (parts, is_linear(graph, &region)) else { continue };
             for (id, part) in both().zip(parts) {
                 turned.entry(*id).or_insert(part);
@@ -87,13 +86,15 @@ impl Pass for RotateBottlenecks {
     }
 }
 
-/// Whether every basis does for the channels of `region`: they are more than one, and only added up and averaged.
+/// Whether every basis does for the channels of `region`, which are only added up and averaged, and there is one that mixes them.
 fn is_linear(graph: &Graph, region: &Region) -> bool {
     let is_linear = |id: &NodeId| {
         let node = graph.node(*id);
         node.is_some_and(|node| ["Add", "Identity", "AveragePool", "GlobalAveragePool"].iter().any(|op| node.op.is(op)))
     };
-    region.channels > 1 && region.inside.iter().all(is_linear)
+    let reads = |id: &NodeId| Some(graph.constant_input(graph.node(*id)?, 1)?.shape()[1]);
+    let fits = region.sinks.iter().all(|id| reads(id) == Some(region.channels));
+    fits && region.channels > 0 && region.channels.is_multiple_of(2) && region.inside.iter().all(is_linear)
 }
 
 /// A convolution with other weights.
@@ -103,15 +104,20 @@ struct Turned {
 }
 
 impl Turned {
-    /// The convolution `id` as it is; `None` for one in groups, or one that was turned before.
-    fn of(graph: &Graph, id: NodeId) -> Option<Self> {
+    /// The convolution `id` as it is; `None` for one in groups, one that was turned before or is in codes, one whose numbers are not
+    /// finite, and one whose weight the user named.
+    fn of(model: &Model, cx: &PassContext<'_>, id: NodeId) -> Option<Self> {
+        let graph = model.graph();
         let node = graph.node(id)?;
-        let is_new = !graph.value(node.input(1)?).name.ends_with(TURNED);
-        let weight = graph.constant_input(node, 1).filter(|_| is_new && node.int("group", 1) == 1)?;
-        Some(Self {
-            weight: weight.as_ref().clone(),
-            bias: graph.constant_input(node, 2).map(|bias| bias.as_ref().clone()),
-        })
+        let name = &graph.value(node.input(1)?).name;
+        let is_named = cx.schemes.contains_key(&**name) && !cx.schemes.contains_key(&*node.name);
+        let is_free = !name.ends_with(TURNED) && !is_named && !model.plan().encodes_any_of(graph, id);
+        let weight = graph.constant_input(node, 1).filter(|_| is_free && node.int("group", 1) == 1)?;
+        let bias = graph.constant_input(node, 2);
+        let is_finite = |tensor: &Tensor| tensor.floats().is_some_and(|all| all.iter().all(|v| v.is_finite()));
+        let is_row = |bias: &Tensor| weight.shape().get(..1) == Some(bias.shape());
+        let fits = is_finite(weight) && bias.is_none_or(|bias| is_finite(bias) && is_row(bias));
+        fits.then(|| Self { weight: weight.as_ref().clone(), bias: bias.map(|bias| bias.as_ref().clone()) })
     }
 
     /// The same convolution, whose result is turned by `rotation`.

@@ -45,12 +45,15 @@ pub(super) fn free(graph: &Graph, plan: &Plan, users: &Users, nodes: &[NodeId]) 
 
 /// Whether a tensor beside `value`, across one operator, has the same encoding.
 fn is_tied(graph: &Graph, plan: &Plan, users: &Users, value: ValueId, encoding: &Encoding) -> bool {
-    let before = graph.producer(value).into_iter().flat_map(|(_, node)| node.inputs.iter().flatten().copied());
+    // Codes that are only moved may be read in an encoding of their own.
+    let moved = graph.producer(value).is_some_and(|(id, node)| {
+        let mut inputs = (0..node.inputs.len()).filter_map(|input| u16::try_from(input).ok());
+        inputs.any(|input| plan.encoding_of_use(graph, id, input) == Some(encoding))
+    });
     let readers = users.of_value(value).iter().filter_map(|user| match user {
         User::Input { node, .. } => graph.node(*node),
         _ => None,
     });
-    let behind = readers.flat_map(|node| node.outputs.iter().flatten().copied());
-    let mut beside = before.chain(behind);
-    beside.any(|other| other != value && plan.encoding(Site::Value(other)) == Some(encoding))
+    let mut behind = readers.flat_map(|node| node.outputs.iter().flatten().copied());
+    moved || behind.any(|other| other != value && plan.encoding(Site::Value(other)) == Some(encoding))
 }

@@ -32,7 +32,7 @@ crate::declare_pass! {
     /// already and someone quantized reads the result. Activations are asymmetric per tensor, with zero at the lowest code
     /// for tensors that are never negative; weights symmetric per output channel; biases 32-bit at input scale times
     /// weight scale, the weight scale raised where a bias would not fit. A tensor that a float node reads too is rounded
-    /// only for its quantized readers, unless its producer must write codes. Every decision records its reason.
+    /// only for its quantized readers, unless its producer must write codes; one of which readers want other bits (`others`), for each. Every decision records its reason.
     INFO {
         name: "assign-encodings",
         source: "Jacob et al. 2018, arXiv:1712.05877, section 2; placement after the target's measured rules",
@@ -53,7 +53,7 @@ crate::declare_pass! {
             },
             OptionInfo {
                 name: "others",
-                doc: "bits of integers for activations that nothing multiplies and for what the model is given, where the scheme has fewer; as the scheme says by default",
+                doc: "bits of integers, of fixed ranges, for activations that no layer or matrix product multiplies and for what the model is given, where the scheme has fewer; as the scheme says by default",
             },
             OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max, mse (default), or cfp, which cuts outliers off long rows" },
         ],

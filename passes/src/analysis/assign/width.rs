@@ -8,7 +8,7 @@ use crate::ir::{Graph, Node};
 use crate::ops;
 use crate::simulate::is_float_activation;
 
-/// The reads and tensors whose codes have more bits than the scheme says: what no layer and no product of two activations multiplies,
+/// The reads and tensors whose codes have more bits than the scheme says: what no layer and no matrix product multiplies,
 /// and what the model is given. Few bits pay where they are multiplied; what is added to a sum, or is to be seen by all layers, loses
 /// most by them.
 ///
