@@ -14,6 +14,11 @@ pub fn each<T: Send>(items: &mut [T], f: impl Fn(&mut T) + Sync + Send) {
     items.par_iter_mut().for_each(f);
 }
 
+/// What both give.
+pub fn both<A: Send, B: Send>(a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
+    rayon::join(a, b)
+}
+
 /// Runs jobs `0..jobs` on `threads` plain threads, each with a state of its own made by `start`, and returns the states.
 /// Which job lands in which state depends on timing: states must be such that merging them does not care.
 ///

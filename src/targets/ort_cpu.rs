@@ -174,7 +174,12 @@ fn products(goal: Goal, scheme: &Scheme) -> Cow<'static, str> {
         (Goal::Best, Some(RangesOf::Token) | None) => {
             let turned = scheme.dynamic.is_some() && scheme.activation_format.is_none();
             let turned = if turned { "rotate-inputs, drop-dead,\ncalibrate, " } else { "" };
-            let coupled = if scheme.weight_bits < 8 { ", coupled=1" } else { "" };
+            // Few bits are worth more gradients.
+            let coupled = match scheme.weight_bits {
+                ..4 => ", coupled=1",
+                4..8 => ", coupled=0.5",
+                8.. => "",
+            };
             &format!("{turned}assign-encodings{{weights=mse}}, round-in-order{{refit=3{coupled}}}")
         }
         (Goal::Best, Some(RangesOf::Tensor)) => {

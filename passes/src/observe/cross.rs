@@ -1,12 +1,9 @@
-//! Mixed second moments of two tensors whose rows belong together: Σ a bᵀ, exactly.
+//! Mixed second moments of two tensors whose rows belong together: Σ a bᵀ.
 //!
-//! The rows are those of [`super::Gram`], in the same whole multiples of a unit per channel, so that sums are exact and do not
-//! depend on the order of samples.
+//! The rows are those of [`super::Gram`], in the same whole multiples of a unit per channel and added up in the same way, so that
+//! sums do not depend on the order of samples.
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
-
-use super::gram::{FEW_COLUMNS, Weights, column_sum, product, share_of, unit};
+use super::gram::{FEW_COLUMNS, Weights, column_sum, panels, product, share_of, unit};
 use super::rows::{Rows, Strip};
 
 /// One side: how its rows are cut, and in which units.
@@ -99,7 +96,7 @@ impl CrossSums {
         }
         let (m, d) = (self.left.columns, self.right.columns);
         for group in 0..self.right.rows.groups() {
-            let mut strips: Vec<(usize, Vec<f64>)> = Vec::new();
+            let mut strips: Vec<(usize, Vec<f32>)> = Vec::new();
             let keep = |strip: &Strip<'_>| strips.push((strip.rows, strip.values.to_vec()));
             self.left.rows.strips((left.0, left.1, roots), group, &self.left.inverse_units, keep);
             let products = &mut self.products[group * m * d..(group + 1) * m * d];
@@ -148,7 +145,7 @@ impl CrossSums {
 }
 
 /// Adds `aᵀ b` for strips of as many rows.
-fn add(products: &mut [f64], a: &[f64], b: &Strip<'_>, m: usize, d: usize) {
+fn add(products: &mut [f64], a: &[f32], b: &Strip<'_>, m: usize, d: usize) {
     let n = b.rows;
     if m <= FEW_COLUMNS && d <= FEW_COLUMNS {
         for j in 0..d {
@@ -159,10 +156,16 @@ fn add(products: &mut [f64], a: &[f64], b: &Strip<'_>, m: usize, d: usize) {
         }
         return;
     }
-    let left = MatRef::from_column_major_slice(a, n, m);
-    let right = MatRef::from_column_major_slice(b.values, n, d);
-    let into = MatMut::from_column_major_slice_mut(products, m, d);
-    matmul(into, Accum::Add, left.transpose(), right, 1.0, Par::Seq);
+    panels(
+        a,
+        b.values,
+        n,
+        |_| 0,
+        |column, _, sums| {
+            let into = &mut products[column * m..(column + 1) * m];
+            into.iter_mut().zip(sums).for_each(|(into, sum)| *into += f64::from(*sum));
+        },
+    );
 }
 
 impl Cross {
@@ -222,7 +225,7 @@ mod tests {
     /// Rows and shapes of two tensors that belong together.
     type Case = [(Rows, Vec<usize>); 2];
 
-    fn cases() -> [Case; 3] {
+    fn cases() -> [Case; 4] {
         let right = Rows::Windows(Window {
             kernel: [3, 2],
             strides: [1, 2],
@@ -235,6 +238,7 @@ mod tests {
         [
             [(Rows::Last, vec![30, 2]), (Rows::Last, vec![30, 3])],
             [(Rows::Last, vec![50, 35]), (Rows::Last, vec![50, 40])],
+            [(Rows::Last, vec![30, 20]), (Rows::Last, vec![30, 300])],
             [(left, vec![1, 2, 5, 2]), (right, vec![1, 4, 5, 3])],
         ]
     }
@@ -274,7 +278,7 @@ mod tests {
 
     #[test]
     fn rows_of_no_weight_do_not_count() {
-        for (m, d) in [(2, 3), (35, 40)] {
+        for (m, d) in [(2, 3), (35, 40), (20, 300)] {
             let (a, b, roots) = (drawn(2, 60 * m), drawn(3, 60 * d), drawn_roots(4, 60, 1));
             let kept = |x: &[f32], columns: usize| -> Vec<f32> {
                 let kept = x.chunks(columns).zip(&roots).filter(|(_, root)| **root > 0.0);

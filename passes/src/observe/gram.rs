@@ -1,16 +1,17 @@
-//! Gram matrices of what linear nodes read: Σ x xᵀ over rows, exactly.
+//! Gram matrices of what linear nodes read: Σ x xᵀ over rows.
 //!
 //! The squared error that rounding a weight W to Ŵ makes in the output of its node is, per output row,
 //! (Ŵ − W) H (Ŵ − W)ᵀ with H = E\[x xᵀ\]; so one matrix per tensor serves every method that rounds by data, for every node
 //! that reads the tensor in the same way.
 //!
-//! Sums do not depend on the order of their terms. Every column is rounded to 15-bit whole multiples of a power of two that
+//! Sums do not depend on the order of samples. Every column is rounded to 15-bit whole multiples of a power of two that
 //! its peak sets; products are below 2³⁰, so an f64 holds the exact sum of 2²³ rows. Rounding a column costs a relative
-//! 2⁻¹⁵ of its peak, far below what any use of H can tell.
+//! 2⁻¹⁵ of its peak, far below what any use of H can tell. Where there are many columns, the rows of one strip (at most
+//! 1,024 of one sample) are added up in f32, at twice the rate: whole numbers all the same, so that strips add up exactly.
 
 #![expect(clippy::inline_always, reason = "what runs inside `vectorized` must be compiled into it")]
 
-use faer::linalg::matmul::triangular::{self, BlockStructure};
+use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
 use super::rows::{ROOT, Rows, Strip};
@@ -176,9 +177,11 @@ impl Weights {
             self.squares += strip.rows as f64;
             return;
         }
-        self.sum += strip.roots.iter().map(|root| root * root).sum::<f64>() * ROOT * ROOT;
-        let weights = strip.roots.iter().map(|root| (root * root * ROOT).round_ties_even());
-        self.squares += weights.map(|w| w * w).sum::<f64>() * ROOT * ROOT;
+        let unit = f64::from(ROOT);
+        let roots = || strip.roots.iter().map(|root| f64::from(*root));
+        self.sum += roots().map(|root| root * root).sum::<f64>() * unit * unit;
+        let weights = roots().map(|root| (root * root * unit).round_ties_even());
+        self.squares += weights.map(|w| w * w).sum::<f64>() * unit * unit;
     }
 
     pub(super) fn merge(&mut self, other: &Self) {
@@ -197,11 +200,12 @@ impl Weights {
 }
 
 /// The sum of a column of `strip`, in its unit: weighed once more where rows are, since they are multiplied with roots.
-pub(super) fn column_sum(column: &[f64], strip: &Strip<'_>) -> f64 {
+pub(super) fn column_sum(column: &[f32], strip: &Strip<'_>) -> f64 {
+    let column = column.iter().map(|v| f64::from(*v));
     if strip.roots.is_empty() {
-        return column.iter().sum();
+        return column.sum();
     }
-    column.iter().zip(strip.roots).map(|(v, root)| v * root).sum::<f64>() * ROOT
+    column.zip(strip.roots).map(|(v, root)| v * f64::from(*root)).sum::<f64>() * f64::from(ROOT)
 }
 
 /// The most rows of one of `samples` samples.
@@ -224,18 +228,43 @@ pub(super) const FEW_COLUMNS: usize = 32;
 
 /// Adds `XᵀX` to the lower triangle of `products`.
 fn add_many(products: &mut [f64], strip: &Strip<'_>, d: usize) {
-    let x = MatRef::from_column_major_slice(strip.values, strip.rows, d);
-    triangular::matmul(
-        MatMut::from_column_major_slice_mut(products, d, d),
-        BlockStructure::TriangularLower,
-        Accum::Add,
-        x.transpose(),
-        BlockStructure::Rectangular,
-        x,
-        BlockStructure::Rectangular,
-        1.0,
-        Par::Seq,
+    panels(
+        strip.values,
+        strip.values,
+        strip.rows,
+        |first| first,
+        |column, from, sums| {
+            // What lies above the diagonal is not read.
+            let into = &mut products[column * d + from..(column + 1) * d];
+            into.iter_mut().zip(sums).for_each(|(into, sum)| *into += f64::from(*sum));
+        },
     );
+}
+
+/// Shows the columns of `AᵀB`, each with its number and the row that it begins at, for a and b of `rows` rows, column after column. Of columns
+/// from the `first` of a panel on only the rows from `from(first)` on are computed, and shown.
+pub(super) fn panels(
+    a: &[f32],
+    b: &[f32],
+    rows: usize,
+    from: impl Fn(usize) -> usize,
+    mut show: impl FnMut(usize, usize, &[f32]),
+) {
+    /// Columns of a panel: few enough that it stays in the cache, many enough for the product to be fast.
+    const ACROSS: usize = 128;
+    let (m, d) = (a.len() / rows.max(1), b.len() / rows.max(1));
+    let mut panel = vec![0.0_f32; m * ACROSS.min(d)];
+    for first in (0..d).step_by(ACROSS) {
+        let (from, across) = (from(first), ACROSS.min(d - first));
+        let height = m - from;
+        let left = MatRef::from_column_major_slice(&a[from * rows..], rows, height);
+        let right = MatRef::from_column_major_slice(&b[first * rows..(first + across) * rows], rows, across);
+        let into = MatMut::from_column_major_slice_mut(&mut panel[..height * across], height, across);
+        matmul(into, Accum::Replace, left.transpose(), right, 1.0, Par::Seq);
+        for (at, sums) in panel[..height * across].chunks_exact(height).enumerate() {
+            show(first + at, from, sums);
+        }
+    }
 }
 
 /// The same column pair by column pair.
@@ -256,13 +285,13 @@ fn add_few(products: &mut [f64], strip: &Strip<'_>, d: usize) {
 
 /// Σ a · b of whole numbers: exact, so in any order.
 #[inline(always)]
-pub(super) fn product(a: &[f64], b: &[f64]) -> f64 {
+pub(super) fn product(a: &[f32], b: &[f32]) -> f64 {
     let mut sums = [0.0_f64; 8];
     let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
-    let rest: f64 = a8.remainder().iter().zip(b8.remainder()).map(|(x, y)| x * y).sum();
+    let rest: f64 = a8.remainder().iter().zip(b8.remainder()).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
     for (x, y) in a8.zip(b8) {
         for lane in 0..8 {
-            sums[lane] += x[lane] * y[lane];
+            sums[lane] += f64::from(x[lane]) * f64::from(y[lane]);
         }
     }
     rest + sums.iter().sum::<f64>()
@@ -348,7 +377,7 @@ mod tests {
     }
 
     /// Rows and the shape of one sample, with few columns and with many; none are thinned out.
-    fn cases() -> [(Rows, Vec<usize>); 4] {
+    fn cases() -> [(Rows, Vec<usize>); 5] {
         let w = Window {
             kernel: [3, 2],
             strides: [1, 2],
@@ -360,6 +389,7 @@ mod tests {
         [
             (Rows::Last, vec![30, 3]),
             (Rows::Last, vec![50, 40]),
+            (Rows::Last, vec![30, 300]),
             (Rows::Windows(w), vec![1, 4, 5, 3]),
             (Rows::Windows(Window { groups: 1, ..w }), vec![1, 6, 5, 3]),
         ]
@@ -379,7 +409,8 @@ mod tests {
             assert_eq!(strip.rows, roots.len());
             for (at, moment) in moments.iter_mut().enumerate() {
                 let (a, b) = (&strip.values[at / d * strip.rows..], &strip.values[at % d * strip.rows..]);
-                *moment = weights.iter().zip(a).zip(b).map(|((w, a), b)| w * a * b).sum::<f64>();
+                *moment =
+                    weights.iter().zip(a).zip(b).map(|((w, a), b)| w * f64::from(*a) * f64::from(*b)).sum::<f64>();
             }
         });
         let scale = 16384.0_f64.powi(2) * weights.iter().sum::<f64>();
@@ -419,7 +450,7 @@ mod tests {
 
     #[test]
     fn rows_of_no_weight_do_not_count() {
-        for columns in [3, 40] {
+        for columns in [3, 40, 300] {
             let shape = [60, columns];
             let (x, roots) = (drawn(4, 60 * columns), drawn_roots(5, 60, 1));
             let kept = x.chunks(columns).zip(&roots).filter(|(_, root)| **root > 0.0);

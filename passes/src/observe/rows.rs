@@ -2,6 +2,8 @@
 
 #![expect(clippy::inline_always, reason = "what runs inside `vectorized` must be compiled into it")]
 
+use crate::simd::vectorized;
+
 /// So many rows at a time are handed on.
 const STRIP_ROWS: usize = 1024;
 
@@ -33,31 +35,32 @@ pub struct Window {
 
 /// A few rows, every value a whole multiple of its column's unit; column after column.
 pub(super) struct Strip<'a> {
-    pub(super) values: &'a [f64],
+    pub(super) values: &'a [f32],
     pub(super) rows: usize,
     /// What the rows are multiplied with already, in whole multiples of 2⁻¹⁵; empty where they all count alike.
-    pub(super) roots: &'a [f64],
+    pub(super) roots: &'a [f32],
 }
 
 /// The unit of a root.
-pub(super) const ROOT: f64 = 1.0 / 32768.0;
+pub(super) const ROOT: f32 = 1.0 / 32768.0;
 
 /// Multiplies the rows in `values`, column after column, with `roots` from 0 to 1, and returns those in whole multiples of [`ROOT`].
-fn weigh(values: &mut [f64], roots: impl Iterator<Item = f32>) -> Vec<f64> {
-    let roots: Vec<f64> = roots.map(|root| whole(root, 1.0 / ROOT)).collect();
+fn weigh(values: &mut [f32], roots: impl Iterator<Item = f32>) -> Vec<f32> {
+    let roots: Vec<f32> = roots.map(|root| whole(root, 1.0 / f64::from(ROOT))).collect();
     for column in values.chunks_exact_mut(roots.len().max(1)) {
-        column.iter_mut().zip(&roots).for_each(|(v, root)| *v = (*v * root * ROOT).round_ties_even());
+        column.iter_mut().zip(&roots).for_each(|(v, root)| *v = whole(*v, f64::from(root * ROOT)));
     }
     roots
 }
 
 /// `v` in units of 1 / `inverse`, to the nearest whole number; what is not finite counts as 0.
 #[inline(always)]
-fn whole(v: f32, inverse: f64) -> f64 {
+#[expect(clippy::cast_possible_truncation, reason = "whole numbers up to 2¹⁵")]
+fn whole(v: f32, inverse: f64) -> f32 {
     /// Adding and subtracting 1.5 · 2⁵² rounds to a whole number, ties to even.
     const ROUND: f64 = 6_755_399_441_055_744.0;
     let v = if v.is_finite() { f64::from(v) * inverse } else { 0.0 };
-    (v.clamp(-32768.0, 32768.0) + ROUND) - ROUND
+    ((v.clamp(-32768.0, 32768.0) + ROUND) - ROUND) as f32
 }
 
 impl Window {
@@ -221,13 +224,11 @@ impl Rows {
         match self {
             Self::Last => {
                 let d = inverse_units.len();
-                let mut strip = Vec::with_capacity(STRIP_ROWS.min(values.len() / d.max(1)) * d);
+                let mut strip = vec![0.0; STRIP_ROWS.min(values.len() / d.max(1)) * d];
                 for (at, block) in values.chunks(STRIP_ROWS * d).enumerate() {
                     let rows = block.len() / d;
-                    strip.clear();
-                    for (column, &unit) in inverse_units.iter().enumerate() {
-                        strip.extend(block[column..].iter().step_by(d).take(rows).map(|&v| whole(v, unit)));
-                    }
+                    strip.truncate(rows * d);
+                    columns(block, inverse_units, &mut strip);
                     let roots = roots.map(|roots| roots.iter().skip(at * STRIP_ROWS).take(rows).copied());
                     let roots = roots.map(|roots| weigh(&mut strip, roots)).unwrap_or_default();
                     take(&Strip { values: &strip, rows, roots: &roots });
@@ -236,6 +237,32 @@ impl Rows {
             Self::Windows(w) => windows(w, (values, shape, roots), group, inverse_units, take),
         }
     }
+}
+
+/// The rows of `block` column after column, in whole multiples of units.
+fn columns(block: &[f32], inverse_units: &[f64], strip: &mut [f32]) {
+    /// So many columns are read along a row at a time: a line of the cache.
+    const ACROSS: usize = 16;
+    let d = inverse_units.len();
+    let rows = block.len() / d.max(1);
+    vectorized(
+        #[inline(always)]
+        || {
+            let bands = strip.chunks_mut((ACROSS * rows).max(1)).zip(inverse_units.chunks(ACROSS));
+            for (number, (band, units)) in bands.enumerate() {
+                let mut inverse = [0.0; ACROSS];
+                inverse[..units.len()].copy_from_slice(units);
+                for (row, values) in block.chunks_exact(d).enumerate() {
+                    let values = &values[number * ACROSS..];
+                    let mut wholes = [0.0; ACROSS];
+                    wholes.iter_mut().zip(values).for_each(|(whole, v)| *whole = *v);
+                    wholes.iter_mut().zip(&inverse).for_each(|(v, unit)| *v = whole(*v, *unit));
+                    let into = band.iter_mut().skip(row).step_by(rows);
+                    into.zip(wholes).for_each(|(into, whole)| *into = whole);
+                }
+            }
+        },
+    );
 }
 
 /// The windows of `group`, strip by strip.
@@ -253,7 +280,7 @@ fn windows(
     let grid = Grid::over(outputs[1], step);
     let across = grid.count;
     let lines: Vec<usize> = Grid::over(outputs[0], step).positions().collect();
-    let mut strip: Vec<f64> = Vec::new();
+    let mut strip: Vec<f32> = Vec::new();
     for (number, image) in values.chunks_exact((shape[1] * height * width).max(1)).enumerate() {
         let row_of = |line: usize, column: usize| (number * outputs[0] + line) * outputs[1] + column;
         for lines in lines.chunks((STRIP_ROWS / across.max(1)).max(1)) {
@@ -287,7 +314,7 @@ struct Span {
 
 /// What `across` windows read of `row`: zeros outside of it, or for an empty row.
 #[inline(always)]
-fn push_line(strip: &mut Vec<f64>, row: &[f32], across: usize, span: &Span, unit: f64) {
+fn push_line(strip: &mut Vec<f32>, row: &[f32], across: usize, span: &Span, unit: f64) {
     let end = strip.len() + across;
     if !row.is_empty() && span.from < span.to {
         strip.extend(std::iter::repeat_n(0.0, span.from));
@@ -363,7 +390,7 @@ mod tests {
     }
 
     /// The rows of `group`, with their numbers before any are thinned out.
-    fn by_definition(w: Window, shape: &[usize], values: &[f32], group: usize) -> Vec<(usize, Vec<f64>)> {
+    fn by_definition(w: Window, shape: &[usize], values: &[f32], group: usize) -> Vec<(usize, Vec<f32>)> {
         let (height, width) = (shape[2], shape.get(3).copied().unwrap_or(1));
         let per_group = shape[1] / w.groups;
         let outputs = w.outputs(shape).unwrap();
@@ -382,7 +409,7 @@ mod tests {
                             let y = inside(0, line, tap / w.kernel[1], height);
                             let x = inside(1, column, tap % w.kernel[1], width);
                             let plane = (image * shape[1] + channel) * height;
-                            row.push(y.zip(x).map_or(0.0, |(y, x)| f64::from(values[(plane + y) * width + x])));
+                            row.push(y.zip(x).map_or(0.0, |(y, x)| values[(plane + y) * width + x]));
                         }
                     }
                     rows.push(((image * outputs[0] + line) * outputs[1] + column, row));
@@ -397,7 +424,7 @@ mod tests {
         rows: Rows,
         (values, shape, roots): (&[f32], &[usize], Option<&[f32]>),
         group: usize,
-    ) -> Vec<(Vec<f64>, Option<f64>)> {
+    ) -> Vec<(Vec<f32>, Option<f32>)> {
         let mut all = Vec::new();
         let units = vec![1.0; rows.channels(shape).unwrap()];
         rows.strips((values, shape, roots), group, &units, |strip| {
@@ -428,12 +455,12 @@ mod tests {
                     plain.iter().map(|(row, _)| row).eq(want.iter().map(|(_, row)| row)),
                     "{seed}: {w:?} {shape:?}"
                 );
-                let of_root = |(number, row): &(usize, Vec<f64>)| {
-                    let root = (f64::from(roots[*number]) * 32768.0).round_ties_even();
-                    let row: Vec<f64> = row.iter().map(|v| (v * root / 32768.0).round_ties_even()).collect();
+                let of_root = |(number, row): &(usize, Vec<f32>)| {
+                    let root = (roots[*number] * 32768.0).round_ties_even();
+                    let row: Vec<f32> = row.iter().map(|v| (v * root / 32768.0).round_ties_even()).collect();
                     (row, Some(root))
                 };
-                let want: Vec<(Vec<f64>, Option<f64>)> = want.iter().map(of_root).collect();
+                let want: Vec<(Vec<f32>, Option<f32>)> = want.iter().map(of_root).collect();
                 assert_eq!(handed(rows, (&values, &shape, Some(&roots)), group), want, "{seed}: {w:?} {shape:?}");
             }
         }
@@ -448,8 +475,8 @@ mod tests {
         let all = handed(Rows::Last, (&values, &shape, Some(&roots)), 0);
         assert_eq!((all.len() as u64, all.len()), (Rows::Last.count(&shape).0, Rows::Last.whole_count(&shape)));
         for ((row, got), root) in values.chunks(3).zip(&all).zip(&roots) {
-            let root = (f64::from(*root) * 32768.0).round_ties_even();
-            let want: Vec<f64> = row.iter().map(|v| (f64::from(*v) * root / 32768.0).round_ties_even()).collect();
+            let root = (*root * 32768.0).round_ties_even();
+            let want: Vec<f32> = row.iter().map(|v| (v * root / 32768.0).round_ties_even()).collect();
             assert_eq!(*got, (want, Some(root)));
         }
     }

@@ -203,7 +203,7 @@ fn layers(graph: &Graph, link: &Link) -> Vec<Layer> {
 pub(crate) fn output_moments(
     model: &Model,
     cx: &PassContext<'_>,
-    (spared, times): (impl Fn(usize) -> bool, usize),
+    (spared, times): (impl Fn(usize) -> bool, f64),
     stage: &str,
 ) -> Result<Result<BTreeMap<NodeId, OutputMoments>, String>, PassError> {
     let also = Also { steps: false, norms: false, inputs: true, rest: 0 };
@@ -219,9 +219,9 @@ pub(crate) fn output_moments(
     }
     let (chain, mut order) = chain.in_any_order();
     order.retain(|at| !spared(chain.numbers[*at]));
-    let enough = ROWS.saturating_mul(times);
-    let batches =
-        (0..DRAWS.saturating_mul(times) as u64).flat_map(|draw| order.chunks(LANES).map(move |batch| (batch, draw)));
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most a thousand times as many")]
+    let [enough, draws] = [ROWS, DRAWS].map(|usual| (usual as f64 * times).ceil() as usize);
+    let batches = (0..draws as u64).flat_map(|draw| order.chunks(LANES).map(move |batch| (batch, draw)));
     let mut all: BTreeMap<NodeId, OutputMoments> = BTreeMap::new();
     let mut rows = 0;
     cx.progress.begin(stage, enough as u64);
@@ -346,7 +346,7 @@ mod tests {
         const SAMPLES: usize = 512;
         let (model, data) = (two_products(0.7), Drawn(SAMPLES));
         let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
-        let all = output_moments(&model, &cx, (|at| at % 2 == 1, 1), "test").unwrap().unwrap();
+        let all = output_moments(&model, &cx, (|at| at % 2 == 1, 1.0), "test").unwrap().unwrap();
         let (node, _) = model.graph().nodes().last().unwrap();
         let y = model.graph().outputs()[0];
         let float = Simulation::prepare(model.graph(), &Plan::default(), &Tapes, &[y]).unwrap();
@@ -376,7 +376,7 @@ mod tests {
         let (model, data) = (two_products(0.7), Drawn(3));
         let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
         let tight = PassContext { state_budget: 100, pair_budget: 100, ..cx };
-        let reason = output_moments(&model, &tight, (|_| false, 1), "test").unwrap().unwrap_err();
+        let reason = output_moments(&model, &tight, (|_| false, 1.0), "test").unwrap().unwrap_err();
         assert!(reason.contains("--max-memory"), "{reason}");
     }
 }

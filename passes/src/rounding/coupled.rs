@@ -41,8 +41,33 @@ pub(super) struct Coupling {
     feedback: Vec<f32>,
 }
 
+/// Those of all groups of a weight.
+#[derive(Debug)]
+pub(super) struct Couplings {
+    /// The rows of each group, tile by tile, and how their errors add up, where G has a factor.
+    groups: Vec<(Vec<Vec<usize>>, Option<Coupling>)>,
+}
+
+impl Couplings {
+    /// Those of a weight with so many `groups`.
+    pub(super) fn of(moments: &OutputMoments, groups: usize) -> Self {
+        let groups: Vec<usize> = (0..groups).collect();
+        Self { groups: parallel::map(&groups, |group| (tiles(moments, *group), Coupling::of(moments, *group))) }
+    }
+
+    /// The rows of `group`, tile by tile.
+    pub(super) fn tiles(&self, group: usize) -> Vec<Vec<usize>> {
+        self.groups[group].0.clone()
+    }
+
+    /// How errors of the rows of `group` add up; `None` where rows are taken as independent.
+    pub(super) fn of_group(&self, group: usize) -> Option<&Coupling> {
+        self.groups[group].1.as_ref()
+    }
+}
+
 /// The rows of `group`, tile by tile.
-pub(super) fn tiles(moments: &OutputMoments, group: usize) -> Vec<Vec<usize>> {
+fn tiles(moments: &OutputMoments, group: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..moments.channels).collect();
     let stake = |row: usize| moments.at(group, row, row);
     order.sort_by(|&a, &b| stake(b).total_cmp(&stake(a)).then(a.cmp(&b)));
@@ -52,7 +77,7 @@ pub(super) fn tiles(moments: &OutputMoments, group: usize) -> Vec<Vec<usize>> {
 impl Coupling {
     /// That of the rows of `group`; `None` where G has no factor.
     #[expect(clippy::cast_possible_truncation, reason = "feedback is used as f32")]
-    pub(super) fn of(moments: &OutputMoments, group: usize) -> Option<Self> {
+    fn of(moments: &OutputMoments, group: usize) -> Option<Self> {
         let m = moments.channels;
         // All tiles but the last are full, so that the lane of a row is its place in the order.
         let order: Vec<usize> = tiles(moments, group).concat();

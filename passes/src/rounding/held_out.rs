@@ -8,6 +8,7 @@ use super::tile::LANES;
 use crate::id::NodeId;
 use crate::ir::Graph;
 use crate::observe::Gram;
+use crate::parallel;
 
 /// What is done to moments that few samples told.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -120,7 +121,7 @@ fn parts(layer: &Layer<'_>) -> Vec<Part> {
 pub(super) fn choose<'a>(
     layer: &Layer<'a>,
     halves: &[Arc<Gram>; 2],
-    loss: impl Fn(Option<&Layer<'a>>, &Layer<'a>, &[Part]) -> Option<f64>,
+    loss: impl Fn(Option<&Layer<'a>>, &Layer<'a>, &[Part]) -> Option<f64> + Sync,
 ) -> Option<Chosen> {
     let rows = halves.iter().map(|half| half.effective).sum::<f64>();
     if rows >= ENOUGH * layer.columns as f64 || !tells(layer) {
@@ -133,7 +134,8 @@ pub(super) fn choose<'a>(
             Some(trust) => loss(Some(&chosen.trusted(trust)), judge, &parts),
             None => loss(None, judge, &parts),
         };
-        Some(of(&first, &second)? + of(&second, &first)?)
+        let (one, other) = parallel::both(|| of(&first, &second), || of(&second, &first));
+        Some(one? + other?)
     };
     let nearest = both(None).filter(|loss| *loss > 0.0)?;
     let mut best = (CANDIDATES[0], both(Some(CANDIDATES[0]))?);
@@ -161,7 +163,7 @@ mod tests {
     }
 
     /// The trust in which a layer of three rows does best whose `loss` by trust is given, and what it was asked.
-    fn chosen(effective: f64, loss: impl Fn(Trust) -> f64) -> (Option<Chosen>, Vec<Option<Trust>>) {
+    fn chosen(effective: f64, loss: impl Fn(Trust) -> f64 + Sync) -> (Option<Chosen>, Vec<Option<Trust>>) {
         let (model, node) = with_a_large_bias();
         let layer = Layer::of(&model, node).unwrap().behind(independent(), true);
         let halves = [moments([1.0; 4], effective), moments([2.0; 4], effective)];

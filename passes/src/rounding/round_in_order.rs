@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::clip_weights::{Form, clip};
-use super::coupled::{self, Coupling};
+use super::coupled::Couplings;
 use super::descend::descend;
 use super::held_out::{self, Asked, Chosen};
 use super::layer::{self, Layer};
@@ -58,7 +58,7 @@ crate::declare_pass! {
         source: "order: Frantar et al. 2022, arXiv:2210.17323, section 5; target: Zhong et al. 2024 (ERQ), arXiv:2407.06794, \
                  section 3.2; rows that make up for one another: Tseng et al. 2025 (YAQA), arXiv:2505.22988, section 3; norms: Li et \
                  al. 2023, arXiv:2309.02784, in closed form; the sum's error ours",
-        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size; for layers that are asked on held-out samples four to ten more factors, and the method for a few rows. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `coupled` adds the float model forward twice and back once for some 8,192 rows of what layers compute (32 texts of 256 words), N times that with `coupled=N`, m² / 2 numbers per weight until it is rounded, and m³ / 3 and m² d multiply-adds. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs, `loss=fisher` four such sweeps before, and 8 bytes per element that blocks return, for every sample.",
+        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size; for layers that are asked on held-out samples four to ten more factors, and the method for a few rows. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `coupled` adds the float model forward twice and back once for some 8,192 rows of what layers compute (32 texts of 256 words), and as many times that as it says, m² / 2 numbers per weight until it is rounded, and m³ / 3 and m² d multiply-adds. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs, `loss=fisher` four such sweeps before, and 8 bytes per element that blocks return, for every sample.",
         requires: Facts::ENCODED,
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,
@@ -76,7 +76,7 @@ crate::declare_pass! {
             },
             OptionInfo {
                 name: "coupled",
-                doc: "1: rows of a weight make up for one another where the outputs add up their errors, by some 8,000 gradients of the float model at every layer; N by N times as many; 0 by default",
+                doc: "1: rows of a weight make up for one another where the outputs add up their errors, by some 8,000 gradients of the float model at every layer; other numbers by so many times as many; 0 by default",
             },
             OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers, and learned where blocks are; 0 by default" },
             OptionInfo {
@@ -136,7 +136,7 @@ struct RoundInOrder {
     refit: usize,
     clips: bool,
     stakes: f64,
-    coupled: usize,
+    coupled: f64,
     norms: bool,
     spares: bool,
     learner: Option<Learner>,
@@ -174,7 +174,13 @@ impl RoundInOrder {
                     return Err(OptionError { option: "stakes".into(), problem });
                 }
             },
-            coupled: options.count("coupled", 0)?,
+            coupled: match options.number("coupled")?.unwrap_or(0.0) {
+                times if (0.0..=1000.0).contains(&times) => times,
+                _ => {
+                    let problem = "it must be from 0 to 1000".to_owned();
+                    return Err(OptionError { option: "coupled".into(), problem });
+                }
+            },
             norms: options.count("norms", 0)? > 0,
             spares: options.count("spare", 0)? > 0,
             learner: Learner::of(options)?,
@@ -212,7 +218,7 @@ impl RoundInOrder {
 
     /// How errors of output channels add up, layer by layer.
     fn outputs(&self, model: &Model, cx: &PassContext<'_>, patch: &mut Patch) -> Result<Outputs, PassError> {
-        if self.coupled == 0 {
+        if self.coupled <= 0.0 {
             return Ok(Outputs::new());
         }
         let spared = |at: usize| self.spares && cx.dataset.is_some_and(|data| judges::is_judge(data.origin(at)));
@@ -249,7 +255,11 @@ impl RoundInOrder {
         let layer = Layer::of(model, inputs.node)?.behind(Arc::clone(&moments.gram), bias.is_some());
         layer.has_gram().then_some(())?;
         let drift = moments.drift.as_ref().filter(|_| self.target != Target::Weight);
-        let goal = prefix::target(&layer, drift, sum, self.damping);
+        let outputs = outputs.filter(|outputs| outputs.channels == layer.rows / layer.groups);
+        let (goal, couplings) = parallel::both(
+            || prefix::target(&layer, drift, sum, self.damping),
+            || outputs.map(|outputs| Couplings::of(outputs, layer.groups)),
+        );
         let layer = layer.towards(goal);
         let grid = layer.encoding.grid;
         // Scales of block formats have a format of their own, which fitting would leave.
@@ -260,9 +270,8 @@ impl RoundInOrder {
         if let Some(chosen) = chosen {
             asked.keep(inputs.node, chosen);
         }
-        let per_group = layer.rows / layer.groups;
-        let rounded = |free: bool| match outputs.filter(|outputs| outputs.channels == per_group) {
-            Some(outputs) => self.together(&layer, outputs, (grid, free)),
+        let rounded = |free: bool| match &couplings {
+            Some(couplings) => self.together(&layer, couplings, (grid, free)),
             None => work::over_tiles(
                 &layer,
                 None,
@@ -272,7 +281,7 @@ impl RoundInOrder {
         };
         let kept = || rounded(false).map(|rounded| rounded.points);
         let chosen = rounded(free)?;
-        let rounded = match outputs {
+        let rounded = match &couplings {
             // Rows make up for those of their own run.
             Some(_) if chosen.saturates(model, &layer) => rounded(false)?,
             _ => chosen.in_reach(model, &layer, kept)?,
@@ -295,14 +304,14 @@ impl RoundInOrder {
     fn together(
         &self,
         layer: &Layer<'_>,
-        outputs: &OutputMoments,
+        couplings: &Couplings,
         (grid, free): (&dyn Grid, bool),
     ) -> Option<work::Rounded> {
-        let rows = |group: usize, _: usize| coupled::tiles(outputs, group);
+        let rows = |group: usize, _: usize| couplings.tiles(group);
         let prepare = |q: &Quadratic| self.method.prepare(q);
         work::over_groups(layer, None, &rows, prepare, |group, tiles, q, prepared| {
             let choose = |tiles: &mut [Tile]| self.round(tiles, (grid, free), q, prepared.as_deref());
-            match Coupling::of(outputs, group) {
+            match couplings.of_group(group) {
                 Some(coupling) => coupling.round(tiles, &choose),
                 None => choose(tiles),
             }
@@ -559,6 +568,8 @@ mod tests {
         assert_eq!(rounded("coupled=1", u64::MAX).0, together, "the same every time");
         let (tight, notes) = rounded("coupled=1", 50);
         assert_eq!((tight, notes.len()), (rounded("coupled=0", 50).0, 1));
+        let options = |coupled: &str| Options([("coupled".to_owned(), coupled.to_owned())].into());
+        assert!(["-1", "nan", "1e9"].iter().all(|odd| RoundInOrder::new(&options(odd)).is_err()));
         assert!(notes[0].contains("--max-memory"), "{notes:?}");
     }
 }

@@ -14,6 +14,7 @@ use crate::model::{Edit, Model, Patch, bias};
 use crate::ops;
 use crate::parallel;
 use crate::pass::{PassContext, PassError, Wish};
+use crate::simd::vectorized;
 
 /// New points and scales of a layer, in the order of storage.
 pub(super) struct Rounded {
@@ -113,7 +114,14 @@ pub(super) fn loss_of<P: Sync>(
             parts.iter().map(|(_, rows)| cut(layer, &weights, None, &rows.clone().collect::<Vec<_>>())).collect();
         work(&mut tiles, &q, &prepared);
         let judge = Quadratic::new(&judge.raw_quadratic(group)?, layer.columns);
-        Some(tiles.iter().map(|tile| tile.losses(&judge)[..tile.live].iter().sum::<f64>()).sum())
+        let losses = parallel::map(&tiles, |tile| {
+            let losses = vectorized(
+                #[inline(always)]
+                || tile.losses(&judge),
+            );
+            losses[..tile.live].iter().sum::<f64>()
+        });
+        Some(losses.into_iter().sum())
     };
     let groups: Vec<&[Part]> = parts.chunk_by(|a, b| a.0 == b.0).collect();
     parallel::map(&groups, of_group).into_iter().sum()
