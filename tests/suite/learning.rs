@@ -7,9 +7,13 @@ use passes::reconstruct;
 use super::{fixture, text, tool, tool_ok};
 
 fn quantize(out: &std::path::Path, more: &[&str]) -> String {
+    quantize_by("best", out, more)
+}
+
+fn quantize_by(recipe: &str, out: &std::path::Path, more: &[&str]) -> String {
     let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
     let args = ["quantize", text(&model), "--data", text(&data), "-o", text(out), "--progress", "none"];
-    tool_ok(&[&args[..], &["--recipe", "best", "--scheme", "w2a8", "--hold-out", "32"], more].concat())
+    tool_ok(&[&args[..], &["--recipe", recipe, "--scheme", "w2a8", "--hold-out", "32"], more].concat())
 }
 
 /// The decibels of the summary.
@@ -50,18 +54,19 @@ fn every_parameterization_runs() {
 #[test]
 fn the_whole_model_is_learned_block_by_block() {
     let folder = tempfile::tempdir().unwrap();
-    let plain = quantize(&folder.path().join("plain.onnx"), &[]);
+    // Behind `balanced` there is something to learn, whatever last bits say.
+    let plain = quantize_by("balanced", &folder.path().join("plain.onnx"), &[]);
     let run = |layers: usize, threads: &str| {
         let out = folder.path().join(format!("{layers}-{threads}.onnx"));
         let distill = format!("brecq{{iterations=60, batch=16, loss=mse, rate=0.5, layers={layers}}}");
-        let summary = quantize(&out, &["--distill", &distill, "--threads", threads]);
+        let summary = quantize_by("balanced", &out, &["--distill", &distill, "--threads", threads]);
         (decibels(&summary), std::fs::read(out).unwrap())
     };
     let (by_blocks, bytes) = run(2, "1");
     assert!(bytes == run(2, "3").1, "other bytes with other threads");
     let at_once = run(99, "2").0;
     assert!((by_blocks - at_once).abs() < 0.3, "{by_blocks} dB block by block, {at_once} dB at once");
-    assert!(by_blocks > decibels(&plain), "{plain} and {by_blocks} dB");
+    assert!(by_blocks > decibels(&plain) + 1.0, "{plain} and {by_blocks} dB");
 }
 
 /// What is learned of all weights at once is refused where memory does not hold it, with what takes less; that runs.
