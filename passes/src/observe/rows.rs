@@ -228,7 +228,7 @@ impl Rows {
                 for (at, block) in values.chunks(STRIP_ROWS * d).enumerate() {
                     let rows = block.len() / d;
                     strip.truncate(rows * d);
-                    columns(block, inverse_units, &mut strip);
+                    by_column(block, inverse_units, &mut strip);
                     let roots = roots.map(|roots| roots.iter().skip(at * STRIP_ROWS).take(rows).copied());
                     let roots = roots.map(|roots| weigh(&mut strip, roots)).unwrap_or_default();
                     take(&Strip { values: &strip, rows, roots: &roots });
@@ -240,7 +240,7 @@ impl Rows {
 }
 
 /// The rows of `block` column after column, in whole multiples of units.
-fn columns(block: &[f32], inverse_units: &[f64], strip: &mut [f32]) {
+fn by_column(block: &[f32], inverse_units: &[f64], strip: &mut [f32]) {
     /// So many columns are read along a row at a time: a line of the cache.
     const ACROSS: usize = 16;
     let d = inverse_units.len();
