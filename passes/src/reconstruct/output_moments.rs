@@ -33,7 +33,8 @@ const LAYERS: usize = 4;
 const SEED: u64 = 0x6f_7574;
 /// Layers with more channels in a group have none: factors take m³ / 3 multiply-adds, and m² numbers twice over.
 const MAX_CHANNELS: usize = 4096;
-/// So many rows of gradients are enough for every layer, and gradients are drawn at most so often for a sample: both times what is asked for.
+/// So many rows of gradients are enough for every layer, times what is asked for; gradients are drawn at most so often for a sample, and
+/// as much oftener where more is asked for.
 const ROWS: usize = 1 << 13;
 const DRAWS: usize = 4;
 /// Rows of a matrix that are stored together.
@@ -220,7 +221,7 @@ pub(crate) fn output_moments(
     let (chain, mut order) = chain.in_any_order();
     order.retain(|at| !spared(chain.numbers[*at]));
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most a thousand times as many")]
-    let [enough, draws] = [ROWS, DRAWS].map(|usual| (usual as f64 * times).ceil() as usize);
+    let [enough, draws] = [ROWS as f64 * times, DRAWS as f64 * times.max(1.0)].map(|count| count.ceil() as usize);
     let batches = (0..draws as u64).flat_map(|draw| order.chunks(LANES).map(move |batch| (batch, draw)));
     let mut all: BTreeMap<NodeId, OutputMoments> = BTreeMap::new();
     let mut rows = 0;
@@ -369,6 +370,19 @@ mod tests {
             let found = f64::from(all[&node].at(0, at / 3, at % 3)) / DRAWS as f64;
             assert!((found - want).abs() < 0.1 * want.abs() + 1.0, "{at}: {found} {want}");
         }
+    }
+
+    #[test]
+    fn few_samples_are_drawn_as_often_where_fewer_rows_are_enough() {
+        let (model, data) = (two_products(0.7), Drawn(3));
+        let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
+        let (node, _) = model.graph().nodes().last().unwrap();
+        let [half, whole, twice] = [0.5, 1.0, 2.0].map(|times| {
+            let all = output_moments(&model, &cx, (|_| false, times), "test").unwrap().unwrap();
+            all[&node].norms
+        });
+        assert_eq!(half, whole);
+        assert!(twice.0 > 1.5 * whole.0, "{twice:?} {whole:?}");
     }
 
     #[test]
