@@ -154,6 +154,8 @@ codes! {
         "With --rest f16 what stays in float is written in 16 bits. Masks of attention, which add -1e9 or the like before a Softmax, do the same at -65504; a weight, a bias or a factor that large does not. Leave --rest f16 out where that matters: the fidelity of the summary is that of the numbers as they were cut.";
     UNRESUMABLE = "OQ5004", "what is learned of the whole model is too large for the journal",
         "A run that is stopped while it learns the whole model goes on from its last check where that takes less than a gibibyte and less than the memory that is left; the message says what it takes. Stopped there it learns the whole model from the start; the bytes are the same. Fewer numbers are learned with codes=0, or with a method that keeps less (signround, lrq).";
+    FEWER_SAMPLES = "OQ5005", "memory holds fewer samples than were given to learn from",
+        "What is learned of the whole model is held for all weights at once, and samples take what that leaves: as many as fit, spread over all. Allow more with --max-memory, or learn less (codes=0, or a method that keeps less: signround, lrq).";
     GREW = "OQ6002", "the quantized model is not smaller than the float model",
         "Little of the model is weights that could be quantized. The summary says what was quantized and what was not.";
     NOT_WRITABLE = "OQ6003", "a number format has no ONNX operator that reads it",

@@ -235,6 +235,10 @@ impl Distill {
         let (for_samples, left) = split(&settings, &chain, cx)?;
         let chain = chain.with_samples(model.graph(), cx, (usize::MAX, for_samples), settings.loss)?;
         let chain = chain.map_err(|reason| refused(&reason))?;
+        let given = cx.dataset.map_or(0, Dataset::len);
+        if chain.samples() < given {
+            patch.note(fewer(chain.samples(), given));
+        }
         cx.progress.begin(INFO.about.name, settings.iterations as u64);
         let begin = || Standing::begin(model, &chain, &settings, SEED).map_err(|reason| refused(&reason));
         let mut at = begin()?;
@@ -274,6 +278,13 @@ fn start_loss(model: &Model, chain: &Chain) -> Result<f64, GradError> {
 fn unresumable(bytes: u64) -> Diagnostic {
     let message = format!("it takes {} MB: stopped on its way, it would be learned from the start", bytes / 1_000_000);
     Diagnostic::new(diag::UNRESUMABLE, Severity::Note, Place::Model, message)
+}
+
+fn fewer(samples: usize, given: usize) -> Diagnostic {
+    let message =
+        format!("{samples} of {given} samples fit into memory beside what is learned: it is learned from those");
+    Diagnostic::new(diag::FEWER_SAMPLES, Severity::Note, Place::Model, message)
+        .help("allow more with --max-memory, or learn less with codes=0")
 }
 
 /// The bytes that samples may take beside what is learned of all weights at once, and those that both leave. What is learned comes first:
@@ -342,6 +353,20 @@ mod tests {
         let tight = Memory { room: largest - 1, ..Memory::default() };
         assert_eq!(distilled(text, &tight), (wanted, 1));
         assert!(tight.standings.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn samples_that_do_not_fit_are_counted_in_a_note() {
+        let data = Drawn(9);
+        let pipeline = Pipeline::parse("distill{iterations=2}", &crate::catalogue::passes()).unwrap();
+        for (budget, noted) in [(u64::MAX, false), (460, true)] {
+            let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
+            let mut cx = PassContext { lone_budget: budget, pair_budget: budget, ..cx };
+            let model = rounding::in_nearest(&two_products(0.7)).unwrap();
+            let (_, trace) = PassManager::default().run(&pipeline, model, &mut cx).unwrap();
+            let notes: Vec<&str> = trace.notes.iter().map(|note| &*note.message).collect();
+            assert_eq!(notes.iter().any(|note| note.contains("of 9 samples")), noted, "{budget}: {notes:?}");
+        }
     }
 
     #[test]
