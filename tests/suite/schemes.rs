@@ -267,4 +267,10 @@ fn few_bits_are_for_what_is_multiplied() {
     let all = "infer-shapes, fold-constants, calibrate, assign-encodings, round";
     let found = bits(&["--pipeline", all]);
     assert!(found.len() > 5 && found.iter().all(|(.., dtype)| *dtype == DType::U4), "{found:?}");
+    let more = "infer-shapes, fold-constants, calibrate, assign-encodings{others=16}, round";
+    let memories = folder.path().join("memories");
+    let args = ["quantize", text(&model), "--data", text(&data), "-o", text(&memories), "--target", "rtl-mem"];
+    let output = tool(&[&args[..], &["--scheme", "w4a4", "--progress", "none", "--pipeline", more]].concat());
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains("`others`") && error.contains("2 to 8 bits"), "{error}");
 }

@@ -282,7 +282,13 @@ impl Pass for AssignEncodings {
             selection = select(&kept.into_iter().filter(|(_, kept)| *kept < least).collect());
         }
         if cx.scheme.fixes_ranges() {
-            let others = self.others(cx.scheme).and_then(|scheme| Goal::new(scheme, self.weights, cx.target.accepts()));
+            let asked = self.others(cx.scheme);
+            if let Some(problem) = asked.and_then(|scheme| cx.target.refuses(&scheme)) {
+                return Err(PassError::Model(format!(
+                    "what `others` asks of activations cannot be written: {problem}"
+                )));
+            }
+            let others = asked.and_then(|scheme| Goal::new(scheme, self.weights, cx.target.accepts()));
             let wide = others.map(|_| Wide::of(model.graph(), &selection)).unwrap_or_default();
             let others = (&wide, &others.unwrap_or(goals.base));
             encode::encode(model, &selection, &observers, &goals, others, &mut patch);
