@@ -65,7 +65,7 @@ pub(crate) fn augmented<'a>(
     let nothing = || Error::Input("--augment makes samples like those of --data, and there are none".into());
     let (files, graph) = (files.ok_or_else(nothing)?, model.graph());
     let made: Option<Box<dyn Dataset + 'a>> = match Augmented::new(files, graph, times).map_err(Error::input)? {
-        Some(words) => Some(Box::new(words.spoken(graph, executor, progress))),
+        Some(words) => Some(Box::new(words.spoken(graph, (executor, request.threads), progress))),
         None => Imagined::new(
             files,
             (graph, remembered),

@@ -61,11 +61,16 @@ impl<'a> Augmented<'a> {
 
     /// The same, with words drawn by the model `graph` itself where it is a decoder.
     #[must_use]
-    pub fn spoken(mut self, graph: &Graph, executor: &dyn Executor, progress: &dyn Progress) -> Self {
+    pub fn spoken(
+        mut self,
+        graph: &Graph,
+        (executor, threads): (&dyn Executor, usize),
+        progress: &dyn Progress,
+    ) -> Self {
         if let ([tokens], [marks]) = (&*self.tokens, &*self.marks)
             && let Some(speaker) = Speaker::of(graph, executor, self.files, tokens.input, tokens.rows)
         {
-            self.drawn = speaker.all(self.files, self.times, &|id| marks.contains(&id), progress);
+            self.drawn = speaker.all((self.files, threads), self.times, &|id| marks.contains(&id), progress);
         }
         self
     }

@@ -89,24 +89,27 @@ impl Speaker {
         Some(variants)
     }
 
-    /// `times` variants of every sample of `data`, those of one sample side by side; `None` when one cannot be made or the user
-    /// interrupts.
+    /// `times` variants of every sample of `data`, those of one sample side by side, made by so many `threads`; `None` when one cannot be
+    /// made or the user interrupts.
     pub(super) fn all(
         &self,
-        data: &dyn Dataset,
+        (data, threads): (&dyn Dataset, usize),
         times: usize,
         fixed: &(dyn Fn(i64) -> bool + Sync),
         progress: &dyn Progress,
     ) -> Option<Vec<Vec<Tensor>>> {
         progress.begin("augment", data.len() as u64);
-        let indices: Vec<usize> = (0..data.len()).collect();
-        let made = parallel::map(&indices, |&index| {
+        // Sessions run on a thread of their own for each plain thread; workers of a pool would wait for one another there.
+        let made = parallel::workers(threads, data.len(), Vec::new, |made, index| {
+            let feeds = data.sample(index).ok().filter(|_| !progress.cancelled()).ok_or(())?;
+            made.push((index, self.variants(&feeds, times, fixed).ok_or(())?));
             progress.step();
-            let feeds = data.sample(index).ok().filter(|_| !progress.cancelled())?;
-            self.variants(&feeds, times, fixed)
+            Ok::<_, ()>(())
         });
         progress.end();
-        made.into_iter().collect()
+        let mut made: Vec<(usize, Vec<Tensor>)> = made.ok()?.into_iter().flatten().collect();
+        made.sort_by_key(|(index, _)| *index);
+        Some(made.into_iter().map(|(_, variants)| variants).collect())
     }
 }
 
