@@ -407,6 +407,7 @@ mod tests {
             select: Select::First,
             hold_out: 0,
             augment: 0,
+            views: 0,
             stats: None,
             target: crate::targets::TARGETS[0],
             layout: Layout::default(),

@@ -36,7 +36,8 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     let text = learn.as_ref().map_or(text.clone(), |method| with_learning(&text, method));
     let text = request.distill.as_ref().map_or(text.clone(), |method| with_distillation(&text, method));
     let learns = request.distill.is_some() || learn.is_some_and(|method| !method.starts_with("none"));
-    let text = if learns && request.pipeline.is_none() { with_judges(&text, request.augment) } else { text };
+    let text =
+        if learns && request.pipeline.is_none() { with_judges(&text, request.augment + request.views) } else { text };
     let text = if request.rest == Rest::F16 { format!("{}, round-to-half", text.trim_end()) } else { text };
     let max_drop = max_drop.filter(|_| raises(request) || request.budget.is_some());
     with_allocation(&text, request.budget, max_drop, request.sensitivity.as_deref())

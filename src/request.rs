@@ -51,6 +51,8 @@ pub struct Request {
     pub hold_out: usize,
     /// So many variants of every sample join it in what weights and ranges are fitted to.
     pub augment: usize,
+    /// So many views of every picture do.
+    pub views: usize,
     /// Statistics measured before, instead of samples.
     pub stats: Option<PathBuf>,
     /// Where it will run.

@@ -7,7 +7,7 @@ use passes::imagine::Remembered;
 use passes::model::Model;
 use passes::pass::{PassContext, RunError};
 
-use crate::dataset::{Augmented, Files, Imagined, Slot};
+use crate::dataset::{Augmented, Files, Imagined, Slot, Views};
 use crate::driver::{Error, Request, Select};
 use crate::memory;
 
@@ -46,7 +46,7 @@ pub(crate) fn hold_out(request: &Request, files: Option<&mut Files>) -> Result<O
     Ok(Some(judge))
 }
 
-/// The samples of `files` and the others that `request` asks for: variants where `model` takes token ids; made by it where its batch norms
+/// The samples of `files` and the others that `request` asks for: views of pictures; variants where `model` takes token ids; made by it where its batch norms
 /// remembered `remembered`.
 ///
 /// # Errors
@@ -59,6 +59,11 @@ pub(crate) fn augmented<'a>(
     progress: &dyn Progress,
 ) -> Result<Option<Box<dyn Dataset + 'a>>, Error> {
     let times = request.augment;
+    if request.views > 0 {
+        let nothing = || Error::Input("--views shows the pictures of --data in other ways, and there are none".into());
+        let made = Views::new(files.ok_or_else(nothing)?, request.views).map_err(Error::input)?;
+        return Ok(Some(Box::new(made)));
+    }
     if times == 0 {
         return Ok(None);
     }

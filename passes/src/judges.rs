@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 const ONE_OF: usize = 8;
 
 /// Whether sample `origin` is a judge; its variants go with it.
-pub(crate) fn is_judge(origin: usize) -> bool {
+pub fn is_judge(origin: usize) -> bool {
     origin % ONE_OF == ONE_OF / 2
 }
 

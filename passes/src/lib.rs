@@ -27,7 +27,7 @@ pub mod id;
 pub mod imagine;
 pub mod ir;
 pub mod journal;
-mod judges;
+pub mod judges;
 mod lockstep;
 pub mod lower;
 pub mod model;

@@ -58,6 +58,7 @@ impl DataArgs {
             select: self.select,
             hold_out: 0,
             augment: 0,
+            views: 0,
             stats: None,
             target: target_named(target)?,
             layout: crate::emit::Layout::default(),

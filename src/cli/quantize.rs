@@ -39,6 +39,10 @@ pub(crate) struct Args {
     /// inputs for which these see what they saw in training.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1000))]
     augment: u16,
+    /// Fit to so many views of every picture as well: parts of it, mirrored, in other colors, mixed with others. For photographs, where there
+    /// are few; not for text or digits, which mirrored are none.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1000), conflicts_with = "augment")]
+    views: u16,
     /// Use statistics measured by `onnx-quant stats` instead of samples.
     #[arg(long, value_name = "FILE")]
     stats: Option<PathBuf>,
@@ -231,6 +235,7 @@ fn request(args: &Args) -> Result<Request, Error> {
         sensitivity: args.sensitivity.clone().or(recipe.sensitivity),
         hold_out: args.hold_out,
         augment: usize::from(args.augment),
+        views: usize::from(args.views),
         max_drop: args.max_drop.or(of_file(&recipe.max_drop, "max-drop")?),
         output: (!args.dry_run).then_some(output),
         stats: args.stats.clone(),

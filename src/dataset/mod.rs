@@ -10,6 +10,7 @@ mod files;
 mod fit;
 mod images;
 mod imagined;
+mod views;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,6 +22,7 @@ use passes::tensor::Tensor;
 pub use augment::Augmented;
 pub use images::{ImageError, ImageOptions};
 pub use imagined::Imagined;
+pub use views::Views;
 
 /// Feeds kept in memory: workers ask for neighbors.
 const KEPT: usize = 2;

@@ -103,6 +103,10 @@ fn held_out_samples_judge_and_are_not_fitted_to() {
     // Its batch norms remember what they have seen in training.
     let augmented = run(&["--hold-out", "8", "--augment", "1"]);
     assert_eq!((&augmented["samples"], &augmented["fidelity"]["samples"]), (&48.into(), &8.into()));
+    let viewed = run(&["--hold-out", "8", "--views", "2"]);
+    assert_eq!((&viewed["samples"], &viewed["fidelity"]["samples"]), (&72.into(), &8.into()));
+    refused(&["quantize", text(&model), "--scheme", "w8a16", "--views", "2", "--dry-run"], 2, &["--views", "--data"]);
+    refused(&[&base[..], &["--views", "1", "--augment", "1"]].concat(), 2, &["cannot be used with"]);
 }
 
 #[test]
