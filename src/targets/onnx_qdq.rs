@@ -44,7 +44,9 @@ impl Target for OnnxQdq {
     fn refuses(&self, scheme: &Scheme) -> Option<String> {
         let bits = [2, 3, 4, 5, 6, 7, 8, 16];
         if scheme.dynamic != Some(RangesOf::Token) {
-            return ort_cpu::refuses(scheme, &bits);
+            // Of weights in 4-bit storage no operator with integers is made, which would want all zero points to be the same.
+            let simulated = scheme.activation_bits.is_some() && scheme.weight_bits <= 4 && scheme.block.is_none();
+            return ort_cpu::refuses(&Scheme { asymmetric: scheme.asymmetric && !simulated, ..*scheme }, &bits);
         }
         let signed = scheme
             .activation_format

@@ -81,7 +81,7 @@ def formats(tool, tmp):
     held = np.load(ROOT / 'fixtures/data/digits-eval.npz')
     x, y = held['images'].astype(np.float32)[:, None] / 255, held['labels']
     want = session(model).run(None, {'input': x})[0]
-    for scheme, target, optimized, least in (('wfp8afp8', 'onnx-qdq', False, 18), ('wfp8a16', 'ort-cpu', True, 25), ('we2m1a8', 'ort-cpu', True, 18), ('wmxfp4a16', 'ort-cpu', True, 18)):
+    for scheme, target, optimized, least in (('wfp8afp8', 'onnx-qdq', False, 18), ('wfp8a16', 'ort-cpu', True, 25), ('we2m1a8', 'ort-cpu', True, 18), ('wmxfp4a16', 'ort-cpu', True, 18), ('w4a8asym', 'onnx-qdq', True, 20), ('w4a8asym', 'onnx-qdq', False, 20)):
         out = Path(tmp) / f'{scheme}.onnx'
         subprocess.run([tool, 'quantize', str(model), '--data', str(data), '-o', str(out), '--scheme', scheme, '--target', target, '--recipe', 'best', '--progress', 'none'], check=True, stdout=subprocess.DEVNULL)
         got = session(out, optimized).run(None, {'input': x})[0]
@@ -95,10 +95,11 @@ def behind_clips(tool, tmp):
     held = np.load(ROOT / 'fixtures/data/digits-eval.npz')
     x = held['images'].astype(np.float32)[:, None] / 255
     want, out = session(model).run(None, {'input': x})[0], Path(tmp) / 'clipped.onnx'
-    subprocess.run([tool, 'quantize', str(model), '--data', str(data), '-o', str(out), '--scheme', 'w4a4', '--target', 'onnx-qdq', '--recipe', 'best', '--progress', 'none'], check=True, stdout=subprocess.DEVNULL)
-    found = [session(out, optimized).run(None, {'input': x})[0] for optimized in (True, False)]
-    print(f'w4a4 behind Clip: {sqnr(want, found[0]):.1f} dB, {sqnr(want, found[1]):.1f} dB without the optimizer')
-    assert min(sqnr(want, got) for got in found) > 5, 'the outputs are too far off'
+    for scheme in 'w4a4', 'w4a4asym':
+        subprocess.run([tool, 'quantize', str(model), '--data', str(data), '-o', str(out), '--scheme', scheme, '--target', 'onnx-qdq', '--recipe', 'best', '--progress', 'none'], check=True, stdout=subprocess.DEVNULL)
+        found = [session(out, optimized).run(None, {'input': x})[0] for optimized in (True, False)]
+        print(f'{scheme} behind Clip: {sqnr(want, found[0]):.1f} dB, {sqnr(want, found[1]):.1f} dB without the optimizer')
+        assert min(sqnr(want, got) for got in found) > 5, 'the outputs are too far off'
 
 
 def packed(tool, tmp):

@@ -4,12 +4,16 @@ use std::path::Path;
 
 use super::{fixture, text, tool, tool_ok};
 
+/// Zero points of weights beside activations in codes, which only the plain target writes.
+const ZERO_POINTS: [&str; 3] = ["w4a8asym", "w2a4asym", "w4a4asympow2"];
+
 fn run(scheme: &str, recipe: &str) -> serde_json::Value {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("q.onnx");
     let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
     let args = ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--progress", "none", "--json"];
-    let target = if scheme.ends_with("tok") { "onnx-qdq" } else { "ort-cpu" };
+    let plain = scheme.ends_with("tok") || ZERO_POINTS.contains(&scheme);
+    let target = if plain { "onnx-qdq" } else { "ort-cpu" };
     let json = tool_ok(&[&args[..], &["--scheme", scheme, "--recipe", recipe, "--target", target]].concat());
     serde_json::from_str(&json).unwrap()
 }
@@ -35,7 +39,9 @@ fn every_scheme_verifies() {
     let floats = ["wfp8a16", "wfp8e5m2a16", "wfp4a8", "we2m3a8", "we3m0a16g32", "wnf4a16g32"];
     let signs = ["w1a8", "w1a4", "w1a16", "w1a16g32", "w1a4tok", "w1a8pow2"];
     let blocks = ["wmxfp8a16", "wmxfp4a16", "wmxint8a16", "wnvfp4a16"];
-    for scheme in integers.into_iter().chain(shifts).chain(tokens).chain(floats).chain(signs).chain(blocks) {
+    for scheme in
+        integers.into_iter().chain(ZERO_POINTS).chain(shifts).chain(tokens).chain(floats).chain(signs).chain(blocks)
+    {
         let json = run(scheme, "best");
         assert_eq!(json["verify"]["passed"], true, "{scheme}: {json:#}");
         assert_eq!(json["scheme"], scheme);
@@ -67,6 +73,26 @@ fn scales_are_powers_of_two_where_the_scheme_says_so() {
     let odd =
         tool(&["quantize", text(&fixture("models/digits-resnet.onnx")), "--scheme", "wnvfp4a16pow2", "--dry-run"]);
     assert_eq!(odd.status.code(), Some(3), "block formats have scales of their own");
+}
+
+/// Operators on bytes want the zero points of all channels to be the same; nothing makes operators of weights in 4 bits.
+#[test]
+fn zero_points_of_weights_beside_codes_are_for_the_plain_target_and_few_bits() {
+    let model = fixture("models/digits-resnet.onnx");
+    let taken = |target, scheme| {
+        let data = fixture("data/digits");
+        let args = ["quantize", text(&model), "--data", text(&data), "--dry-run", "--progress", "none"];
+        tool(&[&args[..], &["--target", target, "--scheme", scheme]].concat()).status.code()
+    };
+    for (target, scheme, code) in [
+        ("onnx-qdq", "w4a8asym", 0),
+        ("onnx-qdq", "w5a8asym", 3),
+        ("onnx-qdq", "w4a8g32asym", 3),
+        ("ort-cpu", "w4a8asym", 3),
+        ("openvino-cpu", "w4a8asym", 3),
+    ] {
+        assert_eq!(taken(target, scheme), Some(code), "{target} {scheme}");
+    }
 }
 
 /// ONNX Runtime's optimizer trips over 8-bit floats as activations: its target says so, the plain one writes them.

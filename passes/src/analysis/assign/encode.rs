@@ -324,7 +324,8 @@ pub(super) fn parameters(model: &Model, id: NodeId, input_scale: f32, goals: &Go
     let roles = ops::linear(graph, id)?;
     let weight = graph.constant_input(node, roles.weight.into())?;
     let input_scale = f64::from(input_scale);
-    let mut scales = weights::scales(weight, roles.out_axis, goals.by_channel(node), goals)?;
+    let ranges = weights::ranges(weight, roles.out_axis, goals.by_channel(node), goals)?;
+    let mut scales: Vec<f64> = ranges.iter().map(|(scale, _)| *scale).collect();
     // Only sums of integers are integers: other formats leave the bias in float.
     let integer =
         goals.weight_grid.info().integer && goals.activation_grid().info().integer && goals.accepts.bias == Bias::Int32;
@@ -336,10 +337,15 @@ pub(super) fn parameters(model: &Model, id: NodeId, input_scale: f32, goals: &Go
     if goals.scheme.power_of_two && raised > 0 {
         scales.iter_mut().for_each(|scale| *scale = weights::powers_of_two(*scale)[1]);
     }
+    // The code of 0 where ranges end as before.
+    let zero =
+        |((chosen, zero), scale): (&(f64, i32), &f64)| (f64::from(*zero) * chosen / scale).round_ties_even() as i32;
+    let zeros: Vec<i32> = ranges.iter().zip(&scales).map(zero).collect();
     let weight_scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
+    let encoding = per_channel(goals.weight_grid, roles.out_axis, weight_scales.clone());
     let mut edits = vec![Edit::Encode {
         site: Site::Use { node: id, input: roles.weight },
-        encoding: per_channel(goals.weight_grid, roles.out_axis, weight_scales.clone()),
+        encoding: Encoding { zero_point: zeros.into(), ..encoding },
     }];
     if let (Some(input), Some(bias)) = (roles.bias, bias) {
         // Exactly the f32 product: runtimes check it, or ignore what is stored and use it.

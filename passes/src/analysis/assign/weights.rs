@@ -58,6 +58,20 @@ fn holds_zero(grid: &dyn Grid) -> bool {
     grid.nearest(0.0) == 0.0
 }
 
+/// Scales and zero points, which are 0 where the scheme has none: those of every output channel, or of all of them in one.
+pub(super) fn ranges(weight: &Tensor, axis: usize, by_channel: bool, goals: &Goal) -> Option<Vec<(f64, i32)>> {
+    if !goals.scheme.asymmetric {
+        let scales = scales(weight, axis, by_channel, goals)?;
+        return Some(scales.into_iter().map(|scale| (scale, 0)).collect());
+    }
+    let channels = if by_channel { channels(weight, axis)? } else { vec![weight.floats()?.into_owned()] };
+    let range = |channel: &Vec<f32>| {
+        let (scale, zero) = affine_block(channel, goals);
+        (f64::from(scale), zero)
+    };
+    Some(parallel::map(&channels, range))
+}
+
 /// Symmetric scales: one per output channel, or one in all.
 pub(super) fn scales(weight: &Tensor, axis: usize, by_channel: bool, goals: &Goal) -> Option<Vec<f64>> {
     if by_channel {
@@ -69,6 +83,16 @@ pub(super) fn scales(weight: &Tensor, axis: usize, by_channel: bool, goals: &Goa
 
 /// Symmetric scales per output channel; a channel of zeros takes the median of the others, where the grid has a 0 for it.
 fn channel_scales(weight: &Tensor, axis: usize, goals: &Goal) -> Option<Vec<f64>> {
+    let mut scales: Vec<f64> = parallel::map(&channels(weight, axis)?, |channel| scale_of(channel, goals));
+    let mut live: Vec<f64> = scales.iter().copied().filter(|&s| s > 0.0).collect();
+    live.sort_by(f64::total_cmp);
+    let median = live.get(live.len() / 2).copied().unwrap_or(1.0);
+    scales.iter_mut().filter(|s| **s <= 0.0).for_each(|s| *s = median);
+    Some(scales)
+}
+
+/// What `weight` holds, by its channels along `axis`.
+fn channels(weight: &Tensor, axis: usize) -> Option<Vec<Vec<f32>>> {
     let channels = *weight.shape().get(axis)?;
     let inner: usize = weight.shape()[axis + 1..].iter().product();
     let values = weight.floats()?;
@@ -76,12 +100,7 @@ fn channel_scales(weight: &Tensor, axis: usize, goals: &Goal) -> Option<Vec<f64>
     for (index, run) in values.chunks(inner.max(1)).enumerate() {
         by_channel[index % channels].extend_from_slice(run);
     }
-    let mut scales: Vec<f64> = parallel::map(&by_channel, |channel| scale_of(channel, goals));
-    let mut live: Vec<f64> = scales.iter().copied().filter(|&s| s > 0.0).collect();
-    live.sort_by(f64::total_cmp);
-    let median = live.get(live.len() / 2).copied().unwrap_or(1.0);
-    scales.iter_mut().filter(|s| **s <= 0.0).for_each(|s| *s = median);
-    Some(scales)
+    Some(by_channel)
 }
 
 /// The scale for one channel, never below what f32 holds with full precision; 0 when it is all zero on a grid that holds that, as any scale
@@ -291,6 +310,21 @@ mod tests {
         assert!(scales[1] > 0.05, "{scales:?}");
         let dead = Tensor::of([2, 1], vec![0.0_f32; 2]);
         assert_eq!(channel_scales(&dead, 0, &goals(8, WeightScale::Mse)).unwrap(), [1.0, 1.0]);
+    }
+
+    #[test]
+    fn a_channel_of_one_sign_spends_all_codes_on_it() {
+        let scheme = Scheme { asymmetric: true, ..Scheme::integers(4, Some(8)) };
+        let goal = Goal::new(scheme, WeightScale::MinMax, &Accepts::USUAL).unwrap();
+        let weight = Tensor::of([3, 2], vec![1.5_f32, 0.1, -0.3, -3.0, 0.0, 0.0]);
+        let close = |(scale, zero): (f64, i32), want: (f64, i32)| (scale - want.0).abs() < 1e-6 && zero == want.1;
+        let found = ranges(&weight, 0, true, &goal).unwrap();
+        assert!(close(found[0], (0.1, 0)) && close(found[1], (0.2, 15)) && found[2] == (1.0, 0), "{found:?}");
+        let whole = ranges(&weight, 0, false, &goal).unwrap();
+        assert!(whole.len() == 1 && close(whole[0], (0.3, 10)), "{whole:?}");
+        let plain = goals(4, WeightScale::MinMax);
+        let zeros: Vec<i32> = ranges(&weight, 0, true, &plain).unwrap().into_iter().map(|(_, zero)| zero).collect();
+        assert_eq!(zeros, [0; 3], "none where the scheme has none");
     }
 
     #[test]
