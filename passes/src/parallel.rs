@@ -14,6 +14,19 @@ pub fn each<T: Send>(items: &mut [T], f: impl Fn(&mut T) + Sync + Send) {
     items.par_iter_mut().for_each(f);
 }
 
+/// `f` of every item, in the order of the items, of no more at once than there are threads: one that waits for parallel work of its own
+/// begins no other meanwhile. For items that take much memory each.
+pub fn few<T: Send, U: Send>(
+    mut items: impl Iterator<Item = T>,
+    f: impl Fn(T) -> U + Sync + Send,
+) -> impl Iterator<Item = U> {
+    let run = move || {
+        let run: Vec<T> = items.by_ref().take(rayon::current_num_threads()).collect();
+        (!run.is_empty()).then(|| run.into_par_iter().map(&f).collect::<Vec<U>>())
+    };
+    std::iter::from_fn(run).flatten()
+}
+
 /// What both give.
 pub fn both<A: Send, B: Send>(a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
     rayon::join(a, b)
@@ -58,5 +71,25 @@ pub fn workers<S: Send, E: Send>(
     match failures.into_iter().filter_map(Result::err).min_by_key(|(job, _)| *job) {
         Some((_, error)) => Err(error),
         None => Ok(states.into_iter().filter_map(Result::ok).collect()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_are_begun_while_others_wait() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let (begun, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let work = |i: usize| {
+            most.fetch_max(begun.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            let sum: usize = map(&(0..1000).collect::<Vec<usize>>(), |j| i * j).into_iter().sum();
+            begun.fetch_sub(1, Ordering::SeqCst);
+            sum
+        };
+        let sums: Vec<usize> = pool.install(|| few(0..64, work).collect());
+        assert_eq!(sums, (0..64).map(|i| i * 499_500).collect::<Vec<usize>>());
+        assert!(most.into_inner() <= 2);
     }
 }

@@ -11,8 +11,6 @@ mod back;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use rayon::prelude::*;
-
 use super::block::{Also, Program};
 use super::blocks::{self, Block};
 use super::given::{Given, Giver};
@@ -282,10 +280,9 @@ impl Chain {
                 let error = |(slot, place): (Slot, usize)| {
                     Ok((place, measures[place].error(&*targets(*i)?, place, values.real(slot))?))
                 };
-                self.returned(link).map(error).collect()
+                self.returned(link).map(error).collect::<Result<Errors, GradError>>()
             };
-            let errors: Vec<Result<Errors, GradError>> = states.par_iter_mut().zip(samples).map(run).collect();
-            for errors in errors {
+            for errors in parallel::few(states.iter_mut().zip(samples), run) {
                 for (place, (error, count)) in errors? {
                     sums[place] = (sums[place].0 + error, sums[place].1 + count);
                 }

@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use rayon::prelude::*;
-
 use super::super::objective::LANES;
 use super::super::run::{Gradients, Leaves, add};
 use super::super::samples::Sample;
 use super::{Chain, Link};
 use crate::grad::{Array, GradError, Slot, Value, Values};
 use crate::id::ValueId;
+use crate::parallel;
 use crate::seed;
 
 /// What blocks hand on for one sample, and the gradients that come back.
@@ -144,10 +143,8 @@ impl Chain {
                 }
                 Ok::<_, GradError>(sums)
             };
-            let lanes: Vec<Result<Vec<Vec<f32>>, GradError>> =
-                states.par_chunks_mut(lane).zip(batch.par_chunks(lane)).map(back).collect();
             let mut total: Vec<Vec<f32>> = vec![Vec::new(); link.program.learned().len()];
-            for lane in lanes {
+            for lane in parallel::few(states.chunks_mut(lane).zip(batch.chunks(lane)), back) {
                 let sums = total.iter_mut().zip(lane?).filter(|(_, sum)| !sum.is_empty());
                 match pull {
                     Pull::Errors => sums.for_each(|(total, sum)| add(total, sum.into_iter())),
@@ -177,7 +174,7 @@ impl Chain {
                 self.hand_on(link, &self.run(link, &leaves, *i, state, seeded(drop, at, *i))?, state);
                 Ok(())
             };
-            states.par_iter_mut().zip(batch).map(run).collect::<Result<(), GradError>>()?;
+            parallel::few(states.iter_mut().zip(batch), run).collect::<Result<(), GradError>>()?;
         }
         Ok(states)
     }
@@ -211,7 +208,7 @@ impl Chain {
                 let grads = self.back((link, Pull::Drawn(drawn, Moment::Square)), &values, *i, state, &wanted)?;
                 Ok(see(link, *i, &values, grads))
             };
-            let left = states.par_iter_mut().zip(batch).map(back).collect::<Result<Vec<T>, GradError>>()?;
+            let left = parallel::few(states.iter_mut().zip(batch), back).collect::<Result<Vec<T>, GradError>>()?;
             done(link, left);
         }
         Ok(())
