@@ -21,7 +21,8 @@ const BASE: u64 = 40 << 20;
 /// Without a limit, tensors held at once for measuring take at most this.
 pub(crate) const DEFAULT_TAP_BYTES: u64 = 256 << 20;
 
-/// Without a limit, tensors that wait between the stages of a walk take at most this.
+/// Tensors that wait between the stages of a walk may take this, or half of what is left where that is more: samples that do not fit run
+/// from the start at every stage.
 const DEFAULT_PAIR_BYTES: u64 = 2 << 30;
 
 /// Fewer bytes than this for measured tensors would mean a pass over the data for every single one.
@@ -123,8 +124,9 @@ impl Needs {
             let taps = left.min(DEFAULT_TAP_BYTES);
             if taps >= LEAST_TAP_BYTES.min((threads as u64).saturating_mul(self.all)) {
                 let estimate = self.total(threads, taps);
-                let pairs = most.saturating_sub(estimate).min(DEFAULT_PAIR_BYTES);
-                let state = most.saturating_sub(estimate).saturating_sub(pairs);
+                let left = most.saturating_sub(estimate);
+                let pairs = left.min(DEFAULT_PAIR_BYTES.max(left / 2));
+                let state = left - pairs;
                 let lone = most.saturating_sub(self.base(threads, COPIES_WHILE_LEARNED));
                 return Ok(Budget { threads, taps, pairs, state, lone, estimate });
             }
@@ -196,6 +198,19 @@ mod tests {
         assert!(tight.lone > tight.state + tight.taps + tight.pairs, "nothing is measured while weights are learned");
         let error = needs().budget(Some(one - (1 << 20)), 4).unwrap_err().to_string();
         assert!(error.contains("--max-memory allows"), "{error}");
+    }
+
+    #[test]
+    fn what_waits_between_stages_may_take_half_of_what_is_left_where_that_is_much() {
+        let pairs = |limit: u64| {
+            let budget = needs().budget(Some(limit), 4).unwrap();
+            (budget.pairs, budget.state, limit - budget.estimate)
+        };
+        let (pairs_of_little, state, left) = pairs(2 << 30);
+        assert_eq!((pairs_of_little, state), (left, 0));
+        let (pairs_of_much, state, left) = pairs(20 << 30);
+        assert_eq!((pairs_of_much, state), (left / 2, left - left / 2));
+        assert!(pairs_of_much > DEFAULT_PAIR_BYTES);
     }
 
     #[test]
