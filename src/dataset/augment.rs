@@ -14,6 +14,7 @@ use passes::tensor::Tensor;
 
 use super::Files;
 use super::drawn::{Speaker, like};
+use super::rounds::Rounds;
 
 /// The share of tokens that are replaced.
 const SHARE: f64 = 0.5;
@@ -34,11 +35,10 @@ struct Tokens {
 /// Samples, followed by variants of them.
 #[derive(Debug)]
 pub struct Augmented<'a> {
-    files: &'a Files,
+    rounds: Rounds<'a>,
     tokens: Vec<Tokens>,
     /// Per entry of `tokens`, ids that stay where they are: those that more than half of the sequences hold.
     marks: Vec<BTreeSet<i64>>,
-    times: usize,
     /// Variants that the model itself has drawn, by sample.
     drawn: Option<Vec<Vec<Tensor>>>,
 }
@@ -56,7 +56,8 @@ impl<'a> Augmented<'a> {
             return Ok(None);
         }
         let marks = marks(files, &tokens)?;
-        Ok(Some(Self { files, tokens, marks, times, drawn: None }))
+        let rounds = Rounds { files, times, noun: "variant" };
+        Ok(Some(Self { rounds, tokens, marks, drawn: None }))
     }
 
     /// The same, with words drawn by the model `graph` itself where it is a decoder.
@@ -68,9 +69,10 @@ impl<'a> Augmented<'a> {
         progress: &dyn Progress,
     ) -> Self {
         if let ([tokens], [marks]) = (&*self.tokens, &*self.marks)
-            && let Some(speaker) = Speaker::of(graph, executor, self.files, tokens.input, tokens.rows)
+            && let Some(speaker) = Speaker::of(graph, executor, self.rounds.files, tokens.input, tokens.rows)
         {
-            self.drawn = speaker.all((self.files, threads), self.times, &|id| marks.contains(&id), progress);
+            self.drawn =
+                speaker.all((self.rounds.files, threads), self.rounds.times, &|id| marks.contains(&id), progress);
         }
         self
     }
@@ -100,29 +102,25 @@ impl<'a> Augmented<'a> {
 
 impl Dataset for Augmented<'_> {
     fn len(&self) -> usize {
-        self.files.len().saturating_mul(self.times.saturating_add(1))
+        self.rounds.len()
     }
 
     fn name(&self, index: usize) -> String {
-        let n = self.files.len().max(1);
-        match index / n {
-            0 => self.files.name(index),
-            variant => format!("{}, variant {variant}", self.files.name(index % n)),
-        }
+        self.rounds.name(index)
     }
 
     fn origin(&self, index: usize) -> usize {
-        index % self.files.len().max(1)
+        self.rounds.place(index).1
     }
 
     fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
-        let n = self.files.len().max(1);
-        let mut sample = self.files.sample(index % n)?;
-        if index < n {
+        let (variant, of) = self.rounds.place(index);
+        let mut sample = self.rounds.files.sample(of)?;
+        if variant == 0 {
             return Ok(sample);
         }
         if let Some(drawn) = &self.drawn {
-            let variant = drawn.get(index % n).and_then(|variants| variants.get(index / n - 1));
+            let variant = drawn.get(of).and_then(|variants| variants.get(variant - 1));
             let places = self.tokens.iter().map(|tokens| tokens.input).zip(variant.cloned());
             places.for_each(|(input, variant)| sample[input] = variant);
             return Ok(sample);
@@ -132,7 +130,7 @@ impl Dataset for Augmented<'_> {
                 sample: self.name(index),
                 problem: "its token ids are no 32- or 64-bit integers".into(),
             };
-            sample[tokens.input] = self.varied(which, &sample[tokens.input], index / n).ok_or_else(refuse)?;
+            sample[tokens.input] = self.varied(which, &sample[tokens.input], variant).ok_or_else(refuse)?;
         }
         Ok(sample)
     }

@@ -10,6 +10,7 @@ mod files;
 mod fit;
 mod images;
 mod imagined;
+mod rounds;
 mod views;
 
 use std::path::{Path, PathBuf};

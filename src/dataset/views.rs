@@ -13,6 +13,7 @@ use passes::seed;
 use passes::tensor::Tensor;
 
 use super::Files;
+use super::rounds::Rounds;
 
 /// The shares of a picture's area that a view shows.
 const AREA: (f64, f64) = (0.15, 1.0);
@@ -35,8 +36,7 @@ const SEED: u64 = 0x7669_6577;
 /// Pictures, followed by views of them.
 #[derive(Debug)]
 pub struct Views<'a> {
-    files: &'a Files,
-    times: usize,
+    rounds: Rounds<'a>,
     shape: [usize; 3],
     /// The least and the most of every channel.
     ranges: Vec<(f32, f32)>,
@@ -79,7 +79,8 @@ impl<'a> Views<'a> {
     /// # Errors
     /// [`DataError`] where a sample cannot be read, or is no picture.
     pub fn new(files: &'a Files, times: usize) -> Result<Self, DataError> {
-        let mut views = Self { files, times, shape: [0; 3], ranges: Vec::new() };
+        let rounds = Rounds { files, times, noun: "view" };
+        let mut views = Self { rounds, shape: [0; 3], ranges: Vec::new() };
         for index in 0..files.len() {
             let sample = files.sample(index)?;
             let refuse = || {
@@ -107,8 +108,9 @@ impl<'a> Views<'a> {
 
     /// The given picture `index`, channel by channel from 0, the least there is, to 1: libraries cut pictures off there.
     fn given(&self, index: usize) -> Result<Vec<f32>, DataError> {
-        let missing = || DataError { sample: self.files.name(index), problem: "it is no picture any more".into() };
-        let sample = self.files.sample(index)?;
+        let missing =
+            || DataError { sample: self.rounds.files.name(index), problem: "it is no picture any more".into() };
+        let sample = self.rounds.files.sample(index)?;
         let values = sample.first().and_then(Tensor::values::<f32>).ok_or_else(missing)?;
         let mut picture = values.into_owned();
         self.each_channel(
@@ -120,7 +122,7 @@ impl<'a> Views<'a> {
 
     /// The given picture to put over or beside picture `index`: one that judges where that does, so that neither side shows the other.
     fn other(&self, index: usize, draws: &mut Draws) -> usize {
-        let n = self.files.len();
+        let n = self.rounds.files.len();
         let judges = passes::judges::is_judge(index);
         let from = draws.below(n);
         (from..n).chain(0..from).find(|other| passes::judges::is_judge(*other) == judges).unwrap_or(index)
@@ -205,29 +207,24 @@ impl<'a> Views<'a> {
 
 impl Dataset for Views<'_> {
     fn len(&self) -> usize {
-        self.files.len().saturating_mul(self.times.saturating_add(1))
+        self.rounds.len()
     }
 
     fn name(&self, index: usize) -> String {
-        let n = self.files.len().max(1);
-        match index / n {
-            0 => self.files.name(index),
-            view => format!("{}, view {view}", self.files.name(index % n)),
-        }
+        self.rounds.name(index)
     }
 
     fn origin(&self, index: usize) -> usize {
-        index % self.files.len().max(1)
+        self.rounds.place(index).1
     }
 
     fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
-        let n = self.files.len().max(1);
-        if index < n {
-            return self.files.sample(index);
-        }
-        let [c, h, w] = self.shape;
-        let view = self.view(index % n, &mut Draws(seed::mixed(SEED ^ index as u64)))?;
-        Ok(vec![Tensor::of([1, c, h, w], view)])
+        let (0, of) = self.rounds.place(index) else {
+            let [c, h, w] = self.shape;
+            let view = self.view(self.origin(index), &mut Draws(seed::mixed(SEED ^ index as u64)))?;
+            return Ok(vec![Tensor::of([1, c, h, w], view)]);
+        };
+        self.rounds.files.sample(of)
     }
 }
 
