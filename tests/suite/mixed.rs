@@ -67,6 +67,20 @@ fn a_budget_is_spent_where_it_helps_and_never_exceeded() {
     assert!(mean_bits(&fewer) <= 6.0, "bits go down from those of the scheme too");
 }
 
+/// Operators on bytes take no zero points that differ by channel.
+#[test]
+fn what_is_given_eight_bits_has_no_zero_points_beside_codes() {
+    let four = ["--scheme", "w4a8asym", "--target", "onnx-qdq"];
+    let mixed = done(&[&four[..], &["--budget", "5"]].concat());
+    assert!(decibels(&mixed) > decibels(&done(&four)));
+    let layers = mixed["layers"].as_array().unwrap();
+    let mut formats: Vec<&str> = layers.iter().filter_map(|layer| layer["weight"]["format"].as_str()).collect();
+    formats.sort_unstable();
+    formats.dedup();
+    assert!(formats.contains(&"uint4") && formats.contains(&"int8"), "{formats:?}");
+    assert!(!formats.iter().any(|format| ["uint5", "uint6", "uint7", "uint8"].contains(format)), "{formats:?}");
+}
+
 /// The share of the loss in the fewest bits that the reason of the layer called `name` states, in percent.
 fn share(summary: &Value, name: &str) -> f64 {
     let layers = summary["layers"].as_array().unwrap();

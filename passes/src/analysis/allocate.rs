@@ -135,13 +135,16 @@ impl AllocateBits {
         let base = cx.scheme.weight_bits;
         let lowest = if self.budget.is_some() { 0 } else { base };
         let all: BTreeSet<u32> = self.bits.iter().copied().chain([base]).collect();
-        let fits = |bits: &u32| *bits >= lowest && cx.target.refuses(&in_bits(cx.scheme, *bits)).is_none();
+        let fits = |bits: &u32| *bits >= lowest && in_bits(cx, *bits).is_some();
         all.into_iter().filter(fits).collect()
     }
 }
 
-fn in_bits(scheme: Scheme, weight_bits: u32) -> Scheme {
-    Scheme { weight_bits, ..scheme }
+/// The scheme in so many bits, without zero points where the target has none for so many; `None` where it takes neither.
+fn in_bits(cx: &PassContext<'_>, weight_bits: u32) -> Option<Scheme> {
+    let scheme = Scheme { weight_bits, ..cx.scheme };
+    let schemes = [scheme, Scheme { asymmetric: false, ..scheme }];
+    schemes.into_iter().find(|scheme| cx.target.refuses(scheme).is_none())
 }
 
 /// What gradients tell.
@@ -193,7 +196,7 @@ fn candidates(
         let tensor = graph.constant(value)?;
         let values = tensor.floats()?;
         let encoding = |bits: u32| {
-            let edits = reencode(model, node, (in_bits(cx.scheme, bits), weights), cx.target.accepts())?;
+            let edits = reencode(model, node, (in_bits(cx, bits)?, weights), cx.target.accepts())?;
             edits.iter().find_map(|edit| encoding_at(edit, site)).cloned()
         };
         let costs = match told {
@@ -279,13 +282,10 @@ impl Pass for AllocateBits {
         );
         patch.note(Diagnostic::new(diag::ALLOCATED, Severity::Note, Place::Model, message));
         for ((candidate, &at), loss) in candidates.iter().zip(&chosen).zip(&losses) {
-            if at != base {
-                let edits = reencode(
-                    model,
-                    candidate.node,
-                    (in_bits(cx.scheme, choices[at]), self.weights),
-                    cx.target.accepts(),
-                );
+            if at != base
+                && let Some(scheme) = in_bits(cx, choices[at])
+            {
+                let edits = reencode(model, candidate.node, (scheme, self.weights), cx.target.accepts());
                 edits.into_iter().flatten().for_each(|edit| patch.edit(edit));
                 patch.count(if at > base { "given more bits" } else { "given fewer bits" }, 1);
             }
