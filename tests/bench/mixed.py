@@ -13,7 +13,7 @@ RUNS = [('digits-resnet', '--scheme w4a8'), ('digits-resnet', '--scheme w4a8 --b
           for name, scheme in (('digits-mobilenet', 'w4a8'), ('efficientnet-lite0', 'w4a8'), ('minilm', 'w4a16g32')) for s in ('error', 'kl-top', 'fisher', 'tacq', 'gradient-l1')),
         ('efficientnet-lite0', '--scheme w4a8 --recipe best --augment 1'),
         *(('efficientnet-lite0', f'--scheme {s} --target onnx-qdq --recipe best{v}') for s in ('w4a8', 'w4a4') for v in ('', ' --views 1', ' --views 3')),
-        *(('efficientnet-lite0', f'--scheme {s} --target onnx-qdq --recipe best') for s in ('w4a8asym', 'w4a4asym')),
+        *(('efficientnet-lite0', f'--scheme {o} --target onnx-qdq --recipe best') for o in ('w4a8asym', 'w4a4asym', 'w4a4asym --views 1', 'w4a4asym --views 3')),
         *(('efficientnet-lite0', f'--scheme w8a8{d}') for d in ('', ' --max-drop 1%', ' --max-drop 0.5%')),
         *(('minilm', f'--scheme w4a16g32 --recipe best{b}') for b in ('', ' --budget 5')),
         *(('minilm', f'--scheme {s} --recipe best --augment {n}') for s in ('w4a16g32', 'w4a16g32asym', 'w3a16g64') for n in (0, 4, 8, 12)),
