@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn few_are_begun_while_others_wait() {
+    fn no_other_item_is_begun_while_one_waits() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
         let (begun, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let work = |i: usize| {

@@ -219,12 +219,13 @@ impl Dataset for Views<'_> {
     }
 
     fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
-        let (0, of) = self.rounds.place(index) else {
-            let [c, h, w] = self.shape;
-            let view = self.view(self.origin(index), &mut Draws(seed::mixed(SEED ^ index as u64)))?;
-            return Ok(vec![Tensor::of([1, c, h, w], view)]);
-        };
-        self.rounds.files.sample(of)
+        let (round, of) = self.rounds.place(index);
+        if round == 0 {
+            return self.rounds.files.sample(of);
+        }
+        let [c, h, w] = self.shape;
+        let view = self.view(of, &mut Draws(seed::mixed(SEED ^ index as u64)))?;
+        Ok(vec![Tensor::of([1, c, h, w], view)])
     }
 }
 

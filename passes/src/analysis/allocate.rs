@@ -282,9 +282,10 @@ impl Pass for AllocateBits {
         );
         patch.note(Diagnostic::new(diag::ALLOCATED, Severity::Note, Place::Model, message));
         for ((candidate, &at), loss) in candidates.iter().zip(&chosen).zip(&losses) {
-            if at != base
-                && let Some(scheme) = in_bits(cx, choices[at])
-            {
+            if at != base {
+                let scheme = in_bits(cx, choices[at]).ok_or_else(|| {
+                    PassError::Model("a bug in onnx-quant: bits that the target refuses were chosen".into())
+                })?;
                 let edits = reencode(model, candidate.node, (scheme, self.weights), cx.target.accepts());
                 edits.into_iter().flatten().for_each(|edit| patch.edit(edit));
                 patch.count(if at > base { "given more bits" } else { "given fewer bits" }, 1);
