@@ -78,18 +78,31 @@ pub fn workers<S: Send, E: Send>(
 mod tests {
     use super::*;
 
-    #[test]
-    fn no_other_item_is_begun_while_one_waits() {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+    /// Work that a second pool does, as executors have one of their own; returns the sums and how many items were under way at most.
+    fn nested(run: impl FnOnce(&(dyn Fn(usize) -> usize + Sync)) -> Vec<usize> + Send) -> (Vec<usize>, usize) {
+        let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let (outer, inner) = (pool(2), pool(1));
         let (begun, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let work = |i: usize| {
             most.fetch_max(begun.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-            let sum: usize = map(&(0..1000).collect::<Vec<usize>>(), |j| i * j).into_iter().sum();
+            inner.install(|| std::thread::sleep(std::time::Duration::from_millis(2)));
             begun.fetch_sub(1, Ordering::SeqCst);
-            sum
+            3 * i
         };
-        let sums: Vec<usize> = pool.install(|| few(0..64, work).collect());
-        assert_eq!(sums, (0..64).map(|i| i * 499_500).collect::<Vec<usize>>());
-        assert!(most.into_inner() <= 2);
+        (outer.install(|| run(&work)), most.into_inner())
+    }
+
+    #[test]
+    fn no_other_item_is_begun_while_one_waits() {
+        let (tripled, most) = nested(|work| few(0..32, work).collect());
+        assert_eq!(tripled, (0..32).map(|i| 3 * i).collect::<Vec<usize>>());
+        assert!(most <= 2, "{most} at once");
+    }
+
+    #[test]
+    fn a_plain_map_begins_others_while_one_waits() {
+        let (tripled, most) = nested(|work| map(&(0..32).collect::<Vec<usize>>(), |i| work(*i)));
+        assert_eq!(tripled, (0..32).map(|i| 3 * i).collect::<Vec<usize>>());
+        assert!(most > 2, "{most} at once: then `few` is not needed any more");
     }
 }
