@@ -337,10 +337,7 @@ pub(super) fn parameters(model: &Model, id: NodeId, input_scale: f32, goals: &Go
     if goals.scheme.power_of_two && raised > 0 {
         scales.iter_mut().for_each(|scale| *scale = weights::powers_of_two(*scale)[1]);
     }
-    // The code of 0 where ranges end as before.
-    let zero =
-        |((chosen, zero), scale): (&(f64, i32), &f64)| (f64::from(*zero) * chosen / scale).round_ties_even() as i32;
-    let zeros: Vec<i32> = ranges.iter().zip(&scales).map(zero).collect();
+    let zeros: Vec<i32> = ranges.iter().zip(&scales).map(|(chosen, scale)| zero_at(*scale, *chosen)).collect();
     let weight_scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
     let encoding = per_channel(goals.weight_grid, roles.out_axis, weight_scales.clone());
     let mut edits = vec![Edit::Encode {
@@ -367,6 +364,15 @@ fn per_channel(grid: &'static dyn Grid, axis: usize, scales: Vec<f32>) -> Encodi
         [one] => Encoding::per_tensor(grid, *one, 0),
         _ => Encoding::per_axis(grid, axis, scales),
     }
+}
+
+/// The code of 0 at `scale` for a range that begins where it did at the scale and the zero point that were `chosen`, on codes from 0 on.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "scales are raised, so that zero points of a few bits come nearer to 0"
+)]
+fn zero_at(scale: f64, chosen: (f64, i32)) -> i32 {
+    (f64::from(chosen.1) * chosen.0 / scale).round_ties_even() as i32
 }
 
 /// Raises scales until every bias fits, with room, at input scale times weight scale; returns how many were raised.
@@ -411,6 +417,29 @@ mod tests {
         let mut one = [1e-9];
         assert_eq!(raise_for_bias(&mut one, &[0.0, -1e6], 1e-3), 1);
         assert!((one[0] - 1e6 / (1e-3 * 1_073_741_824.0)).abs() < 1e-6);
+    }
+
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "zero points of four bits; any bias will do")]
+    fn ranges_of_raised_scales_begin_where_they_did() {
+        assert_eq!(zero_at(0.0, (0.0, 0)), 0, "a channel of zeros");
+        for seed in 0..200 {
+            let drawn = |what: u64| uniform(seed << 8 | what);
+            let (scale, zero) = (0.01 + drawn(0), (drawn(1) * 15.0).round_ties_even() as i32);
+            assert_eq!(zero_at(scale, (scale, zero)), zero, "not raised");
+            let mut raised = [scale];
+            raise_for_bias(&mut raised, &[1e6 * drawn(2) as f32], 1e-3);
+            let (raised, moved) = (raised[0], zero_at(raised[0], (scale, zero)));
+            assert!((0..=zero).contains(&moved));
+            let begins = |scale: f64, zero: i32| -f64::from(zero) * scale;
+            let off = begins(raised, moved) - begins(scale, zero);
+            assert!(off.abs() <= 0.5 * raised + 1e-12, "{scale} {zero}: {raised} {moved}");
+            let ends = |scale: f64, zero: i32| f64::from(15 - zero) * scale;
+            assert!(
+                ends(raised, moved) >= ends(scale, zero) - 0.5 * raised - 1e-12,
+                "{scale} {zero}: {raised} {moved}"
+            );
+        }
     }
 
     static BY_SIGN: Accepts = Accepts { activations: Activations::BySign, ..Accepts::USUAL };
