@@ -15,7 +15,7 @@ pub fn each<T: Send>(items: &mut [T], f: impl Fn(&mut T) + Sync + Send) {
 }
 
 /// `f` of every item, in the order of the items, of no more at once than there are threads: one that waits for parallel work of its own
-/// begins no other meanwhile. For items that take much memory each.
+/// begins no other meanwhile, not even for work of another pool, as executors have. For items that take much memory each.
 pub fn few<T: Send, U: Send>(
     mut items: impl Iterator<Item = T>,
     f: impl Fn(T) -> U + Sync + Send,

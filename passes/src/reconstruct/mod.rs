@@ -45,6 +45,7 @@ pub use first_order::{Cost, Costs, first_order};
 pub use parameterization::{PARAMETERIZATIONS, Parameterization};
 pub use saliency::{SALIENCIES, Saliency};
 
+pub(crate) use block_stakes::BlockStakes;
 pub(crate) use by_blocks::{Learner, Turn};
 pub(crate) use distill::ENTRY as DISTILL;
 pub(crate) use output_moments::{OutputMoments, output_moments};

@@ -7,9 +7,10 @@ use super::clip_weights::{Form, clip};
 use super::coupled::Couplings;
 use super::descend::descend;
 use super::held_out::{self, Asked, Chosen};
-use super::layer::{self, Layer};
+use super::layer::Layer;
+use super::learned::Learning;
 use super::norms::{self, Norm};
-use super::prefix::{self, Halves, Inputs, Measured, Reading, Roots};
+use super::prefix::{self, Halves, Inputs, Measured, Roots};
 use super::refit_scales::refit;
 use super::tile::{Quadratic, Tile};
 use super::{Method, Prepared, round, work};
@@ -17,17 +18,15 @@ use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::exec::Dataset;
 use crate::grid::Grid;
 use crate::id::{NodeId, Site};
-use crate::ir::Graph;
 use crate::ir::walk::Users;
 use crate::judges;
-use crate::lockstep::{self, Lockstep, Span};
+use crate::lockstep::{self, Lockstep};
 use crate::model::{Edit, Model, Patch};
 use crate::observe::Gram;
 use crate::ops;
 use crate::parallel;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
-use crate::reconstruct::{Learner, OutputMoments, Turn, output_moments, stakes};
-use crate::simulate::{Cutter, Version};
+use crate::reconstruct::{Learner, OutputMoments, output_moments, stakes};
 use crate::target::Scheme;
 
 crate::declare_pass! {
@@ -401,7 +400,7 @@ impl Pass for RoundInOrder {
         }
         let mut work = model.clone();
         let users = Users::of(model.graph());
-        let mut layers = layers(model, &users);
+        let mut layers = Inputs::all(model, &users);
         let roots = self.roots(model, &layers, cx, &mut patch)?;
         let mut outputs = self.outputs(model, cx, &mut patch)?;
         for layer in &mut layers {
@@ -411,37 +410,21 @@ impl Pass for RoundInOrder {
         let stops: BTreeSet<NodeId> =
             layers.iter().map(|layer| layer.node).chain(norms.iter().map(|norm| norm.node)).collect();
         let stage_of = lockstep::stages(model.graph(), &stops);
-        self.learner.as_ref().map_or(Ok(()), |learner| learner.check(model))?;
-        let blocks = match &self.learner {
-            Some(learner) => learner.blocks(model.graph(), model.plan(), &stage_of),
-            None => Vec::new(),
-        };
-        let of_blocks = match &self.learner {
-            Some(learner) => learner.stakes(model, cx, &blocks)?,
-            None => None,
-        };
-        let spans: Vec<Span> = blocks.iter().map(|(_, span)| span.clone()).collect();
+        let learning = Learning::new(self.learner.as_ref(), model, &stage_of, cx)?;
         let held: u64 = outputs.values().map(OutputMoments::held).sum();
-        let walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &spans)?.sparing(self.spares);
+        let walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &learning.spans())?.sparing(self.spares);
         let mut walk = walk.beside(held.saturating_sub(cx.state_budget));
         let last = stops.iter().map(|node| walk.stage_of(*node)).max().unwrap_or(0);
         let samples = cx.dataset.map_or(0, Dataset::len);
         let spared = (0..samples).filter(|index| walk.is_spared(*index)).count();
         patch.count("samples left to judge what is learned", spared as u64);
-        let to_learn = self.learner.as_ref().map_or(0, |learner| learner.steps(blocks.len()));
-        cx.progress.begin(INFO.about.name, layers.len() as u64 + to_learn);
+        cx.progress.begin(INFO.about.name, layers.len() as u64 + learning.steps());
         let mut asked = Asked::default();
         for stage in 1..=last {
             walk.advance(work.plan())?;
-            let mut here: Vec<Inputs> =
-                layers.iter().filter(|layer| walk.stage_of(layer.node) == stage).copied().collect();
-            for inputs in &mut here {
-                let ready = |version: &Version| {
-                    let producer = model.graph().producer(version.0);
-                    producer.is_none_or(|(producer, _)| walk.stage_of(producer) < stage)
-                };
-                inputs.beside = inputs.beside.filter(|version| self.target == Target::Sum && ready(version));
-            }
+            let here = layers.iter().filter(|layer| walk.stage_of(layer.node) == stage);
+            let of_sums = self.target == Target::Sum;
+            let here: Vec<Inputs> = here.map(|layer| layer.at_its_stage(model.graph(), &walk, of_sums)).collect();
             let few = |inputs: &Inputs| Layer::of(&work, inputs.node).is_some_and(|layer| held_out::tells(&layer));
             let apart = asked.goes_on() && here.iter().any(few);
             let halves = if apart { Halves::Apart } else { Halves::Together };
@@ -459,23 +442,7 @@ impl Pass for RoundInOrder {
             let fitted = norms::fit(&walk, model.graph(), work.plan(), &norms)?;
             patch.count("norms fitted", fitted.iter().filter(|edit| norms::is_scale(edit, &norms)).count() as u64);
             patch.and_on(&mut work, fitted)?;
-            let ended = blocks.iter().enumerate().find(|(_, (_, span))| span.last == stage);
-            if let (Some(learner), Some((number, (block, span)))) = (&self.learner, ended) {
-                let turn = Turn { block, number, given: model.plan(), stakes: of_blocks.as_ref() };
-                match learner.learn_once(&walk, &work, cx, &turn)? {
-                    Ok(edits) if edits.is_empty() => patch.count("blocks that learning did not help", 1),
-                    Ok(edits) => {
-                        patch.count("blocks learned", 1);
-                        patch.and_on(&mut work, edits)?;
-                        walk.again(span.first, work.plan())?;
-                    }
-                    Err(reason) => {
-                        patch.count("blocks that gradients do not pass", 1);
-                        let message = format!("block {number} keeps the codes that it has: {reason}");
-                        patch.note(Diagnostic::new(diag::NO_GRADIENTS, Severity::Note, Place::Model, message));
-                    }
-                }
-            }
+            learning.after(stage, (&mut walk, &mut work), cx, &mut patch)?;
         }
         cx.progress.end();
         if let Some(said) = asked.said(model.graph()) {
@@ -484,39 +451,6 @@ impl Pass for RoundInOrder {
         round::to_nearest(&work, &BTreeSet::new(), &mut patch)?;
         Ok(patch)
     }
-}
-
-/// The encoded layers with a weight of their own, in graph order.
-fn layers(model: &Model, users: &Users) -> Vec<Inputs> {
-    let graph = model.graph();
-    let cutter = Cutter { graph, plan: model.plan() };
-    let inputs = |id: NodeId| {
-        let layer = Layer::of(model, id).filter(|layer| model.plan().codes(layer.site).is_none())?;
-        let Site::Use { input, .. } = layer.site else { return None };
-        users.only_input(graph.node(id)?.input(input.into())?)?;
-        let roles = ops::linear(graph, id)?;
-        let (value, rows) = layer::rows_of(graph, id, &roles)?;
-        let version = cutter.of_use(id, roles.activation.into(), value);
-        let beside = sum_after(graph, users, id).map(|(add, input, value)| cutter.of_use(add, input, value));
-        Some(Inputs { node: id, reading: Reading { version, rows, weighed_for: None }, beside })
-    };
-    graph.nodes().filter_map(|(id, _)| inputs(id)).collect()
-}
-
-/// The addition of a computed tensor that alone reads the result of layer `id`, behind an addition of a constant where there is
-/// one, and its other operand.
-fn sum_after(graph: &Graph, users: &Users, id: NodeId) -> Option<(NodeId, usize, crate::id::ValueId)> {
-    let mut value = graph.node(id)?.output(0)?;
-    for _ in 0..2 {
-        let (add, other) = ops::only_addition(graph, users, value)?;
-        let operand = graph.node(add)?.input(other.into())?;
-        if graph.constant(operand).is_none() {
-            let alike = graph.value(operand).ty.rank() == graph.value(value).ty.rank();
-            return (alike && operand != value).then_some((add, other.into(), operand));
-        }
-        value = graph.node(add)?.output(0)?;
-    }
-    None
 }
 
 #[cfg(test)]
@@ -533,7 +467,7 @@ mod tests {
     fn a_large_bias_holds_no_other_row_back() {
         let (model, node) = with_a_large_bias();
         let users = Users::of(model.graph());
-        let inputs = layers(&model, &users)[0];
+        let inputs = Inputs::all(&model, &users)[0];
         let moments = Moments { gram: independent(), halves: None, drift: None };
         let measured = Measured { of_reading: [(inputs.reading, moments)].into(), ..Measured::default() };
         let options = Options([("clip".to_owned(), "1".to_owned())].into());

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Goal, Goals, encode};
+use super::{Goal, Goals, parameters};
 use crate::grid::{self, Grid};
 use crate::id::NodeId;
 use crate::model::{Edit, Model};
@@ -55,7 +55,7 @@ fn loss(model: &Model, id: NodeId, goal: &Goal) -> Option<f64> {
     let graph = model.graph();
     let roles = ops::linear(graph, id)?;
     let weight = graph.constant_input(graph.node(id)?, roles.weight.into())?;
-    let Edit::Encode { encoding, .. } = encode::weight_alone(model, id, goal)? else { return None };
+    let Edit::Encode { encoding, .. } = parameters::weight_alone(model, id, goal)? else { return None };
     let values = weight.floats()?;
     let mut rounded = values.to_vec();
     encoding.simulate(&mut rounded, weight.shape()).ok()?;

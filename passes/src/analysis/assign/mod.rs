@@ -3,6 +3,7 @@
 mod encode;
 mod formats;
 mod logarithm;
+mod parameters;
 mod select;
 mod tables;
 mod weights;
@@ -190,9 +191,9 @@ pub(super) fn reencode(
     let roles = ops::linear(graph, id)?;
     match model.plan().encoding_of_use(graph, id, roles.activation) {
         Some(input) if !input.granularity.is_dynamic() => {
-            Some(encode::parameters(model, id, *input.scale.first()?, &goal)?.edits)
+            Some(parameters::parameters(model, id, *input.scale.first()?, &goal)?.edits)
         }
-        _ => Some(vec![encode::weight_alone(model, id, &goal)?]),
+        _ => Some(vec![parameters::weight_alone(model, id, &goal)?]),
     }
 }
 

@@ -10,6 +10,7 @@
 //! and what is left is the quadratic form of x̃ around W*, which every rounding method works on unchanged. e is the error that
 //! the other operand of a sum after the layer already carries, for layers that write into a residual stream.
 
+mod inputs;
 mod measure;
 mod roots;
 mod target;

@@ -9,7 +9,12 @@ use crate::rounding::layer::Layer;
 
 /// W* of `layer` in the order of storage, λ being `damping` mean diagonals; `None` where nothing drifted, or the regression has no solution.
 #[expect(clippy::cast_possible_truncation, reason = "weights are f32")]
-pub(in crate::rounding) fn target(layer: &Layer<'_>, drift: Option<&Cross>, sum: Option<&Cross>, damping: f64) -> Option<Vec<f32>> {
+pub(in crate::rounding) fn target(
+    layer: &Layer<'_>,
+    drift: Option<&Cross>,
+    sum: Option<&Cross>,
+    damping: f64,
+) -> Option<Vec<f32>> {
     if drift.is_none() && sum.is_none() {
         return None;
     }
@@ -61,7 +66,12 @@ fn centered(cross: &Cross, group: usize, layer: &Layer<'_>) -> Vec<f64> {
 
 /// What has to be added to the bias of `layer`, per output channel, so that its mean output (and that of the sum after it) is the
 /// float model's, when the weight becomes `rounded`.
-pub(in crate::rounding) fn shift(layer: &Layer<'_>, moments: &Moments, sum: Option<&Cross>, rounded: &[f32]) -> Option<Vec<f64>> {
+pub(in crate::rounding) fn shift(
+    layer: &Layer<'_>,
+    moments: &Moments,
+    sum: Option<&Cross>,
+    rounded: &[f32],
+) -> Option<Vec<f64>> {
     let weights = layer.weights()?;
     let per_group = layer.rows / layer.groups;
     let of_row = |row: usize| -> f64 {
