@@ -17,6 +17,7 @@ RUNS = [('digits-resnet', '--scheme w4a8'), ('digits-resnet', '--scheme w4a8 --b
         *(('efficientnet-lite0', f'--scheme w8a8{d}') for d in ('', ' --max-drop 1%', ' --max-drop 0.5%')),
         *(('minilm', f'--scheme w4a16g32 --recipe best{b}') for b in ('', ' --budget 5')),
         *(('minilm', f'--scheme {s} --recipe best --augment {n}') for s in ('w4a16g32', 'w4a16g32asym', 'w3a16g64') for n in (0, 4, 8, 12)),
+        *(('minilm', f'--scheme {s} --target onnx-qdq --recipe best --augment {n}') for s in ('w4a4asym', 'w4a4tok', 'w4a4asymtok') for n in (0, 4)),
         *(('minilm', f'--scheme w8a8dyn{e}') for e in ('', ' --recipe best', ' --embeddings w8a16g32', ' --embeddings w4a16g32asym', ' --embeddings w4a16g32'))]
 
 
