@@ -108,7 +108,8 @@ fn numbers(text: &mut String, request: &Request, outcome: &Outcome) {
         size(sizes.output_bytes)
     );
     if let Some(fidelity) = &outcome.fidelity {
-        let of = if outcome.held_out { "held-out samples" } else { "of the samples it was fitted to" };
+        let fitted = "of the samples it was fitted to: on others it may be worse (--hold-out N judges by those)";
+        let of = if outcome.held_out { "held-out samples" } else { fitted };
         let n = fidelity.samples;
         let _ = writeln!(
             text,

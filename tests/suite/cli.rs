@@ -97,6 +97,9 @@ fn held_out_samples_judge_and_are_not_fitted_to() {
     assert_eq!((&judged["samples"], &judged["fidelity"]["held_out"]), (&24.into(), &true.into()));
     assert_eq!(judged["fidelity"]["samples"], 8);
     assert!(fidelity(&judged) < fidelity(&fitted), "what was fitted flatters: {fitted:#} {judged:#}");
+    let said = |more: &[&str]| tool_ok(&[&base[..base.len() - 1], &["--samples", "32"], more].concat());
+    assert!(said(&[]).contains("of the samples it was fitted to: on others it may be worse (--hold-out N"));
+    assert!(said(&["--hold-out", "8"]).contains("on 8 held-out samples\n"));
     refused(&[&base[..], &["--samples", "32", "--hold-out", "32"]].concat(), 2, &["leaves none of the 32 samples"]);
     refused(&["quantize", text(&model), "--scheme", "w8a16", "--hold-out", "2", "--dry-run"], 2, &["--data"]);
     refused(&["quantize", text(&model), "--scheme", "w8a16", "--augment", "2", "--dry-run"], 2, &["--data"]);
