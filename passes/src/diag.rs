@@ -156,6 +156,8 @@ codes! {
         "A run that is stopped while it learns the whole model goes on from its last check where that takes less than a gibibyte and less than the memory that is left; the message says what it takes. Stopped there it learns the whole model from the start; the bytes are the same. Fewer numbers are learned with codes=0, or with a method that keeps less (signround, lrq).";
     FEWER_SAMPLES = "OQ5005", "memory holds fewer samples than were given to learn from",
         "What is learned of the whole model is held for all weights at once, and samples take what that leaves: as many as fit, spread over all. Allow more with --max-memory, or learn less (codes=0, or a method that keeps less: signround, lrq).";
+    CODES_STAYED = "OQ5006", "no code changed while the whole model was learned",
+        "A weight has to be moved by a quarter of a step of its grid before its code is another, and few steps at a low rate do not move it so far: what was gained was gained by scales, biases and norms. With codes=0 the same is learned in less memory; more steps, or a higher rate, change codes.";
     GREW = "OQ6002", "the quantized model is not smaller than the float model",
         "Little of the model is weights that could be quantized. The summary says what was quantized and what was not.";
     NOT_WRITABLE = "OQ6003", "a number format has no ONNX operator that reads it",

@@ -25,7 +25,7 @@ use crate::model::{Edit, Model, Plan, bias, record};
 use crate::pass::{OptionError, Options, PassContext, PassError};
 
 /// What is usual where options say nothing.
-const USUAL: Usual = Usual { learn: "none", iterations: 200, batch: 8, norms: false, loss: "mse" };
+const USUAL: Usual = Usual { learn: "none", iterations: 200, batch: 8, norms: false, loss: "mse", warmup: 0.0 };
 
 /// A block whose turn it is.
 pub(crate) struct Turn<'a> {

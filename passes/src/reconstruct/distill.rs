@@ -9,15 +9,18 @@ use super::settings::{Part, Settings, Usual};
 use super::standing::Standing;
 use super::train::{Course, Order};
 use crate::diag::{self, Diagnostic, Place, Severity};
+use crate::encoding::unpack;
 use crate::exec::Dataset;
 use crate::grad::GradError;
 use crate::model::{Edit, Model, Patch, record};
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
+use crate::tensor::{DType, Tensor};
 
 crate::declare_pass! {
     /// Learns codes, scales, biases and norms of the whole model at once, by what its outputs lose.
     ///
-    /// The model as planned goes forward and back on batches of samples; every weight starts at the codes that it has. Memory holds the
+    /// The model as planned goes forward and back on batches of samples; every weight starts at the codes that it has. The rate rises over the
+    /// first fifth of the steps, and falls to nothing from there. Memory holds the
     /// tape of one block at a time. What is learned is kept only where it does better on the samples that are held out from it, one of
     /// eight where there are eight; codes that were chosen by those too look better on them than on others, unless `round-in-order{spare=1}`
     /// left them out. A run that is killed goes on from its last check, where the journal has room for all that is learned. Codes that came with the model are learned anew like all others; a constant that several nodes read stays.
@@ -50,7 +53,7 @@ crate::declare_pass! {
 /// The pass.
 pub(crate) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |options| Ok(Box::new(Distill::new(options)?)) };
 
-const USUAL: Usual = Usual { learn: "latent", iterations: 200, batch: 4, norms: true, loss: "fitting" };
+const USUAL: Usual = Usual { learn: "latent", iterations: 200, batch: 4, norms: true, loss: "fitting", warmup: 0.2 };
 
 /// See [`INFO`].
 #[derive(Debug)]
@@ -205,9 +208,31 @@ impl Pass for Distill {
         };
         let weights = made.iter().filter(|edit| matches!(edit, Edit::Round { .. })).count();
         patch.count("weights learned from the whole model", weights as u64);
+        let codes = codes_changed(model, &made);
+        patch.count("codes changed", codes);
+        if codes == 0 && weights > 0 && self.settings.learns(Part::Codes) {
+            let message = "distill: all codes are what they were; what it gained it gained by scales, biases and norms";
+            let note = Diagnostic::new(diag::CODES_STAYED, Severity::Note, Place::Model, message.to_owned());
+            patch.note(
+                note.help(
+                    "codes=0 learns those alone, in less memory; more iterations, or a higher rate, change codes",
+                ),
+            );
+        }
         made.into_iter().for_each(|edit| patch.edit(edit));
         Ok(patch)
     }
+}
+
+/// How many codes of weights are others in `made` than in the plan of `model`. Biases, of 32 bits, do not count.
+fn codes_changed(model: &Model, made: &[Edit]) -> u64 {
+    let changed = |edit: &Edit| {
+        let Edit::Round { site, codes } = edit else { return 0 };
+        let kind = |tensor: &Tensor| (tensor.dtype(), tensor.shape().to_vec());
+        let old = model.plan().codes(*site).filter(|old| old.dtype() != DType::I32 && kind(old) == kind(codes));
+        old.map_or(0, |old| unpack(old).iter().zip(&unpack(codes)).filter(|(old, new)| old != new).count() as u64)
+    };
+    made.iter().map(changed).sum()
 }
 
 /// What stands in the way, and what to do.
@@ -341,6 +366,29 @@ mod tests {
             assert_eq!(distilled(&text, &journal), distilled(&text, &NoJournal), "{rate}");
             assert_eq!(journal.records.lock().unwrap().len(), 2, "{rate}: one answer for both");
         }
+    }
+
+    /// At a rate too low for codes scales are learned all the same, and a note says so.
+    #[test]
+    fn codes_that_cannot_change_are_told() {
+        let data = Drawn(9);
+        let told = |options: &str| {
+            let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
+            let model = rounding::in_nearest(&two_products(0.7)).unwrap();
+            let pipeline = Pipeline::parse(&format!("distill{{{options}}}"), &crate::catalogue::passes()).unwrap();
+            let (_, trace) = PassManager::default().run(&pipeline, model, &mut { cx }).unwrap();
+            let of = |what| trace.steps[0].1.counts[what];
+            (
+                [of("weights learned from the whole model"), of("codes changed")],
+                trace.notes.iter().any(|note| note.code == diag::CODES_STAYED),
+            )
+        };
+        let (counts, stayed) = told("iterations=20, rate=0.1");
+        assert!(counts[0] > 0 && counts[1] == 0 && stayed, "{counts:?}");
+        let (counts, stayed) = told("iterations=20, rate=0.1, codes=0");
+        assert!(counts[0] > 0 && counts[1] == 0 && !stayed, "{counts:?}");
+        let (counts, stayed) = told("iterations=200, rate=10");
+        assert!(counts[0] > 0 && counts[1] > 0 && !stayed, "{counts:?}");
     }
 
     #[test]

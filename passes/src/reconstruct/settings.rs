@@ -38,6 +38,8 @@ pub(super) struct Settings {
     pub(super) batch: usize,
     /// Times the usual rate.
     pub(super) rate: f32,
+    /// The share of the steps in which the rate rises.
+    warmup: f32,
     /// The share of activations that stay in float while learning, in thousandths.
     pub(super) drop: i64,
     /// What is learned.
@@ -53,6 +55,7 @@ pub(super) struct Usual {
     pub(super) batch: usize,
     pub(super) norms: bool,
     pub(super) loss: &'static str,
+    pub(super) warmup: f32,
 }
 
 /// So often what has been learned is judged on the way.
@@ -86,6 +89,7 @@ impl Settings {
             iterations: positive("iterations", usual.iterations as f64, 1e6)? as usize,
             batch: options.count("batch", usual.batch)?.max(1),
             rate: positive("rate", 1.0, 1e3)? as f32,
+            warmup: usual.warmup,
             drop: (positive("drop", 0.0, 1.0)? * 1000.0) as i64,
             parts,
             loss: loss(options.text("loss", usual.loss))?,
@@ -110,6 +114,11 @@ impl Settings {
         settings
     }
 
+    /// The share of the rate in effect at `progress` of the way: Adam's first steps go by the signs of a few samples' gradients.
+    pub(super) fn warmth(&self, progress: f32) -> f32 {
+        if self.warmup > 0.0 { ((progress + 1.0 / self.iterations as f32) / self.warmup).min(1.0) } else { 1.0 }
+    }
+
     /// Whether what has been learned is judged before this iteration.
     pub(super) fn is_check(&self, iteration: usize) -> bool {
         iteration > 0 && iteration.is_multiple_of((self.iterations / CHECKS).max(1))
@@ -123,4 +132,22 @@ fn loss(name: &str) -> Result<measure::Wish, OptionError> {
         let names: Vec<&str> = measure::LOSSES.iter().map(|(_, about)| about.name).collect();
         OptionError { option: "loss".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_rises_over_the_share_that_it_is_given() {
+        let settings = |warmup| {
+            let usual = Usual { learn: "latent", iterations: 20, batch: 1, norms: false, loss: "mse", warmup };
+            Settings::of(&Options::default(), &usual).unwrap().unwrap()
+        };
+        let steps =
+            |warmup: f32| (0..6_u8).map(move |at| settings(warmup).warmth(f32::from(at) / 20.0)).collect::<Vec<_>>();
+        let near = |found: &[f32], wanted: &[f32]| found.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 1e-6);
+        assert!(near(&steps(0.2), &[0.25, 0.5, 0.75, 1.0, 1.0, 1.0]), "{:?}", steps(0.2));
+        assert_eq!(steps(0.0), [1.0; 6]);
+    }
 }

@@ -122,7 +122,7 @@ mod tests {
         let chain = Chain::linked(model.graph(), model.plan(), &cx, 1, also).unwrap().unwrap();
         let all = (usize::MAX, cx.pair_budget);
         let chain = chain.with_samples(model.graph(), &cx, all, Wish::Fitting).unwrap().unwrap();
-        let usual = Usual { learn: "latent", iterations: 9, batch: 4, norms: true, loss: "fitting" };
+        let usual = Usual { learn: "latent", iterations: 9, batch: 4, norms: true, loss: "fitting", warmup: 0.2 };
         let settings = Settings::of(&Options::default(), &usual).unwrap().unwrap();
         let mut at = Standing::begin(&model, &chain, &settings, 1).unwrap();
         let bound = at.bytes();

@@ -88,7 +88,8 @@ impl<'a> Course<'a> {
 
     /// Moves everything against `grads`, which are by what [`Self::soften`] gave at `progress`.
     pub(super) fn step(&mut self, weights: &[Weight], grads: &Gradients, progress: f32) {
-        let (settings, rate) = (self.settings, self.rate);
+        let settings = self.settings;
+        let rate = self.rate * settings.warmth(progress);
         let decay = rate * 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
         let parts =
             (&grads.weights, weights, &self.at.units, &mut self.at.scales, &mut self.learned, &mut self.scales.adam);
