@@ -97,14 +97,13 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     }
     let graph = imported.model.graph();
     let overrides = overrides(&request.keep_float, &request.set, graph, request.scheme, request.target)?;
-    let text = pipeline_text(request);
-    check_budget(request, &text)?;
-    let catalogue = passes::catalogue::passes();
-    let pipeline = Pipeline::parse(&text, &catalogue).map_err(Error::input)?;
-    pipeline.check(imported.model.facts(), &catalogue).map_err(Error::input)?;
+    check_budget(request, &pipeline_text(request))?;
     clock.lap("import");
-    let mut dataset = samples::open(request, Slot::of(imported.model.graph()))?;
+    let mut dataset = samples::open(request, Slot::of(graph))?;
     let held_out = samples::hold_out(request, dataset.as_mut())?;
+    let request = &*samples::with_variants(request, dataset.as_ref(), graph, &mut notes)?;
+    let text = pipeline_text(request);
+    let pipeline = parsed(&text, &imported.model)?;
     let executor = executor(&request.executor, &imported.model)?;
     clock.lap("data");
     let mut cx = context(request, executor.as_ref(), None, &overrides, progress);
@@ -189,6 +188,17 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         held_out: held_out.is_some(),
         estimated_bytes,
     })
+}
+
+/// The passes that `text` names, of which the first finds in `model` what it needs.
+///
+/// # Errors
+/// [`Error::Input`].
+fn parsed(text: &str, model: &Model) -> Result<Pipeline, Error> {
+    let catalogue = passes::catalogue::passes();
+    let pipeline = Pipeline::parse(text, &catalogue).map_err(Error::input)?;
+    pipeline.check(model.facts(), &catalogue).map_err(Error::input)?;
+    Ok(pipeline)
 }
 
 /// The files of `lowered` beside where they belong, and their bytes; nothing but the bytes where nothing is to be written.
@@ -406,7 +416,7 @@ mod tests {
             samples: Some(8),
             select: Select::First,
             hold_out: 0,
-            augment: 0,
+            augment: None,
             views: 0,
             stats: None,
             target: crate::targets::TARGETS[0],

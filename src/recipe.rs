@@ -1,6 +1,6 @@
 //! The text of the pipeline: the target's, changed by what the user asked for.
 
-use passes::target::Scheme;
+use passes::target::{Goal, RangesOf, Scheme};
 
 use crate::driver::{Request, Rest};
 
@@ -28,7 +28,7 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
         let text = request.target.pipeline(request.goal, &scheme);
         let text = if request.rotate { with_rotation(&text) } else { text.into_owned() };
         let text = request.cache.map_or(text.clone(), |bits| with_caches(&text, bits, request.data.is_some()));
-        with_damping(&text, request.augment)
+        with_damping(&text, request.augment.unwrap_or(0))
     });
     let text = request.observer.as_ref().map_or(text.clone(), |observer| with_observer(&text, observer));
     let text = request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method));
@@ -36,11 +36,36 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     let text = learn.as_ref().map_or(text.clone(), |method| with_learning(&text, method));
     let text = request.distill.as_ref().map_or(text.clone(), |method| with_distillation(&text, method));
     let learns = request.distill.is_some() || learn.is_some_and(|method| !method.starts_with("none"));
-    let text =
-        if learns && request.pipeline.is_none() { with_judges(&text, request.augment + request.views) } else { text };
+    let text = if learns && request.pipeline.is_none() {
+        with_judges(&text, request.augment.unwrap_or(0) + request.views)
+    } else {
+        text
+    };
     let text = if request.rest == Rest::F16 { format!("{}, round-to-half", text.trim_end()) } else { text };
     let max_drop = max_drop.filter(|_| raises(request) || request.budget.is_some());
     with_allocation(&text, request.budget, max_drop, request.sensitivity.as_deref())
+}
+
+/// Where samples hold fewer words, a recipe draws variants of them: more gain little beside the time that variants take (measured on the
+/// zoo's two models of text, `docs/learning.md`).
+const FEW_WORDS: usize = 5_000;
+/// It draws until there are so many.
+const WORDS: usize = 20_000;
+/// The most variants of a sample that a recipe draws.
+const MOST_VARIANTS: usize = 8;
+
+/// Whether the recipe of `request` draws variants where words are few: where weights of few bits are rounded by second moments of them, and the
+/// user said nothing of it.
+pub(crate) fn asks_for_words(request: &Request) -> bool {
+    let is_free = request.pipeline.is_none() && request.augment.is_none() && request.views == 0;
+    let by_moments = !request.scheme.fixes_ranges() && request.scheme.dynamic != Some(RangesOf::Tensor);
+    request.goal == Goal::Best && is_free && by_moments && fewest_bits(request) < 8
+}
+
+/// How many variants of every sample a recipe draws where all hold so many `words`.
+pub(crate) fn variants(words: usize) -> usize {
+    let few = (1..FEW_WORDS).contains(&words);
+    if few { (WORDS / words).saturating_sub(1).min(MOST_VARIANTS) } else { 0 }
 }
 
 /// Whether weights can have more bits: where they have eight already, all that helps is float.
@@ -203,6 +228,11 @@ fn with_value(text: &str, key: &str, new: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn variants_make_up_for_words_that_are_missing() {
+        assert_eq!([0, 1, 2_500, 3_618, 4_999, 5_000, 20_000].map(variants), [0, 8, 7, 4, 3, 0, 0]);
+    }
 
     #[test]
     fn options_find_their_place_in_a_pipeline() {

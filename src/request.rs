@@ -49,8 +49,8 @@ pub struct Request {
     pub select: Select,
     /// So many samples are left out of everything but judging.
     pub hold_out: usize,
-    /// So many variants of every sample join it in what weights and ranges are fitted to.
-    pub augment: usize,
+    /// So many variants of every sample join it in what weights and ranges are fitted to; `None` leaves that to the recipe.
+    pub augment: Option<usize>,
     /// So many views of every picture do.
     pub views: usize,
     /// Statistics measured before, instead of samples.

@@ -1,15 +1,19 @@
 //! Which samples a run is fitted to, and which it is judged by.
 
+use std::borrow::Cow;
 use std::path::Path;
 
+use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::exec::{Dataset, Executor, Progress};
 use passes::imagine::Remembered;
+use passes::ir::Graph;
 use passes::model::Model;
 use passes::pass::{PassContext, RunError};
 
 use crate::dataset::{Augmented, Files, Imagined, Slot, Views};
 use crate::driver::{Error, Request, Select};
 use crate::memory;
+use crate::recipe;
 
 /// The samples of a request, when it names any.
 pub(crate) fn open(request: &Request, slots: Vec<Slot>) -> Result<Option<Files>, Error> {
@@ -46,6 +50,32 @@ pub(crate) fn hold_out(request: &Request, files: Option<&mut Files>) -> Result<O
     Ok(Some(judge))
 }
 
+/// `request` with as many variants of every sample of `files` as its recipe draws for `graph`, which is said in `notes`; as it is where the
+/// user said how many, or inputs hold no words.
+///
+/// # Errors
+/// [`Error::Input`] where a sample cannot be read.
+pub(crate) fn with_variants<'r>(
+    request: &'r Request,
+    files: Option<&Files>,
+    graph: &Graph,
+    notes: &mut Vec<Diagnostic>,
+) -> Result<Cow<'r, Request>, Error> {
+    let as_it_is = || Ok(Cow::Borrowed(request));
+    let Some(files) = files.filter(|_| recipe::asks_for_words(request)) else { return as_it_is() };
+    let Some(words) = Augmented::new(files, graph, 0).map_err(Error::input)? else { return as_it_is() };
+    let (all, kept) = (files.n_samples(), request.samples.unwrap_or(usize::MAX));
+    let given = words.words().map_err(Error::input)? * kept.min(all) / all.max(1);
+    let times = recipe::variants(given);
+    if times == 0 {
+        return as_it_is();
+    }
+    let message = format!("samples hold {given} words: the recipe draws {times} variants of each");
+    let note = Diagnostic::new(diag::VARIANTS, Severity::Note, Place::Model, message);
+    notes.push(note.help("--augment N says how many, 0 for none"));
+    Ok(Cow::Owned(Request { augment: Some(times), ..request.clone() }))
+}
+
 /// The samples of `files` and the others that `request` asks for: views of pictures; variants where `model` takes token ids; made by it where its batch norms
 /// remembered `remembered`.
 ///
@@ -58,7 +88,7 @@ pub(crate) fn augmented<'a>(
     executor: &dyn Executor,
     progress: &dyn Progress,
 ) -> Result<Option<Box<dyn Dataset + 'a>>, Error> {
-    let times = request.augment;
+    let times = request.augment.unwrap_or(0);
     if request.views > 0 {
         let nothing = || Error::Input("--views shows the pictures of --data in other ways, and there are none".into());
         let made = Views::new(files.ok_or_else(nothing)?, request.views).map_err(Error::input)?;

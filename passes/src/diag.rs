@@ -130,6 +130,8 @@ codes! {
         "Its second moments come from calibration samples; files of statistics do not hold them. Weights were rounded to nearest.";
     NO_GRADIENTS = "OQ3005", "gradients do not pass a part of the model, or tell nothing of it",
         "The message names the operator or the reason. What would have been learned or told by them is left as it was.";
+    VARIANTS = "OQ3006", "the recipe drew variants of the samples",
+        "Weights of few bits are rounded by second moments, and few words leave directions in them that rounding spends its freedom on. Where --recipe best rounds for float activations, or for a range per token, it draws variants of every sample until there are enough words, as --augment N does; --augment 0 draws none.";
     KEPT_FLOAT = "OQ4001", "a node that could be quantized stays in float",
         "The message gives the reason: an option, a shape, a missing constant, or a rule of the target.";
     SMALL_RANGE = "OQ4002", "a tensor was all zero in calibration",

@@ -57,7 +57,7 @@ impl DataArgs {
             samples: self.samples,
             select: self.select,
             hold_out: 0,
-            augment: 0,
+            augment: None,
             views: 0,
             stats: None,
             target: target_named(target)?,

@@ -36,9 +36,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 0)]
     hold_out: usize,
     /// Fit to so many more samples per sample as well, where there are few: half of the token ids drawn anew; for models with batch norms,
-    /// inputs for which these see what they saw in training.
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1000))]
-    augment: u16,
+    /// inputs for which these see what they saw in training. Where none is said, `best` draws token ids until there are enough.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(..=1000))]
+    augment: Option<u16>,
     /// Fit to so many views of every picture as well: parts of it, mirrored, in other colors, mixed with others. For photographs, where there
     /// are few; not for text or digits, which mirrored are none.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1000), conflicts_with = "augment")]
@@ -234,7 +234,7 @@ fn request(args: &Args) -> Result<Request, Error> {
         first_order: args.first_order,
         sensitivity: args.sensitivity.clone().or(recipe.sensitivity),
         hold_out: args.hold_out,
-        augment: usize::from(args.augment),
+        augment: args.augment.map(usize::from),
         views: usize::from(args.views),
         max_drop: args.max_drop.or(of_file(&recipe.max_drop, "max-drop")?),
         output: (!args.dry_run).then_some(output),

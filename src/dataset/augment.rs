@@ -77,6 +77,22 @@ impl<'a> Augmented<'a> {
         self
     }
 
+    /// How many words the given samples hold: ids that are no marks.
+    ///
+    /// # Errors
+    /// [`DataError`] where a sample cannot be read.
+    pub fn words(&self) -> Result<usize, DataError> {
+        let mut words = 0;
+        for index in 0..self.rounds.files.len() {
+            let sample = self.rounds.files.sample(index)?;
+            for (tokens, marks) in self.tokens.iter().zip(&self.marks) {
+                let ids = sample[tokens.input].integers().unwrap_or_default();
+                words += ids.iter().filter(|id| !marks.contains(id)).count();
+            }
+        }
+        Ok(words)
+    }
+
     /// Whether the model itself draws the words.
     pub fn is_spoken(&self) -> bool {
         self.drawn.is_some()
@@ -245,6 +261,7 @@ mod tests {
         assert_eq!(turned.sample(30 + 29).unwrap(), augmented.sample(30).unwrap(), "in whatever order samples come");
         assert_ne!(augmented.sample(30).unwrap(), augmented.sample(60).unwrap(), "variants differ");
         assert!(augmented.name(45).contains("variant 1"));
+        assert_eq!(augmented.words().unwrap(), ids.iter().filter(|id| **id >= 100).count());
     }
 
     #[test]

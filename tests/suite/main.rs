@@ -26,6 +26,7 @@ mod rotations;
 mod rounding;
 mod schemes;
 mod targets;
+mod variants;
 mod verify;
 
 use std::path::{Path, PathBuf};
