@@ -46,8 +46,8 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     with_allocation(&text, request.budget, max_drop, request.sensitivity.as_deref())
 }
 
-/// Where samples hold fewer words, a recipe draws variants of them: more gain little beside the time that variants take (measured on the
-/// zoo's two models of text, `docs/learning.md`).
+/// Where samples hold fewer words, a recipe draws variants of them. Chosen between the zoo's two models of text: with 3,618 words variants gain a
+/// decibel, with 5,228 nothing (CHANGELOG.md).
 const FEW_WORDS: usize = 5_000;
 /// It draws until there are so many.
 const WORDS: usize = 20_000;
