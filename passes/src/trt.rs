@@ -14,33 +14,21 @@ pub const MXFP8_DEQUANTIZE: &str = "TRT_MXFP8DequantizeLinear";
 /// The exponent that E8M0 code 0 stands for.
 pub const E8M0_BIAS: i32 = 127;
 
+/// 2⁻¹²⁷, the smallest scale, a subnormal number.
+const SMALLEST: u32 = 1 << 22;
+
 /// Powers of two as exponents with a bias; `None` where one is none.
 pub fn e8m0(scales: &[f32]) -> Option<Vec<u8>> {
     let code = |scale: &f32| {
         let bits = scale.to_bits();
-        (*scale > 0.0 && scale.is_finite() && bits.trailing_zeros() >= 23)
-            .then(|| u8::try_from(bits >> 23).ok())
-            .flatten()
+        let is_power = *scale > 0.0 && scale.is_finite() && (bits == SMALLEST || bits.trailing_zeros() >= 23);
+        is_power.then(|| u8::try_from(bits >> 23).ok()).flatten()
     };
     scales.iter().map(code).collect()
 }
 
-/// What an E8M0 code stands for.
+/// What an E8M0 code stands for; the last one is no number.
 #[expect(clippy::cast_possible_truncation, reason = "powers of two within f32, the smallest a subnormal")]
 pub fn from_e8m0(code: u8) -> f32 {
-    2.0_f64.powi(i32::from(code) - E8M0_BIAS) as f32
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn powers_of_two_are_their_exponents() {
-        assert_eq!(e8m0(&[1.0, 2.0, 0.25]), Some(vec![127, 128, 125]));
-        assert_eq!(e8m0(&[3.0]), None);
-        for code in 1..=254 {
-            assert_eq!(e8m0(&[from_e8m0(code)]), Some(vec![code]));
-        }
-    }
+    if code == u8::MAX { f32::NAN } else { 2.0_f64.powi(i32::from(code) - E8M0_BIAS) as f32 }
 }
