@@ -12,7 +12,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 pub use patch::{Edit, Patch, PatchError, can_redirect};
-pub use plan::{Decision, Plan};
+pub use plan::{Decision, GAP, Leanings, Plan};
 pub use stats::{Statistic, Stats, Trained};
 
 use crate::id::Name;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::{Decision, Model, Statistic};
+use super::{Decision, Leanings, Model, Statistic};
 use crate::diag::Diagnostic;
 use crate::encoding::Encoding;
 use crate::id::{Name, NodeId, Site, ValueId};
@@ -77,6 +77,20 @@ pub enum Edit {
         /// The codes, in the storage type of the encoding's grid.
         codes: Arc<Tensor>,
     },
+    /// Plan: what the codes at `site` lose over what nearest ones would (see [`super::Plan::loss_over_nearest`]).
+    Compare {
+        /// Where.
+        site: Site,
+        /// One loss over the other.
+        over_nearest: f64,
+    },
+    /// Plan: where weights at `site` would go (see [`super::Plan::leanings`]).
+    Lean {
+        /// Where.
+        site: Site,
+        /// Of every weight.
+        leanings: Leanings,
+    },
     /// Plan: the float constant that is read at `site` instead of that of the graph.
     Substitute {
         /// Where.
@@ -109,6 +123,8 @@ impl Edit {
             self,
             Self::Encode { .. }
                 | Self::Round { .. }
+                | Self::Compare { .. }
+                | Self::Lean { .. }
                 | Self::Substitute { .. }
                 | Self::Decide { .. }
                 | Self::Record { .. }
@@ -311,11 +327,16 @@ impl Model {
                 Edit::Encode { site, encoding } => {
                     // Codes mean nothing under another encoding.
                     if self.plan.encodings.get(&site) != Some(&encoding) {
-                        self.plan.codes.remove(&site);
+                        self.plan.forget_codes(site);
                     }
                     self.plan.encodings.insert(site, encoding);
                 }
-                Edit::Round { site, codes } => drop(self.plan.codes.insert(site, codes)),
+                Edit::Round { site, codes } => {
+                    self.plan.forget_codes(site);
+                    self.plan.codes.insert(site, codes);
+                }
+                Edit::Compare { site, over_nearest } => drop(self.plan.losses.insert(site, over_nearest)),
+                Edit::Lean { site, leanings } => drop(self.plan.leanings.insert(site, leanings)),
                 Edit::Substitute { site, tensor } => drop(self.plan.substitutes.insert(site, tensor)),
                 Edit::Decide { node, decision } => drop(self.plan.decisions.insert(node, decision)),
                 Edit::Record { value, statistic } => self.stats.record(value, statistic),
@@ -342,7 +363,7 @@ impl Model {
                 let Ok(input) = u16::try_from(index) else { continue };
                 if kept.is_none_or(|node| node.inputs.get(index) != Some(value)) {
                     self.plan.encodings.remove(&Site::Use { node: id, input });
-                    self.plan.codes.remove(&Site::Use { node: id, input });
+                    self.plan.forget_codes(Site::Use { node: id, input });
                     self.plan.substitutes.remove(&Site::Use { node: id, input });
                 }
             }

@@ -28,7 +28,16 @@ pub struct Plan {
     pub(crate) codes: BTreeMap<Site, Arc<Tensor>>,
     pub(crate) decisions: BTreeMap<NodeId, Decision>,
     pub(crate) substitutes: BTreeMap<Site, Arc<Tensor>>,
+    pub(crate) losses: BTreeMap<Site, f64>,
+    pub(crate) leanings: BTreeMap<Site, Leanings>,
 }
+
+/// Where every weight of a tensor would go if it did not have to lie on its point: so many parts of the way to the neighbor above it, of
+/// [`GAP`] to the whole way, or below it where negative.
+pub type Leanings = Arc<[i8]>;
+
+/// Parts of the way from a point to its neighbor.
+pub const GAP: u16 = 256;
 
 impl Plan {
     /// The encodings, in the order of their sites.
@@ -71,6 +80,26 @@ impl Plan {
     /// The float constant that is read at `site` instead of that of the graph.
     pub fn substitute(&self, site: Site) -> Option<&Arc<Tensor>> {
         self.substitutes.get(&site)
+    }
+
+    /// What the codes at `site` lose at the output of their layer over what nearest ones would, both in the squared error around the weight
+    /// that rounding aims at (behind rounded layers one that makes up for those), on the samples that they were chosen by and a few of the
+    /// rows; `None` where they were not chosen by samples, or were changed since. Where rows make up for one another, one may lose more
+    /// than alone.
+    pub fn loss_over_nearest(&self, site: Site) -> Option<f64> {
+        self.losses.get(&site).copied()
+    }
+
+    /// Where weights at `site` would go with all others held, where rounding was to tell (`round-in-order{lean=1}`).
+    pub fn leanings(&self, site: Site) -> Option<&Leanings> {
+        self.leanings.get(&site)
+    }
+
+    /// Lets go of the codes at `site`, and of all that is said of them.
+    pub(super) fn forget_codes(&mut self, site: Site) {
+        self.codes.remove(&site);
+        self.losses.remove(&site);
+        self.leanings.remove(&site);
     }
 
     /// Whether node `id` of `graph` reads or returns something in codes, or codes in the place of a constant.
@@ -120,6 +149,8 @@ impl Plan {
             codes: at(&self.codes, &wanted),
             decisions: BTreeMap::new(),
             substitutes: at(&self.substitutes, &wanted),
+            losses: at(&self.losses, &wanted),
+            leanings: at(&self.leanings, &wanted),
         }
     }
 

@@ -78,6 +78,9 @@ pub(crate) fn digest(plan: &super::Plan) -> u64 {
         out.site(site);
         out.encoding(encoding);
         out.0.extend(plan.codes(site).map_or(0, |codes| codes.digest()).to_le_bytes());
+        // What is learned begins there.
+        let leanings = plan.leanings(site).into_iter().flat_map(|leanings| leanings.iter());
+        out.0.extend(leanings.map(|leaning| leaning.cast_unsigned()));
     }
     for (site, tensor) in plan.substitutes() {
         out.site(site);

@@ -74,6 +74,18 @@ fn tiles(moments: &OutputMoments, group: usize) -> Vec<Vec<usize>> {
     order.chunks(LANES).map(<[usize]>::to_vec).collect()
 }
 
+/// What errors of two rows of `group` cost together, by what was measured: G, damped, and shrunk off the diagonal.
+pub(super) fn metric(moments: &OutputMoments, group: usize) -> impl Fn(usize, usize) -> f64 + Sync {
+    let m = moments.channels;
+    let mean = (0..m).map(|row| f64::from(moments.at(group, row, row))).sum::<f64>() / m as f64;
+    // Few rows of gradients overfit, and neighbors are alike.
+    let keep = moments.effective() / (moments.effective() + SHRINKAGE * m as f64);
+    move |a: usize, b: usize| {
+        let moment = f64::from(moments.at(group, a, b));
+        if a == b { moment + DAMPING * mean } else { keep * moment }
+    }
+}
+
 impl Coupling {
     /// That of the rows of `group`; `None` where G has no factor.
     #[expect(clippy::cast_possible_truncation, reason = "feedback is used as f32")]
@@ -81,13 +93,8 @@ impl Coupling {
         let m = moments.channels;
         // All tiles but the last are full, so that the lane of a row is its place in the order.
         let order: Vec<usize> = tiles(moments, group).concat();
-        let mean = order.iter().map(|&row| f64::from(moments.at(group, row, row))).sum::<f64>() / m as f64;
-        // Few rows of gradients overfit, and neighbors are alike.
-        let keep = moments.effective() / (moments.effective() + SHRINKAGE * m as f64);
-        let g = |a: usize, b: usize| {
-            let moment = f64::from(moments.at(group, order[a], order[b]));
-            if a == b { moment + DAMPING * mean } else { keep * moment }
-        };
+        let by_row = metric(moments, group);
+        let g = |a: usize, b: usize| by_row(order[a], order[b]);
         let lanes = m.div_ceil(LANES) * LANES;
         let mut feedback = vec![0.0_f32; lanes * lanes];
         factor(m, TILES * LANES, &g, |a, b, brought| feedback[a * lanes + b] = brought as f32)?;
@@ -124,7 +131,7 @@ impl Coupling {
 
 /// Subtracts `errors` from `goal`, each in the shares that it brings to every lane.
 #[inline(always)]
-fn take_away(goal: &mut [Lanes], errors: &[Lanes], brought: &[Lanes; LANES]) {
+pub(super) fn take_away(goal: &mut [Lanes], errors: &[Lanes], brought: &[Lanes; LANES]) {
     for (into, error) in goal.iter_mut().zip(errors) {
         let mut sum = *into;
         for (e, shares) in error.iter().zip(brought) {

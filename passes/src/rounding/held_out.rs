@@ -43,9 +43,11 @@ const ENOUGH: f64 = 2.5;
 /// Codes of so many bits lose next to nothing, however they are chosen.
 const MANY_BITS: u32 = 8;
 
-/// Tiles of a weight that are judged, and groups of one that has several.
-const TILES: usize = 2;
+/// Groups of a weight that are judged, where it has several.
 const GROUPS: usize = 24;
+
+/// Tiles of a weight that are judged in every trust.
+const TILES: usize = 2;
 
 /// Where so many layers do best in the usual trust, the others are not asked.
 const ASKED: usize = 8;
@@ -100,11 +102,11 @@ pub(super) fn tells(layer: &Layer<'_>) -> bool {
     layer.encoding.grid.info().bits < MANY_BITS
 }
 
-/// A few rows of `layer`, evenly spread.
-fn parts(layer: &Layer<'_>) -> Vec<Part> {
+/// The rows of so many tiles of `layer`, evenly spread; of one tile for each of a few groups, where it has several.
+pub(super) fn parts(layer: &Layer<'_>, tiles: usize) -> Vec<Part> {
     let per_group = layer.rows / layer.groups;
     let groups = layer.groups.min(GROUPS);
-    let tiles = per_group.div_ceil(LANES).min(if groups == 1 { TILES } else { 1 });
+    let tiles = per_group.div_ceil(LANES).min(if groups == 1 { tiles } else { 1 });
     let of_group = |i: usize| {
         let group = i * layer.groups / groups;
         (0..tiles).map(move |t| {
@@ -127,7 +129,7 @@ pub(super) fn choose<'a>(
     if rows >= ENOUGH * layer.columns as f64 || !tells(layer) {
         return None;
     }
-    let parts = parts(layer);
+    let parts = parts(layer, TILES);
     let [first, second] = [0, 1].map(|half| layer.measured_by(Arc::clone(&halves[half])));
     let both = |trust: Option<Trust>| {
         let of = |chosen: &Layer<'a>, judge: &Layer<'a>| match trust {

@@ -13,6 +13,7 @@ mod flexround;
 mod gptq;
 mod held_out;
 mod layer;
+mod leanings;
 mod learned;
 mod lrq;
 mod nearest;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::held_out::Part;
+use super::held_out::{self, Part};
 use super::layer::Layer;
 use super::tile::{LANES, Quadratic, Tile};
 use crate::encoding::Encoding;
@@ -60,7 +60,7 @@ pub(super) fn over_tiles<P: Sync>(
     prepare: impl Fn(&Quadratic) -> P + Sync,
     work: impl Fn(&mut [Tile], &Quadratic, &P) + Sync,
 ) -> Option<Rounded> {
-    over_groups(layer, points, &consecutive, prepare, |_, tiles, q, prepared| work(tiles, q, prepared))
+    over_groups(layer, points, &neighbors, prepare, |_, tiles, q, prepared| work(tiles, q, prepared))
 }
 
 /// The same, where `work` gets the number of the group and tiles of the rows that `rows` lists, tile by tile, for so many rows of a group.
@@ -93,8 +93,15 @@ pub(super) fn over_groups<P: Sync>(
 }
 
 /// Neighbors in one tile.
-fn consecutive(_: usize, rows: usize) -> Vec<Vec<usize>> {
+fn neighbors(_: usize, rows: usize) -> Vec<Vec<usize>> {
     (0..rows).step_by(LANES).map(|start| (start..rows.min(start + LANES)).collect()).collect()
+}
+
+/// The rows of `group`, which has so many, neighbors in one tile.
+pub(super) fn consecutive(group: usize, rows: usize) -> Vec<Vec<usize>> {
+    let mut all = neighbors(group, rows);
+    all.iter_mut().flatten().for_each(|row| *row += group * rows);
+    all
 }
 
 /// What `work`, after `prepare`, loses on `parts` of `layer` by the moments of `judge`, as they were measured.
@@ -200,7 +207,55 @@ fn put_back(layer: &Layer<'_>, tile: &Tile, rows: &[usize], into: &mut Rounded) 
     }
 }
 
+/// Tiles of a weight by which its codes are compared with nearest ones.
+const COMPARED: usize = 8;
+
+/// The sums of both numbers.
+fn sum(pairs: Vec<[f64; 2]>) -> [f64; 2] {
+    pairs.into_iter().fold([0.0; 2], |[a, b], [x, y]| [a + x, b + y])
+}
+
 impl Rounded {
+    /// The edit that says what it loses around the weight that rounding aims at, over what the nearest points to that in the scales that
+    /// were assigned do, on a few rows, by the moments as they were measured; `None` where those lose nothing.
+    pub(super) fn compared(&self, layer: &Layer<'_>) -> Option<Edit> {
+        let weights = layer.goal()?;
+        let grid = layer.encoding.grid;
+        let of_rows = |rows: &Vec<usize>, q: &Quadratic| -> [f64; 2] {
+            let mut nearest = cut(layer, &weights, None, rows);
+            nearest.nearest(grid);
+            let chosen = self.tile(layer, &weights, rows);
+            let loss = |tile: &Tile| {
+                let losses = vectorized(
+                    #[inline(always)]
+                    || tile.losses(q),
+                );
+                losses[..tile.live].iter().sum::<f64>()
+            };
+            [loss(&chosen), loss(&nearest)]
+        };
+        let of_group = |parts: &&[Part]| -> Option<[f64; 2]> {
+            let q = Quadratic::new(&layer.raw_quadratic(parts.first()?.0)?, layer.columns);
+            let rows: Vec<Vec<usize>> = parts.iter().map(|(_, rows)| rows.clone().collect()).collect();
+            Some(sum(parallel::map(&rows, |rows| of_rows(rows, &q))))
+        };
+        let parts = held_out::parts(layer, COMPARED);
+        let groups: Vec<&[Part]> = parts.chunk_by(|a, b| a.0 == b.0).collect();
+        let losses: Option<Vec<[f64; 2]>> = parallel::map(&groups, of_group).into_iter().collect();
+        let [chosen, nearest] = sum(losses?);
+        let over_nearest = chosen / nearest;
+        over_nearest.is_finite().then_some(Edit::Compare { site: layer.site, over_nearest })
+    }
+
+    /// The tile of `rows`, whose `weights` it should come near to, as it is.
+    pub(super) fn tile(&self, layer: &Layer<'_>, weights: &[f32], rows: &[usize]) -> Tile {
+        let mut tile = cut(layer, weights, Some(&self.points), rows);
+        for (block, scales) in tile.scales.iter_mut().enumerate() {
+            scales.iter_mut().zip(rows).for_each(|(s, row)| *s = self.scales[layer.scale_index(*row, block)]);
+        }
+        tile
+    }
+
     /// What the codes stand for, in the order of storage.
     pub(super) fn decoded(&self, layer: &Layer<'_>) -> Vec<f32> {
         let mut values = self.points.clone();
@@ -247,11 +302,13 @@ impl Rounded {
     /// The edits that write this into the plan. Where scales changed, the bias of the node, whose scale is that of the input
     /// times that of the weight, is encoded and rounded anew.
     pub(super) fn edits(self, model: &Model, layer: &Layer<'_>) -> Vec<Edit> {
+        let compared = self.compared(layer);
         let codes = Arc::new(layer.encoding.pack_points(&self.points, layer.tensor.shape()));
         let Some(mut edits) = self.scaled(model, layer) else {
             return Vec::new(); // what was chosen before stays
         };
         edits.push(Edit::Round { site: layer.site, codes });
+        edits.extend(compared);
         edits
     }
 
