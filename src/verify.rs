@@ -9,6 +9,8 @@ use passes::id::{NodeId, Site, ValueId};
 use passes::ir::{Graph, Node};
 use passes::model::{Model, Plan};
 use passes::pass::{PassManager, Pipeline};
+use passes::returned::{Returned, returned};
+use passes::sensitivity::kl_top;
 use passes::simulate::{SimulateError, Simulation};
 use passes::slices;
 use passes::target::Container;
@@ -36,6 +38,9 @@ pub struct Fidelity {
     pub sqnr_db: f64,
     /// The mean cosine between outputs.
     pub cosine: f64,
+    /// Of outputs that are logits or probabilities: how far they diverge from the float model's, in nats per row, over the likeliest classes
+    /// and all others as one; `None` where there are no such outputs.
+    pub kl_top: Option<f64>,
     /// Per node: signal to noise of its result, errors of everything before it included.
     pub by_node: BTreeMap<NodeId, f64>,
     /// How many samples were compared.
@@ -104,6 +109,34 @@ impl Noise {
     }
 }
 
+/// What became of one tensor, summed over samples.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    noise: Noise,
+    /// The divergence of its rows, where they are logits or probabilities.
+    divergence: f64,
+    rows: usize,
+}
+
+impl Tally {
+    /// Adds what became of `reference`, which is let go, as the model `returned` it.
+    fn add(&mut self, reference: Option<Tensor>, tensor: &Tensor, returned: Returned) {
+        let Some(reference) = reference else { return };
+        let (Some(a), Some(b)) = (reference.values::<f32>(), tensor.values::<f32>()) else { return };
+        self.noise.add(&a, &b);
+        // Of more dimensions it is not known which one classes lie along.
+        let classes = match reference.shape() {
+            [.., classes] if matches!(reference.shape().len(), 2 | 3) && *classes > 1 => *classes,
+            _ => return,
+        };
+        if matches!(returned, Returned::Logits | Returned::Probabilities) {
+            let (divergence, rows) = kl_top(&a, &b, classes, returned == Returned::Probabilities);
+            self.divergence += divergence;
+            self.rows += rows;
+        }
+    }
+}
+
 /// Compares the plan's simulation with the float model, at every node that the plan decided about and end to end, on at most
 /// `most` samples. End to end it is compared with `given`, the graph before anything was moved between its weights, where there is one.
 ///
@@ -130,7 +163,8 @@ pub fn fidelity(
         chosen(dataset, most).into_iter().map(|sample| dataset.sample(sample)).collect::<Result<_, _>>()?;
     let large = is_large(graph);
     let feeds = if large { &feeds[..feeds.len().min(SAMPLES_OF_LARGE)] } else { &feeds };
-    let mut noise = vec![Noise::default(); taps.len()];
+    let kinds: Vec<Returned> = taps.iter().map(|value| returned(graph, *value)).collect();
+    let mut tallies = vec![Tally::default(); taps.len()];
     let mut ends = Ends::of(graph, given.filter(|given| differ(given, graph)), executor, feeds, large)?;
     if large {
         // In slices: the weights of two such models would take more memory than the tensors of a few samples.
@@ -139,8 +173,8 @@ pub fn fidelity(
             references[sample][at] = Some(tensor);
         })?;
         slices::run(graph, model.plan(), executor, &taps, feeds, &mut |sample, at, tensor| {
-            ends.add(sample, taps[at], &tensor);
-            compare(&mut noise[at], references[sample][at].take(), &tensor);
+            ends.add(sample, taps[at], &tensor, kinds[at]);
+            tallies[at].add(references[sample][at].take(), &tensor, kinds[at]);
         })?;
     } else {
         let prepare = |plan: &Plan| Simulation::prepare(graph, plan, executor, &taps);
@@ -148,30 +182,33 @@ pub fn fidelity(
         for (sample, feed) in feeds.iter().enumerate() {
             let mut reference: Vec<Option<Tensor>> = float.run(feed)?.into_iter().map(Some).collect();
             quantized.run_with(feed, &mut |at, tensor| {
-                ends.add(sample, taps[at], &tensor);
-                compare(&mut noise[at], reference[at].take(), &tensor);
+                ends.add(sample, taps[at], &tensor, kinds[at]);
+                tallies[at].add(reference[at].take(), &tensor, kinds[at]);
             })?;
         }
     }
-    let of = |value: &ValueId| taps.binary_search(value).map(|at| noise[at]).unwrap_or_default();
-    let end = |value: &ValueId| ends.noise.get(value).copied().unwrap_or_else(|| of(value));
+    let of = |value: &ValueId| taps.binary_search(value).map(|at| tallies[at]).unwrap_or_default();
+    let end = |value: &ValueId| ends.tallies.get(value).copied().unwrap_or_else(|| of(value));
     // What smoothed caches hold is in a basis of their own.
     let caches = passes::caches::find(graph).0;
     let is_own = |value: &ValueId| {
         let before = given.and_then(|given| given.find(&graph.value(*value).name));
         before.is_some_and(|before| before != *value) && caches.iter().any(|cache| cache.present == *value)
     };
-    let returned = graph.outputs().iter().filter(|value| is_f32(graph, **value) && !is_own(value));
-    let outputs: Vec<Noise> = returned.map(end).collect();
-    let mut total = Noise::default();
+    let compared = graph.outputs().iter().filter(|value| is_f32(graph, **value) && !is_own(value));
+    let outputs: Vec<Tally> = compared.map(end).collect();
+    let mut total = Tally::default();
     for output in &outputs {
-        total.signal += output.signal;
-        total.error += output.error;
+        total.noise.signal += output.noise.signal;
+        total.noise.error += output.noise.error;
+        total.divergence += output.divergence;
+        total.rows += output.rows;
     }
     Ok(Fidelity {
-        sqnr_db: total.decibels(),
-        cosine: outputs.iter().map(|n| n.cosine()).sum::<f64>() / outputs.len().max(1) as f64,
-        by_node: nodes.iter().map(|(id, value)| (*id, of(value).decibels())).collect(),
+        sqnr_db: total.noise.decibels(),
+        cosine: outputs.iter().map(|output| output.noise.cosine()).sum::<f64>() / outputs.len().max(1) as f64,
+        kl_top: (total.rows > 0).then(|| total.divergence / total.rows as f64),
+        by_node: nodes.iter().map(|(id, value)| (*id, of(value).noise.decibels())).collect(),
         samples: feeds.len(),
     })
 }
@@ -181,7 +218,7 @@ pub fn fidelity(
 struct Ends {
     /// By sample, then by output of the graph with the plan.
     wanted: Vec<BTreeMap<ValueId, Tensor>>,
-    noise: BTreeMap<ValueId, Noise>,
+    tallies: BTreeMap<ValueId, Tally>,
 }
 
 impl Ends {
@@ -209,12 +246,12 @@ impl Ends {
                 float.run(feed)?.into_iter().enumerate().for_each(|(at, tensor)| keep(sample, at, tensor));
             }
         }
-        Ok(Self { wanted, noise: BTreeMap::new() })
+        Ok(Self { wanted, tallies: BTreeMap::new() })
     }
 
-    fn add(&mut self, sample: usize, value: ValueId, tensor: &Tensor) {
+    fn add(&mut self, sample: usize, value: ValueId, tensor: &Tensor, returned: Returned) {
         if let Some(wanted) = self.wanted.get_mut(sample).and_then(|wanted| wanted.remove(&value)) {
-            compare(self.noise.entry(value).or_default(), Some(wanted), tensor);
+            self.tallies.entry(value).or_default().add(Some(wanted), tensor, returned);
         }
     }
 }
@@ -226,15 +263,6 @@ fn differ(a: &Graph, b: &Graph) -> bool {
         (x, y) => x.is_none() && y.is_none(),
     };
     a.n_values() != b.n_values() || a.n_nodes() != b.n_nodes() || !a.value_ids().all(same_constant)
-}
-
-/// Adds what became of `reference`, which is let go.
-fn compare(noise: &mut Noise, reference: Option<Tensor>, tensor: &Tensor) {
-    if let Some(reference) = reference
-        && let (Some(a), Some(b)) = (reference.values::<f32>(), tensor.values::<f32>())
-    {
-        noise.add(&a, &b);
-    }
 }
 
 /// Whether the weights of `graph` are too large to be held in several copies.

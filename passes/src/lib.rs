@@ -39,6 +39,7 @@ mod padding;
 pub mod parallel;
 pub mod pass;
 pub mod reconstruct;
+pub mod returned;
 pub mod rounding;
 pub mod seed;
 pub mod sensitivity;

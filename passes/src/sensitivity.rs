@@ -9,6 +9,7 @@ use crate::model::Plan;
 use crate::parallel;
 use crate::pass::{PassContext, PassError};
 use crate::reconstruct::SALIENCIES;
+use crate::returned::{Returned, returned};
 use crate::simulate::Simulation;
 use crate::tensor::{DType, Tensor};
 
@@ -23,7 +24,8 @@ const LARGE: usize = 256 << 20;
 pub enum Metric {
     /// The squared error over the square, each summed over all samples; mean over the outputs.
     Error,
-    /// Per row of logits the Kullback-Leibler divergence, in nats, over the likeliest classes and all others as one; mean over rows.
+    /// Per row of logits or probabilities the Kullback-Leibler divergence, in nats, over the likeliest classes and all others as one; mean
+    /// over rows.
     KlTop,
 }
 
@@ -41,8 +43,8 @@ pub static METRICS: &[(Metric, About)] = &[
         Metric::KlTop,
         About {
             name: "kl-top",
-            doc: "Divergence of the likeliest 32 classes, all others taken as one, with one weight rounded after the other: a run of the model \
-                  for each.",
+            doc: "Divergence of the likeliest 32 classes of the softmax of the outputs, or of the outputs where a softmax computes them, all \
+                  others taken as one, with one weight rounded after the other: a run of the model for each.",
             source: "output probes as in Dong et al. 2019 (HAWQ), arXiv:1905.03696",
         },
     ),
@@ -58,6 +60,8 @@ pub struct Probe<'a> {
     graph: &'a Graph,
     executor: &'a dyn Executor,
     metric: Metric,
+    /// Which outputs are probabilities.
+    shares: Vec<bool>,
     samples: Vec<Sample>,
 }
 
@@ -90,7 +94,8 @@ impl<'a> Probe<'a> {
         if !samples.iter().flat_map(|sample| &sample.outputs).any(|output| output.dtype() == DType::F32) {
             return Err(PassError::Model("none of its outputs is a float tensor: losses cannot be measured".into()));
         }
-        Ok(Self { graph, executor: cx.executor, metric, samples })
+        let shares = graph.outputs().iter().map(|output| returned(graph, *output) == Returned::Probabilities).collect();
+        Ok(Self { graph, executor: cx.executor, metric, shares, samples })
     }
 
     /// What `plan` costs: finite, and 0 only where all outputs are equal.
@@ -104,7 +109,7 @@ impl<'a> Probe<'a> {
             for (at, (float, planned)) in sample.outputs.iter().zip(planned.run(&sample.feeds)?).enumerate() {
                 if let (Some(a), Some(b)) = (float.values::<f32>(), planned.values::<f32>()) {
                     let classes = float.shape().last().copied().unwrap_or(1);
-                    outputs.entry(at).or_default().add(self.metric, &a, &b, classes);
+                    outputs.entry(at).or_default().add(self.metric, &a, &b, (classes, self.shares[at]));
                 }
             }
         }
@@ -146,7 +151,7 @@ struct Difference {
 }
 
 impl Difference {
-    fn add(&mut self, metric: Metric, a: &[f32], b: &[f32], classes: usize) {
+    fn add(&mut self, metric: Metric, a: &[f32], b: &[f32], (classes, shares): (usize, bool)) {
         if a.iter().zip(b).any(|(a, b)| a.is_finite() != b.is_finite()) {
             self.error = f64::INFINITY;
             return;
@@ -159,9 +164,9 @@ impl Difference {
                 }
             }
             Metric::KlTop => {
-                let (error, rows) = kl_top(a, b, classes);
+                let (error, rows) = kl_top(a, b, classes, shares);
                 self.error += error;
-                self.signal += rows;
+                self.signal += rows as f64;
             }
         }
     }
@@ -172,23 +177,41 @@ impl Difference {
     }
 }
 
-/// The summed divergence of rows of `classes` logits, and how many rows there are.
-fn kl_top(a: &[f32], b: &[f32], classes: usize) -> (f64, f64) {
+/// The summed divergence, in nats, of rows `b` from rows `a` of `classes` logits, or of probabilities where they are `shares`, over the
+/// likeliest classes and all others as one; and how many rows there are.
+///
+/// Rows `a` that do not sum to 1 are no probabilities, and count for nothing.
+pub fn kl_top(a: &[f32], b: &[f32], classes: usize, shares: bool) -> (f64, usize) {
     let rows: Vec<f64> = a
         .chunks_exact(classes.max(1))
         .zip(b.chunks_exact(classes.max(1)))
+        .filter(|(a, _)| !shares || (a.iter().sum::<f32>() - 1.0).abs() < 1e-3)
         .map(|(a, b)| {
             let mut order: Vec<usize> = (0..a.len()).collect();
             if order.len() > TOP {
                 order.select_nth_unstable_by(TOP, |&i, &j| a[j].total_cmp(&a[i]).then(i.cmp(&j)));
                 order.truncate(TOP);
             }
-            let (p, q) = (probabilities(a, &order), probabilities(b, &order));
+            let of = if shares { among } else { probabilities };
+            let (p, q) = (of(a, &order), of(b, &order));
             let term = |(p, q): (&f64, &f64)| if *p > 0.0 { p * (p / q.max(1e-30)).ln() } else { 0.0 };
             p.iter().zip(&q).map(term).sum::<f64>().max(0.0)
         })
         .collect();
-    (rows.iter().sum(), rows.len() as f64)
+    (rows.iter().sum(), rows.len())
+}
+
+/// Probabilities at `chosen`, and what is left for all others; in codes they need not sum to 1.
+fn among(row: &[f32], chosen: &[usize]) -> Vec<f64> {
+    let share = |v: f32| if v.is_finite() { f64::from(v.max(0.0)) } else { 0.0 };
+    let total = row.iter().map(|&v| share(v)).sum::<f64>().max(f64::MIN_POSITIVE);
+    with_the_rest(chosen.iter().map(|&i| share(row[i]) / total).collect())
+}
+
+/// `p`, and what it leaves of 1.
+fn with_the_rest(mut p: Vec<f64>) -> Vec<f64> {
+    p.push((1.0 - p.iter().sum::<f64>()).max(0.0));
+    p
 }
 
 /// Softmax at `chosen`, and what is left for all others.
@@ -196,9 +219,7 @@ fn probabilities(logits: &[f32], chosen: &[usize]) -> Vec<f64> {
     let top = logits.iter().copied().filter(|v| v.is_finite()).fold(f32::MIN, f32::max);
     let weight = |v: f32| if v.is_finite() { f64::from(v - top).exp() } else { 0.0 };
     let total: f64 = logits.iter().map(|&v| weight(v)).sum::<f64>().max(f64::MIN_POSITIVE);
-    let mut p: Vec<f64> = chosen.iter().map(|&i| weight(logits[i]) / total).collect();
-    p.push((1.0 - p.iter().sum::<f64>()).max(0.0));
-    p
+    with_the_rest(chosen.iter().map(|&i| weight(logits[i]) / total).collect())
 }
 
 #[cfg(test)]
@@ -212,7 +233,7 @@ mod tests {
         let b: Vec<f32> = a.iter().map(|v| v + 0.1).collect();
         let loss = |metric: Metric, a: &[f32], b: &[f32]| {
             let mut difference = Difference::default();
-            difference.add(metric, a, b, 40);
+            difference.add(metric, a, b, (40, false));
             difference.loss()
         };
         let relative_error = |a: &[f32], b: &[f32]| loss(Metric::Error, a, b);
@@ -245,20 +266,40 @@ mod tests {
         for seed in 0..40 {
             for classes in [1, 5, 40, 100] {
                 let (a, b) = (drawn(2 * seed, 3 * classes), drawn(2 * seed + 1, 3 * classes));
-                let (loss, rows) = kl_top(&a, &b, classes);
-                assert!(loss >= 0.0 && loss.is_finite() && (rows - 3.0).abs() < 1e-12, "{seed} {classes}: {loss}");
+                let (loss, rows) = kl_top(&a, &b, classes, false);
+                assert!(loss >= 0.0 && loss.is_finite() && rows == 3, "{seed} {classes}: {loss}");
                 let shifted: Vec<f32> = a.iter().map(|v| v + 3.0).collect();
-                let (zero, _) = kl_top(&a, &shifted, classes);
+                let (zero, _) = kl_top(&a, &shifted, classes, false);
                 assert!((0.0..1e-12).contains(&zero), "{seed} {classes}: {zero}");
                 assert!(classes == 1 || loss > 1e-6, "{seed} {classes}: {loss}");
                 // Classes in another order, where all of them are told apart.
                 if classes <= TOP {
                     let turned =
                         |x: &[f32]| x.chunks(classes).flat_map(|row| row.iter().rev().copied()).collect::<Vec<_>>();
-                    let (again, _) = kl_top(&turned(&a), &turned(&b), classes);
+                    let (again, _) = kl_top(&turned(&a), &turned(&b), classes, false);
                     assert!((again - loss).abs() < 1e-9 * (1.0 + loss), "{seed} {classes}: {again} {loss}");
                 }
             }
+        }
+    }
+
+    /// Behind a softmax outputs are compared as they are.
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "probabilities as a model returns them")]
+    fn probabilities_diverge_as_their_logits_do() {
+        for classes in [5, 40, 100] {
+            let (a, b) = (drawn(2, 3 * classes), drawn(3, 3 * classes));
+            let softmax = |logits: &[f32]| -> Vec<f32> {
+                let all: Vec<usize> = (0..classes).collect();
+                logits
+                    .chunks(classes)
+                    .flat_map(|row| probabilities(row, &all)[..classes].to_vec())
+                    .map(|p| p as f32)
+                    .collect()
+            };
+            let ((of_logits, _), (loss, rows)) =
+                (kl_top(&a, &b, classes, false), kl_top(&softmax(&a), &softmax(&b), classes, true));
+            assert!((loss / of_logits - 1.0).abs() < 1e-3 && rows == 3, "{classes}: {loss} {of_logits}");
         }
     }
 }

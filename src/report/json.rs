@@ -32,7 +32,7 @@ pub fn summary(request: &Request, outcome: &Outcome) -> Value {
                     "weight": layer.weight_cost.map(cost),
                     "activation": layer.activation_cost.map(cost),
                 })),
-                "loss_vs_nearest": layer.weight.as_ref().map(|_| 1.0),
+                "loss_vs_nearest": layer.over_nearest.map_or(Value::Null, number),
                 "kept_float": !layer.quantized,
                 "reason": layer.reason,
             })
@@ -61,7 +61,7 @@ pub fn summary(request: &Request, outcome: &Outcome) -> Value {
         "fidelity": outcome.fidelity.as_ref().map(|f| json!({
             "sqnr_db": number(f.sqnr_db),
             "cosine": number(f.cosine),
-            "kl_top": Value::Null,
+            "kl_top": f.kl_top.map_or(Value::Null, number),
             "samples": f.samples,
             "held_out": outcome.held_out,
         })),

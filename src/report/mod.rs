@@ -23,6 +23,8 @@ pub(crate) struct Layer {
     /// Grid of the activation.
     pub(crate) activation: Option<String>,
     pub(crate) sqnr_db: Option<f64>,
+    /// What its codes lose over what nearest ones would, on the samples that they were chosen by.
+    pub(crate) over_nearest: Option<f64>,
     /// What rounding its weight costs to first order.
     pub(crate) weight_cost: Option<Cost>,
     /// What rounding what it reads costs.
@@ -46,6 +48,8 @@ pub(crate) fn layers(outcome: &Outcome) -> Vec<Layer> {
                 weight: weight(model, id),
                 activation: activation(model, id),
                 sqnr_db: by_node.and_then(|all| all.get(&id)).copied(),
+                over_nearest: ops::linear(model.graph(), id)
+                    .and_then(|roles| model.plan().loss_over_nearest(Site::Use { node: id, input: roles.weight })),
                 weight_cost: weight_cost(outcome, id),
                 activation_cost: activation_cost(outcome, id),
                 quantized: decision.quantized,
@@ -55,7 +59,8 @@ pub(crate) fn layers(outcome: &Outcome) -> Vec<Layer> {
         .collect()
 }
 
-fn weight(model: &Model, id: NodeId) -> Option<(String, String)> {
+/// Format of the weight of node `id`, and who shares a scale.
+pub(crate) fn weight(model: &Model, id: NodeId) -> Option<(String, String)> {
     let (graph, plan) = (model.graph(), model.plan());
     // What is no linear node reads a table, or one transposed.
     let table = || Site::Use { node: id, input: 0 };
@@ -81,7 +86,8 @@ fn activation_cost(outcome: &Outcome, id: NodeId) -> Option<Cost> {
     [Site::Use { node: id, input }, Site::Value(value)].iter().find_map(|site| costs.get(site)).copied()
 }
 
-fn activation(model: &Model, id: NodeId) -> Option<String> {
+/// Format of what node `id` reads.
+pub(crate) fn activation(model: &Model, id: NodeId) -> Option<String> {
     let input = ops::linear(model.graph(), id).map_or(0, |roles| roles.activation);
     let constant = model.graph().node(id)?.input(input.into()).is_some_and(|v| model.graph().constant(v).is_some());
     let encoding = model.plan().encoding_of_use(model.graph(), id, input).filter(|_| !constant)?;

@@ -111,9 +111,10 @@ fn numbers(text: &mut String, request: &Request, outcome: &Outcome) {
         let fitted = "of the samples it was fitted to: on others it may be worse (--hold-out N judges by those)";
         let of = if outcome.held_out { "held-out samples" } else { fitted };
         let n = fidelity.samples;
+        let divergence = fidelity.kl_top.map_or_else(String::new, |kl| format!(", divergence {kl:.2e} (of classes)"));
         let _ = writeln!(
             text,
-            "fidelity   {:.2} dB, cosine {:.5} to the float model on {n} {of}",
+            "fidelity   {:.2} dB, cosine {:.5}{divergence} to the float model on {n} {of}",
             fidelity.sqnr_db, fidelity.cosine
         );
     }
