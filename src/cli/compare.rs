@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use passes::caches::{self, Cache};
 use passes::exec::Dataset as _;
@@ -20,6 +20,7 @@ use super::{Ended, print};
 use crate::dataset::Slot;
 use crate::driver::{self, Error};
 use crate::import;
+use crate::report;
 use crate::samples;
 use crate::verify::Noise;
 
@@ -32,6 +33,9 @@ pub(crate) struct Args {
     quantized: PathBuf,
     #[command(flatten)]
     data: DataArgs,
+    /// What `quantize --report` wrote about the quantized model: why each node got what it has.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -41,6 +45,12 @@ struct Row {
     tensor: String,
     op: String,
     noise: Noise,
+    /// What the node that computes it multiplies with, in the quantized model: format and who shares a scale.
+    weight: Option<(String, String)>,
+    /// The format that it reads.
+    activation: Option<String>,
+    /// Why, where the report says.
+    reason: Option<String>,
 }
 
 /// Brings a model to the form in which both can be compared: quantization in the plan, constants folded.
@@ -78,7 +88,8 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     let a = Simulation::prepare(float.graph(), &Plan::default(), executor.as_ref(), &mine).map_err(Error::input)?;
     let b =
         Simulation::prepare(quantized.graph(), quantized.plan(), executor.as_ref(), &theirs).map_err(Error::input)?;
-    let mut rows: Vec<Row> = common.iter().map(|(id, _)| row(float.graph(), *id)).collect();
+    let reasons = args.report.as_deref().map(reasons).transpose()?.unwrap_or_default();
+    let mut rows: Vec<Row> = common.iter().map(|pair| row(float.graph(), &quantized, *pair, &reasons)).collect();
     passes::exec::Progress::begin(&progress, "compare", dataset.len() as u64);
     for index in 0..dataset.len() {
         if passes::exec::Progress::cancelled(&progress) {
@@ -150,31 +161,84 @@ fn refuse_past(graph: &Graph, turned: &[Cache], feeds: &[Tensor], sample: &str) 
     })
 }
 
-fn row(graph: &Graph, id: ValueId) -> Row {
+fn row(graph: &Graph, quantized: &Model, (id, theirs): (ValueId, ValueId), reasons: &BTreeMap<String, String>) -> Row {
     let op = graph.producer(id).map_or_else(String::new, |(_, node)| node.op.display());
-    Row { tensor: graph.value(id).name.to_string(), op, noise: Noise::default() }
+    let producer = quantized.graph().producer(theirs);
+    let node = producer.map(|(node, _)| node);
+    Row {
+        tensor: graph.value(id).name.to_string(),
+        op,
+        noise: Noise::default(),
+        weight: node.and_then(|node| report::weight(quantized, node)),
+        activation: node.and_then(|node| report::activation(quantized, node)),
+        reason: producer.and_then(|(_, node)| reasons.get(&*node.name).cloned()),
+    }
+}
+
+/// The largest report that is read, in bytes: some kilobytes per node are many.
+const LARGEST: u64 = 256 << 20;
+
+/// Why nodes got what they have, by their names, as the report at `path` says.
+fn reasons(path: &Path) -> Result<BTreeMap<String, String>, Error> {
+    let wrong = |problem: String| Error::Input(format!("{}: {problem}", path.display()));
+    let size = std::fs::metadata(path).map_err(|error| wrong(error.to_string()))?.len();
+    if size > LARGEST {
+        return Err(wrong(format!("a report of {size} bytes is none that quantize --report wrote")));
+    }
+    let bytes = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;
+    let report: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))?;
+    let layers = report.get("layers").and_then(|layers| layers.as_array());
+    let layers = layers.ok_or_else(|| wrong("it has no `layers`: not a report of quantize --report".into()))?;
+    let text = |layer: &serde_json::Value, key: &str| layer.get(key).and_then(|v| v.as_str()).map(str::to_owned);
+    Ok(layers.iter().filter_map(|layer| Some((text(layer, "name")?, text(layer, "reason")?))).collect())
+}
+
+impl Row {
+    /// The formats of what is multiplied, in words.
+    fn formats(&self) -> String {
+        match (&self.weight, &self.activation) {
+            (Some((format, shared)), Some(activation)) => format!("{format} per {shared}, reads {activation}"),
+            (Some((format, shared)), None) => format!("{format} per {shared}, reads float"),
+            (None, Some(activation)) => format!("reads {activation}"),
+            (None, None) => "float".into(),
+        }
+    }
 }
 
 fn as_json(rows: &[Row], left_out: &[String]) -> String {
     let finite = |v: f64| if v.is_finite() { json!(v) } else { serde_json::Value::Null };
-    let rows: Vec<_> = rows
-        .iter()
-        .map(|r| json!({ "tensor": r.tensor, "op": r.op, "sqnr_db": finite(r.noise.decibels()), "cosine": finite(r.noise.cosine()) }))
-        .collect();
+    let row = |r: &Row| {
+        json!({
+            "tensor": r.tensor,
+            "op": r.op,
+            "sqnr_db": finite(r.noise.decibels()),
+            "cosine": finite(r.noise.cosine()),
+            "weight": r.weight.as_ref().map(|(format, granularity)| json!({ "format": format, "granularity": granularity })),
+            "activation": r.activation.as_ref().map(|format| json!({ "format": format })),
+            "reason": r.reason,
+        })
+    };
+    let rows: Vec<_> = rows.iter().map(row).collect();
     format!("{:#}\n", json!({ "version": 1, "layers": rows, "left_out": left_out }))
 }
 
 fn as_text(rows: &[Row], left_out: &[String], samples: usize) -> String {
-    let mut text =
-        format!("{} tensors on {samples} samples, worst first\n{:>8}  {:>9}  operator\n", rows.len(), "dB", "cosine");
+    let mut text = format!(
+        "{} tensors on {samples} samples, worst first\n{:>8}  {:>9}  operator, tensor (formats: why)\n",
+        rows.len(),
+        "dB",
+        "cosine"
+    );
     for row in rows {
+        let why = row.reason.as_ref().map_or_else(String::new, |reason| format!(": {}", reason.escape_debug()));
         let _ = writeln!(
             text,
-            "{:8.2}  {:9.6}  {} {}",
+            "{:8.2}  {:9.6}  {} {} ({}{why})",
             row.noise.decibels(),
             row.noise.cosine(),
             row.op,
-            row.tensor.escape_debug()
+            row.tensor.escape_debug(),
+            row.formats()
         );
     }
     for name in left_out {

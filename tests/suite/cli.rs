@@ -234,6 +234,55 @@ fn compare_finds_the_worst_layer_first() {
     assert!(db[0] > 20.0, "{db:?}");
 }
 
+/// Of every tensor it is told in which formats it was computed, and with the report of the run why.
+#[test]
+fn compare_tells_formats_and_why_layers_have_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (out, report) = (at("q.onnx"), at("r.json"));
+    let mixed = ["--scheme", "w4a8", "--set", "/3/c1/Conv=w8a8", "--set", "/4/c1/Conv=float", "--report", &report];
+    tool_ok(
+        &[&["quantize", text(&model), "--data", text(&data), "-o", &out, "--progress", "none"][..], &mixed].concat(),
+    );
+    let compared = ["compare", text(&model), &out, "--data", text(&data), "--progress", "none", "--report", &report];
+    let json: serde_json::Value = serde_json::from_str(&tool_ok(&[&compared[..], &["--json"]].concat())).unwrap();
+    let rows = json["layers"].as_array().unwrap();
+    let formats: std::collections::BTreeSet<&str> =
+        rows.iter().filter_map(|row| row["weight"]["format"].as_str()).collect();
+    assert_eq!(formats.into_iter().collect::<Vec<_>>(), ["int4", "int8"], "{json:#}");
+    let float = rows.iter().find(|row| row["op"] == "Conv" && row["weight"].is_null()).unwrap();
+    let reason = float["reason"].as_str().unwrap();
+    assert!(!reason.is_empty(), "{float:#}");
+    let said = tool_ok(&compared);
+    assert!(said.contains(reason) && said.contains("int4 per axis 0, reads uint8"), "{said}");
+    std::fs::write(at("none.json"), "{}").unwrap();
+    let none = ["compare", text(&model), &out, "--data", text(&data), "--report", &at("none.json")];
+    refused(&none, 2, &["none.json", "layers"]);
+}
+
+/// What the report says of codes is measured: chosen by data they lose less than nearest ones, and nearest ones are compared with nothing.
+#[test]
+fn the_report_tells_what_rounding_by_data_saves_and_how_far_logits_diverge() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+    let report = |recipe: &str| -> serde_json::Value {
+        let to = folder.path().join("q.onnx");
+        let args =
+            ["quantize", text(&model), "--data", text(&data), "-o", text(&to), "--scheme", "w4a8", "--recipe", recipe];
+        serde_json::from_str(&tool_ok(&[&args[..], &["--json", "--progress", "none"]].concat())).unwrap()
+    };
+    let ratios = |report: &serde_json::Value| -> Vec<f64> {
+        report["layers"].as_array().unwrap().iter().filter_map(|layer| layer["loss_vs_nearest"].as_f64()).collect()
+    };
+    let (nearest, by_data) = (report("fast"), report("best"));
+    assert_eq!(ratios(&nearest), [0.0; 0]);
+    let of_data = ratios(&by_data);
+    assert!(of_data.len() >= 9 && of_data.iter().all(|ratio| (0.0..1.0).contains(ratio)), "{of_data:?}");
+    let divergence = |report: &serde_json::Value| report["fidelity"]["kl_top"].as_f64().unwrap();
+    assert!(divergence(&by_data) > 0.0 && divergence(&by_data) < divergence(&nearest), "{by_data:#}");
+}
+
 #[test]
 fn text_and_onnx_are_two_forms_of_one_model() {
     let folder = tempfile::tempdir().unwrap();
@@ -248,14 +297,25 @@ fn text_and_onnx_are_two_forms_of_one_model() {
 
 #[test]
 fn the_catalogue_can_be_read() {
-    for kind in
-        ["passes", "roundings", "parameterizations", "observers", "formats", "targets", "recipes", "executors", "codes"]
-    {
+    for kind in [
+        "passes",
+        "roundings",
+        "parameterizations",
+        "losses",
+        "sensitivities",
+        "observers",
+        "formats",
+        "targets",
+        "recipes",
+        "executors",
+        "codes",
+    ] {
         assert!(!tool_ok(&["list", kind]).is_empty(), "{kind}");
     }
     assert!(tool_ok(&["explain", "OQ4001"]).contains("stays in float"));
     assert!(tool_ok(&["explain", "fold-batch-norm"]).contains("1712.05877"));
     assert!(tool_ok(&["explain", "ort-cpu"]).contains("assign-encodings"));
+    assert!(tool_ok(&["explain", "pd"]).contains("2212.07048"));
     assert!(tool_ok(&["completions", "bash"]).contains("onnx-quant"));
     assert!(tool_ok(&["inspect", text(&fixture("models/digits-resnet.onnx"))]).contains("opset 17"));
 }
