@@ -76,6 +76,8 @@ pub trait Progress: Sync {
     fn begin(&self, stage: &str, total: u64);
     /// One more step is done.
     fn step(&self);
+    /// What is being learned loses so much on the samples that are held out, at the best so far.
+    fn loss(&self, _: f64) {}
     /// The stage is over.
     fn end(&self);
     /// Whether the user wants the run to stop.

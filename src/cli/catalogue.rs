@@ -16,6 +16,7 @@ enum Kind {
     Passes,
     Roundings,
     Parameterizations,
+    Losses,
     Sensitivities,
     Observers,
     Formats,
@@ -54,16 +55,21 @@ static RECIPES: &[About] = &[
     About {
         name: "best",
         doc: "The most accurate that this version has: outliers moved into weights, matrix products that 8-bit activations would ruin left \
-              in float, weights rounded layer by layer behind the layers rounded before, scales fitted below eight bits. Two passes \
-              over the data and one walk that runs the float and the quantized model side by side: four to nine times the \
-              time of balanced, and memory for the tensors between two stages (2 GiB at most, less under --max-memory).",
+              in float, weights rounded layer by layer behind the layers rounded before, scales fitted below eight bits; there what \
+              convolutions hand on is turned into another basis, what matrix products read at up to 4 bits is turned as the model \
+              runs, rows make up for one another where activations stay in float or have the range of each token, and few words of text \
+              get variants. Two passes over the data and one walk that runs the float and the quantized model side by side, at eight \
+              bits four to nine times the time of balanced; where rows make up for one another also the float model forward twice and \
+              back once for some thousand rows (four bits and more) or eight thousand; variants take as many times the time as there are \
+              samples more. Memory for the tensors between two stages: half of what is left, 2 GiB where that is less, under \
+              --max-memory what it leaves.",
         source: "onnx-quant",
     },
     About {
         name: "learned",
         doc: "best, and then what wins for the scheme among the ways to learn codes block after block (`--learn auto`): lrq for w4a8, brecq for \
-              other 3 and 4 bits, talr for 2 and less with activations in codes and lora-rounding without, latent for small floats, nothing \
-              for 5 bits and more. 200 steps per block: three to ten times the time of best. The order of the samples matters, \
+              other 3 and 4 bits and for w2a4, talr for other 2 bits and less with activations in codes and lora-rounding without, latent for \
+              small floats, nothing for 5 bits and more. 200 steps per block: three to ten times the time of best. The order of the samples matters, \
               as it does not for the others.",
         source: "onnx-quant; tests/bench/learning.py",
     },
@@ -74,6 +80,7 @@ fn abouts(kind: Kind) -> Vec<&'static About> {
         Kind::Passes => passes::catalogue::passes().into_iter().map(|entry| &entry.info.about).collect(),
         Kind::Roundings => rounding::ROUNDINGS.iter().map(|method| method.about()).collect(),
         Kind::Parameterizations => reconstruct::PARAMETERIZATIONS.iter().map(|p| p.about()).collect(),
+        Kind::Losses => reconstruct::losses().collect(),
         Kind::Sensitivities => sensitivity::all().collect(),
         Kind::Observers => observe::OBSERVERS.iter().map(|entry| entry.about).collect(),
         Kind::Formats => grid::all()
@@ -129,6 +136,7 @@ pub(crate) fn explain(args: &ExplainArgs) -> Result<Ended, Error> {
         Kind::Executors,
         Kind::Roundings,
         Kind::Parameterizations,
+        Kind::Losses,
         Kind::Sensitivities,
     ];
     let found: Vec<&About> = kinds.into_iter().flat_map(abouts).filter(|about| about.name == args.name).collect();

@@ -29,6 +29,9 @@ pub(crate) struct Args {
     /// Show the blocks that `quantize --learn` learns one after another, of at most so many weights each, and where gradients stop.
     #[arg(long, value_name = "LAYERS", num_args = 0..=1, default_missing_value = "4")]
     blocks: Option<usize>,
+    /// With --blocks: where blocks end instead, behind nodes whose names match this pattern (`*` stands for anything), as `ends` of --learn has it.
+    #[arg(long, value_name = "PATTERN", requires = "blocks")]
+    ends: Option<String>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -42,7 +45,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
         eprint(&format!("{note}\n"));
     }
     if let Some(layers) = args.blocks {
-        print(&blocks(imported.model, target, layers, args.json)?);
+        print(&blocks(imported.model, target, (layers, args.ends.as_deref()), args.json)?);
         return Ok(Ended::Done);
     }
     let model = &imported.model;
@@ -71,14 +74,23 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
 }
 
 /// The blocks of `model`, normalized, with what enters and leaves them.
-fn blocks(model: Model, target: &dyn Target, layers: usize, as_json: bool) -> Result<String, Error> {
+fn blocks(
+    model: Model,
+    target: &dyn Target,
+    (layers, ends): (usize, Option<&str>),
+    as_json: bool,
+) -> Result<String, Error> {
     let pipeline = Pipeline::parse(NORMALIZE, &passes::catalogue::passes()).map_err(Error::input)?;
     let executor = driver::executor("auto", &model)?;
     let mut cx = PassContext::new(target, executor.as_ref());
     let (model, _) = PassManager::new(Vec::new(), false).run(&pipeline, model, &mut cx)?;
     let graph = model.graph();
     let plan = reconstruct::all_weights(graph);
-    let found = reconstruct::blocks(graph, &plan, layers);
+    let is_there = |pattern: &&str| graph.nodes().any(|(_, node)| reconstruct::matches(pattern, &node.name));
+    if let Some(pattern) = ends.filter(|pattern| !is_there(pattern)) {
+        return Err(Error::Input(format!("--ends {pattern}: no node has such a name")));
+    }
+    let found = reconstruct::blocks(graph, &plan, layers, ends);
     let name = |value: &passes::id::ValueId| graph.value(*value).name.to_string();
     let first = |block: &Block| block.nodes.first().and_then(|id| graph.node(*id)).map(|node| node.name.to_string());
     let rows = found.iter().map(|block| {

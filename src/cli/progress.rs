@@ -57,6 +57,8 @@ struct Stage {
     total: u64,
     since: Instant,
     told: Instant,
+    /// What is lost, where something is being learned.
+    loss: Option<f64>,
     bar: Option<ProgressBar>,
 }
 
@@ -70,7 +72,7 @@ impl Shown {
             other => other,
         };
         let now = Instant::now();
-        let stage = Stage { name: String::new(), total: 0, since: now, told: now, bar: None };
+        let stage = Stage { name: String::new(), total: 0, since: now, told: now, loss: None, bar: None };
         Self { mode, stage: Mutex::new(stage), done: AtomicU64::new(0) }
     }
 
@@ -80,12 +82,19 @@ impl Shown {
         let left = stage.total.saturating_sub(done) as f64 / rate.max(1e-9);
         match self.mode {
             Mode::Plain => {
-                super::eprint(&format!("{}: {done}/{} ({rate:.1}/s, {left:.0} s left)\n", stage.name, stage.total));
+                let loss = stage.loss.map_or_else(String::new, |loss| format!(", loss {loss:.4}"));
+                super::eprint(&format!(
+                    "{}: {done}/{} ({rate:.1}/s, {left:.0} s left{loss})\n",
+                    stage.name, stage.total
+                ));
             }
-            Mode::Json => super::eprint(&format!(
-                "{}\n",
-                serde_json::json!({ "stage": stage.name, "done": done, "total": stage.total, "rate": rate, "eta_seconds": left })
-            )),
+            Mode::Json => {
+                let mut line = serde_json::json!({ "stage": stage.name, "done": done, "total": stage.total, "rate": rate, "eta_seconds": left });
+                if let Some(loss) = stage.loss {
+                    line["loss"] = loss.into();
+                }
+                super::eprint(&format!("{line}\n"));
+            }
             Mode::Auto | Mode::None => {}
         }
     }
@@ -102,7 +111,7 @@ impl Progress for Shown {
             bar.set_message(stage.to_owned());
             bar
         });
-        *current = Stage { name: stage.to_owned(), total, since: now, told: now, bar };
+        *current = Stage { name: stage.to_owned(), total, since: now, told: now, loss: None, bar };
         self.done.store(0, Ordering::Relaxed);
     }
 
@@ -114,6 +123,14 @@ impl Progress for Shown {
         } else if stage.told.elapsed() >= PATIENCE {
             stage.told = Instant::now();
             self.tell(&stage, done);
+        }
+    }
+
+    fn loss(&self, loss: f64) {
+        let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+        stage.loss = Some(loss).filter(|loss| loss.is_finite());
+        if let Some(bar) = &stage.bar {
+            bar.set_message(format!("{}, loss {loss:.4}", stage.name));
         }
     }
 

@@ -213,7 +213,7 @@ fn blocks_do_not_cut_residual_sums() {
     let graph = model.graph();
     let plan = reconstruct::all_weights(graph);
     for layers in [1, 3, 4, 99] {
-        let blocks = reconstruct::blocks(graph, &plan, layers);
+        let blocks = reconstruct::blocks(graph, &plan, layers, None);
         let nodes: Vec<_> = blocks.iter().flat_map(|block| block.nodes.iter().copied()).collect();
         assert_eq!(nodes.len(), graph.n_nodes(), "every node is in one block");
         assert_eq!(blocks.iter().map(|block| block.layers).sum::<usize>(), 10);
@@ -239,4 +239,40 @@ fn inspect_shows_the_blocks() {
     let json: serde_json::Value =
         serde_json::from_str(&tool_ok(&["inspect", text(&model), "--blocks", "--json"])).unwrap();
     assert!(json.as_array().unwrap().iter().all(|row| row["boundary"].is_null()));
+    // Where the user says so, blocks end elsewhere.
+    let ends = ["inspect", text(&model), "--blocks", "--ends", "*/Add", "--json"];
+    let named: serde_json::Value = serde_json::from_str(&tool_ok(&ends)).unwrap();
+    let of_layers = |json: &serde_json::Value| -> Vec<u64> {
+        json.as_array().unwrap().iter().map(|row| row["layers"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(of_layers(&named), [3, 3, 3, 1], "{named:#}");
+    let none = String::from_utf8(tool(&["inspect", text(&model), "--blocks", "--ends", "*/Mul"]).stderr).unwrap();
+    assert!(none.contains("no node") && none.contains("*/Mul"), "{none}");
+    let folder = tempfile::tempdir().unwrap();
+    let quantize_by = |ends: &str| {
+        let (data, out) = (fixture("data/digits"), folder.path().join("q.onnx"));
+        let learn = format!("brecq{{iterations=4, batch=4, ends={ends}}}");
+        let args =
+            ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--scheme", "w2a8", "--samples", "32"];
+        tool(&[&args[..], &["--recipe", "best", "--learn", &learn, "--progress", "none"]].concat())
+    };
+    assert!(quantize_by("*/Add").status.success());
+    let said = String::from_utf8(quantize_by("*/Mul").stderr).unwrap();
+    assert!(said.contains("no node") && said.contains("*/Mul"), "{said}");
+}
+
+/// Where rounding tells where weights would go, codes change at a rate at which none does otherwise.
+#[test]
+fn codes_that_lean_change_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, report) = (folder.path().join("q.onnx"), folder.path().join("r.json"));
+    let distill = "latent{iterations=20, batch=8, rate=0.5, layers=99}";
+    quantize(&out, &["--distill", distill, "--report", text(&report), "--samples", "64"]);
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    assert!(report["pipeline"].as_str().unwrap().contains("lean=1"), "{report:#}");
+    // Something was learned, and not without codes: the note that says so is told where weights were learned.
+    assert!(!report["diagnostics"].to_string().contains("OQ5006"), "{report:#}");
+    let still = folder.path().join("still.onnx");
+    quantize(&still, &["--samples", "64"]);
+    assert_ne!(std::fs::read(&out).unwrap(), std::fs::read(still).unwrap(), "nothing was learned");
 }

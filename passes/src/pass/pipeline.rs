@@ -139,11 +139,21 @@ impl Parser<'_> {
     }
 
     fn word(&mut self) -> Result<String, PipelineError> {
+        self.run_of("-_.+", "a name")
+    }
+
+    /// The value of an option, which may be a pattern of names of nodes.
+    fn value(&mut self) -> Result<String, PipelineError> {
+        self.run_of("-_.+*/:", "a value")
+    }
+
+    /// Letters, digits and characters of `others`, as many as there are; `what` is expected.
+    fn run_of(&mut self, others: &str, what: &str) -> Result<String, PipelineError> {
         self.peek();
         let rest = &self.text[self.at..];
-        let end = rest.iter().position(|c| !(c.is_alphanumeric() || "-_.+".contains(*c))).unwrap_or(rest.len());
+        let end = rest.iter().position(|c| !(c.is_alphanumeric() || others.contains(*c))).unwrap_or(rest.len());
         if end == 0 {
-            return Err(self.fail("expected a name"));
+            return Err(self.fail(format!("expected {what}")));
         }
         self.at += end;
         Ok(rest[..end].iter().collect())
@@ -188,7 +198,7 @@ impl Parser<'_> {
         while !self.eat('}') {
             let name = self.word()?;
             self.expect('=')?;
-            let value = self.word()?;
+            let value = self.value()?;
             if options.0.insert(name.clone(), value).is_some() {
                 return Err(self.fail(format!("option `{name}` is given twice")));
             }

@@ -23,6 +23,7 @@ use crate::ir::Graph;
 use crate::lockstep::{Lockstep, Span};
 use crate::model::{Edit, Model, Plan, bias, record};
 use crate::pass::{OptionError, Options, PassContext, PassError};
+use crate::returned::returned;
 
 /// What is usual where options say nothing.
 const USUAL: Usual = Usual { learn: "none", iterations: 200, batch: 8, norms: false, loss: "mse", warmup: 0.0 };
@@ -47,6 +48,8 @@ const CORRECTION: &str = "correct-distribution";
 pub(crate) struct Learner {
     settings: Settings,
     layers: usize,
+    /// Blocks end behind nodes of such names instead.
+    ends: Option<String>,
     /// So many neighboring blocks are learned together.
     window: usize,
     /// So many of them again in the next window.
@@ -80,7 +83,8 @@ impl Learner {
                 });
             }
         };
-        let learner = Self { settings, layers: options.count("layers", 4)?, window, overlap, correction };
+        let ends = Some(options.text("ends", "").to_owned()).filter(|pattern| !pattern.is_empty());
+        let learner = Self { settings, layers: options.count("layers", 4)?, ends, window, overlap, correction };
         if !learns && correction > 0.0 {
             let problem = "inputs are moved only for blocks that are learned: say how (learn=brecq), or leave it out";
             return Err(OptionError { option: CORRECTION.into(), problem: problem.into() });
@@ -91,8 +95,15 @@ impl Learner {
     /// Whether what options ask for can be done with `model`.
     ///
     /// # Errors
-    /// Where inputs are to be moved towards the statistics of training, and nothing says those.
+    /// Where blocks are to end at nodes that are not there, and where inputs are to be moved towards the statistics of training, and nothing
+    /// says those.
     pub(crate) fn check(&self, model: &Model) -> Result<(), PassError> {
+        let is_there = |pattern: &String| model.graph().nodes().any(|(_, node)| blocks::matches(pattern, &node.name));
+        if let Some(pattern) = self.ends.as_ref().filter(|pattern| !is_there(pattern)) {
+            return Err(PassError::Model(format!(
+                "ends={pattern}: no node has such a name; `inspect --blocks` shows the nodes that blocks begin with"
+            )));
+        }
         let mut made = model.graph().nodes().flat_map(|(_, node)| node.outputs.iter().flatten());
         if self.correction > 0.0 && !made.any(|value| model.stats().trained(*value).is_some()) {
             return Err(PassError::Model(format!(
@@ -107,7 +118,9 @@ impl Learner {
     /// The blocks to learn, windows of several already put together, with the stages of their weights.
     pub(crate) fn blocks(&self, graph: &Graph, plan: &Plan, stage_of: &BTreeMap<NodeId, usize>) -> Vec<(Block, Span)> {
         let mut all: Vec<(Block, Span)> = Vec::new();
-        for block in blocks::blocks(graph, plan, self.layers) {
+        // Where a block that is not learned lies between, no window reaches across.
+        let mut starts: Vec<usize> = vec![0];
+        for block in blocks::blocks(graph, plan, self.layers, self.ends.as_deref()) {
             let stages = block.nodes.iter().filter(|id| blocks::is_layer(graph, plan, **id)).map(|id| stage_of[id]);
             let (first, last) =
                 stages.fold((usize::MAX, 0), |(first, last), stage| (first.min(stage), last.max(stage)));
@@ -115,12 +128,15 @@ impl Learner {
             if first <= last && all.last().is_none_or(|(_, before)| before.last < first) {
                 let reads = samples::before(graph, &self.learned_with(graph, &block).nodes);
                 all.push((block, Span { first, last, reads }));
+            } else if starts.last() != Some(&all.len()) {
+                starts.push(all.len());
             }
         }
-        self.windows(graph, &all)
+        let ends = starts.iter().skip(1).copied().chain([all.len()]);
+        starts.iter().zip(ends).flat_map(|(start, end)| self.windows(graph, &all[*start..end])).collect()
     }
 
-    /// Every window of neighbors, one behind the other, the last one as long as all others.
+    /// Every window of these neighbors, one behind the other, the last one as long as all others.
     fn windows(&self, graph: &Graph, blocks: &[(Block, Span)]) -> Vec<(Block, Span)> {
         if self.window == 1 || blocks.is_empty() {
             return blocks.to_vec();
@@ -247,16 +263,21 @@ impl Learner {
                 self.correct(model, given, block, &program, &mut samples)?;
             }
             let objective = {
-                let logits = |value| settings.loss.is_of_logits(model.graph(), value);
-                Objective::new(&program, (&samples.all, &samples.origins), model.plan(), settings.loss, logits)?
+                let kind = |value| settings.loss.kind(returned(model.graph(), value));
+                Objective::new(&program, (&samples.all, &samples.origins), model.plan(), settings.loss, kind)?
             };
             let start = program.start(&objective.weights);
             let first = objective.loss(&start)?;
-            let tick = || {
+            let mut ticks = 0;
+            let tick = |loss| {
+                ticks += 1;
+                cx.progress.loss(loss);
                 cx.progress.step();
                 !cx.progress.cancelled()
             };
             let mut learned = train::learn(&objective, &settings, &start, number as u64, tick)?;
+            // Those of a block that ended early are done as well.
+            (ticks..settings.iterations).for_each(|_| cx.progress.step());
             let made = edits(model, block, &program, &objective.weights, &learned);
             // Judged as it will be written: biases in codes of the new scales.
             if let Some(made) = &made {

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use super::block::{Also, Program};
 use super::blocks::{self, Block};
 use super::given::{Given, Giver};
-use super::measure::{Measure, Wish};
+use super::measure::{Kind, Measure, Wish};
 use super::objective::{DISAGREEMENT, shares};
 use super::run::Leaves;
 use super::samples::Sample;
@@ -28,6 +28,7 @@ use crate::lockstep;
 use crate::model::Plan;
 use crate::parallel;
 use crate::pass::{PassContext, PassError};
+use crate::returned::returned;
 
 use back::Carried;
 pub(crate) use back::Moment;
@@ -102,7 +103,7 @@ impl Chain {
         let also = Also { inputs: true, ..also };
         let program = |block: Block| Ok((Program::of(graph, plan, &kept, &block, also)?, block));
         let made: Result<Vec<(Program, Block)>, String> =
-            blocks::blocks(graph, plan, layers).into_iter().map(program).collect();
+            blocks::blocks(graph, plan, layers, None).into_iter().map(program).collect();
         let made = match made {
             Ok(made) => made,
             Err(reason) => return Ok(Err(reason)),
@@ -233,7 +234,7 @@ impl Chain {
     fn measure(&mut self, graph: &Graph, wish: Wish, says: &Sample) {
         let seen = std::slice::from_ref(says);
         let of = self.teacher.returned.iter().enumerate();
-        self.measures = of.map(|(at, value)| Measure::of(wish, seen, at, wish.is_of_logits(graph, *value))).collect();
+        self.measures = of.map(|(at, value)| Measure::of(wish, seen, at, wish.kind(returned(graph, *value)))).collect();
         self.shares = shares(&self.measures, seen);
     }
 
@@ -303,7 +304,7 @@ impl Chain {
     fn agrees(&self, i: usize, says: &Sample) -> Result<(), GradError> {
         let seen = std::slice::from_ref(says);
         let all = 0..self.teacher.returned.len();
-        let squares: Vec<Measure> = all.map(|at| Measure::of(Wish::Square, seen, at, false)).collect();
+        let squares: Vec<Measure> = all.map(|at| Measure::of(Wish::Square, seen, at, Kind::Numbers)).collect();
         let float = |at: usize| Ok(self.links[at].program.float_leaves());
         let error = self.error_on(&[i], 1000, &squares, &mut { float }, &|_| Ok(Cow::Borrowed(says)))?;
         if error < DISAGREEMENT {

@@ -39,13 +39,14 @@ crate::declare_pass! {
             OptionInfo { name: "batch", doc: "samples per step, 4 by default" },
             OptionInfo { name: "layers", doc: "the most weights of neighboring blocks whose tape is held at once, 4 by default" },
             OptionInfo { name: "rate", doc: "times the usual rate of the method, 1 by default" },
+            OptionInfo { name: "patience", doc: "it ends where so many checks in a row, of ten or more on the way, find nothing better; 0 (default): never" },
             OptionInfo { name: "drop", doc: "the share of activations left in float, 0 by default" },
             OptionInfo { name: "codes", doc: "0 leaves codes as they are, and learns what they are multiplied with; 1 by default" },
             OptionInfo { name: "biases", doc: "0 leaves biases and norms as they are; 1 by default" },
             OptionInfo { name: "norms", doc: "0 leaves scales and shifts of norms as they are; 1 by default" },
             OptionInfo { name: "scales", doc: "0 leaves scales of weights as they are; 1 by default" },
             OptionInfo { name: "steps", doc: "1 learns scales of activations too; 0 by default" },
-            OptionInfo { name: "loss", doc: "fitting (default): kl for outputs that a linear operator computes; kl; mse" },
+            OptionInfo { name: "loss", doc: "fitting (default), kl or mse; `explain` has a page for each" },
         ],
     }
 }
@@ -104,7 +105,10 @@ fn learn(
             return Err(PassError::Interrupted);
         }
         if settings.is_check(iteration) && iteration > first {
+            let before = at.best.0;
             at.best = better(model, chain, &at.courses, at.best, iteration).map_err(|reason| refused(&reason))?;
+            cx.progress.loss(at.best.0);
+            at.in_vain = if at.best.0 < before { 0 } else { at.in_vain + 1 };
             at.steps = iteration;
             if let Some((key, room)) = kept
                 && !at.keep(cx.journal, key, room)?
@@ -113,8 +117,12 @@ fn learn(
                 patch.note(unresumable(at.bytes()));
             }
         }
+        if !settings.goes_on(at.in_vain) {
+            return Ok(at.best.1);
+        }
         let batch = order.next(settings.batch);
         if !step(model, chain, settings, &mut at.courses, iteration, &batch).map_err(|reason| refused(&reason))? {
+            patch.note(no_numbers(iteration + 1));
             break; // what has been learned so far is judged as it is
         }
     }
@@ -282,6 +290,7 @@ impl Distill {
             at.best.0 = start_loss(model, &chain).map_err(|reason| refused(&reason))?;
             at
         };
+        cx.progress.loss(at.best.0);
         let learned = learn(model, cx, &chain, &settings, at, kept, patch);
         cx.progress.end();
         if cx.progress.cancelled() {
@@ -303,6 +312,12 @@ fn start_loss(model: &Model, chain: &Chain) -> Result<f64, GradError> {
 fn unresumable(bytes: u64) -> Diagnostic {
     let message = format!("it takes {} MB: stopped on its way, it would be learned from the start", bytes / 1_000_000);
     Diagnostic::new(diag::UNRESUMABLE, Severity::Note, Place::Model, message)
+}
+
+fn no_numbers(step: usize) -> Diagnostic {
+    let message = format!("gradients were no numbers in step {step}: what was learned until then is judged as it is");
+    Diagnostic::new(diag::NO_GRADIENTS, Severity::Warning, Place::Model, message)
+        .help("a lower rate may keep them finite; where they are none in step 1, an operator has none at what it reads (Sqrt at 0)")
 }
 
 fn fewer(samples: usize, given: usize) -> Diagnostic {
@@ -339,7 +354,7 @@ fn split(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(u6
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Drawn, Memory, NoTarget, Tapes, two_products};
+    use super::super::testing::{Drawn, Memory, NoTarget, Tapes, two_products, two_products_around};
     use super::*;
     use crate::journal::{Journal, NoJournal};
     use crate::pass::{PassManager, Pipeline};
@@ -389,6 +404,89 @@ mod tests {
         assert!(counts[0] > 0 && counts[1] == 0 && !stayed, "{counts:?}");
         let (counts, stayed) = told("iterations=200, rate=10");
         assert!(counts[0] > 0 && counts[1] > 0 && !stayed, "{counts:?}");
+    }
+
+    /// Hears how many steps were made, and the losses.
+    #[derive(Default)]
+    struct Heard(std::sync::Mutex<(usize, Vec<f64>)>);
+
+    impl crate::exec::Progress for Heard {
+        fn begin(&self, _: &str, _: u64) {
+            *self.0.lock().unwrap() = (0, Vec::new());
+        }
+        fn step(&self) {
+            self.0.lock().unwrap().0 += 1;
+        }
+        fn loss(&self, loss: f64) {
+            self.0.lock().unwrap().1.push(loss);
+        }
+        fn end(&self) {}
+    }
+
+    /// What `options` come to: the plan before and after, so many steps, and the losses that were told.
+    fn ran(options: &str) -> (Model, Model, usize, Vec<f64>) {
+        let (data, heard) = (Drawn(9), Heard::default());
+        let mut cx = PassContext { dataset: Some(&data), progress: &heard, ..PassContext::new(&NoTarget, &Tapes) };
+        let before = rounding::in_nearest(&two_products(0.7)).unwrap();
+        let pipeline = Pipeline::parse(&format!("distill{{{options}}}"), &crate::catalogue::passes()).unwrap();
+        let (after, _) = PassManager::default().run(&pipeline, before.clone(), &mut cx).unwrap();
+        let (steps, losses) = heard.0.into_inner().unwrap();
+        (before, after, steps, losses)
+    }
+
+    #[test]
+    fn it_ends_early_where_nothing_better_is_found_and_tells_its_losses() {
+        // At a rate of 0 no check finds anything better.
+        let (.., steps, losses) = ran("iterations=100, rate=0, patience=3");
+        assert_eq!((steps, losses.len()), (31, 4), "{losses:?}");
+        let (.., steps, _) = ran("iterations=100, rate=0");
+        assert_eq!(steps, 100);
+        let (.., losses) = ran("iterations=100, rate=3");
+        assert!(losses.last() < losses.first() && losses.windows(2).all(|pair| pair[1] <= pair[0]), "{losses:?}");
+    }
+
+    /// A root of 0 has no gradient: nothing is learned, nothing is lost, and it is told.
+    #[test]
+    fn gradients_that_are_no_numbers_end_it_with_a_note() {
+        let data = Drawn(9);
+        let text = "%r = Relu(%p) %h = Sqrt(%r)";
+        let before = rounding::in_nearest(&two_products_around(text, 5, 0.7)).unwrap();
+        let run = |pass: &str, model: Model| {
+            let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
+            let pipeline = Pipeline::parse(pass, &crate::catalogue::passes()).unwrap();
+            let (model, trace) = PassManager::default().run(&pipeline, model, &mut { cx }).unwrap();
+            let told = trace.notes.iter().filter(|note| note.code == diag::NO_GRADIENTS);
+            (record::digest(model.plan()), told.map(|note| note.message.clone()).collect::<Vec<_>>())
+        };
+        let (after, told) = run("distill{iterations=20}", before.clone());
+        assert_eq!(after, record::digest(before.plan()));
+        assert!(told.len() == 1 && told[0].contains("in step 1"), "{told:?}");
+        let by_blocks = |learn: &str| run(&format!("round-in-order{{{learn}}}"), two_products_around(text, 5, 0.7));
+        let (alone, none) = by_blocks("learn=none");
+        let (learned, told) = by_blocks("learn=latent, iterations=20, layers=4");
+        assert!(learned == alone && none.is_empty(), "{none:?}");
+        assert!(told.len() == 1 && told[0].contains("no numbers in step 1"), "{told:?}");
+    }
+
+    /// Whatever the method and however wild the rate, what is kept loses no more on the samples that are held out.
+    #[test]
+    fn what_is_kept_is_never_worse_on_samples_that_are_held_out() {
+        let data = Drawn(9);
+        let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
+        let loss = |model: &Model| {
+            let also = Also { steps: false, norms: true, inputs: true, rest: 0 };
+            let chain = Chain::linked(model.graph(), model.plan(), &cx, 4, also).unwrap().unwrap();
+            let all = (usize::MAX, cx.pair_budget);
+            start_loss(model, &chain.with_samples(model.graph(), &cx, all, Wish::Fitting).unwrap().unwrap()).unwrap()
+        };
+        for method in super::super::PARAMETERIZATIONS {
+            let name = method.about().name;
+            for rate in ["0.1", "30", "1000"] {
+                let (before, after, ..) = ran(&format!("learn={name}, iterations=30, rate={rate}"));
+                let (first, last) = (loss(&before), loss(&after));
+                assert!(last <= first * (1.0 + 1e-6), "{name} at {rate}: {first} {last}");
+            }
+        }
     }
 
     #[test]

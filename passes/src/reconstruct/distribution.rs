@@ -266,7 +266,7 @@ mod tests {
         }
         model.apply(patch).unwrap();
         let plan = all_weights(model.graph());
-        let blocks = blocks(model.graph(), &plan, 1);
+        let blocks = blocks(model.graph(), &plan, 1, None);
         let mut stats = Stats::default();
         let result = blocks[1].outputs[0];
         stats.record(result, Statistic::Trained(Arc::new(trained())));

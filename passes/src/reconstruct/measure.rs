@@ -3,21 +3,20 @@
 use super::samples::Sample;
 use crate::about::About;
 use crate::grad::{Array, GradError, Real as _};
-use crate::id::ValueId;
-use crate::ir::Graph;
+use crate::returned::Returned;
 use crate::seed;
 use crate::simd::vectorized;
 
 /// What the user can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wish {
-    /// What distributions lose, for outputs of the graph that a linear operator computes; squares elsewhere.
+    /// What distributions lose, for outputs of the graph that a linear operator or a softmax computes; squares elsewhere.
     Fitting,
     /// Squares; of words one by one.
     Square,
     /// Squares of the block's own outputs, and what the graph's outputs lose when the rest of the model follows in float.
     Prediction,
-    /// What distributions lose, for outputs of the graph that are logits; squares elsewhere.
+    /// What distributions lose, for outputs of the graph, which are logits or probabilities; squares elsewhere.
     Divergence,
     /// Squares, each weighed by the squared gradient of what the graph's outputs lose.
     Fisher,
@@ -31,7 +30,8 @@ pub(super) static LOSSES: &[(Wish, About)] = &[
         Wish::Fitting,
         About {
             name: "fitting",
-            doc: "kl for outputs of the graph that a linear operator computes, which are logits most of the time; mse for all others.",
+            doc: "kl for outputs of the graph that a linear operator computes, which are logits most of the time, or a softmax; mse for all \
+                  others.",
             source: "ours",
         },
     ),
@@ -56,7 +56,8 @@ pub(super) static LOSSES: &[(Wish, About)] = &[
         Wish::Divergence,
         About {
             name: "kl",
-            doc: "Kullback-Leibler divergence of the softmax of the graph's outputs of two or three dimensions from that of the float model's; squares elsewhere.",
+            doc: "Kullback-Leibler divergence of the softmax of the graph's outputs of two or three dimensions from that of the float model's, \
+                  or of the outputs themselves where a softmax computes them; squares elsewhere.",
             source: "Chee et al. 2025 (DiscQuant), arXiv:2501.06417, section 4",
         },
     ),
@@ -66,7 +67,9 @@ pub(super) static LOSSES: &[(Wish, About)] = &[
             name: "fisher",
             doc: "Squared error over signal of what a block returns, every element of every sample weighed by the squared gradient that \
                   arrives there from the outputs of the float model, drawn so that its second moment is that of an error as by fitting. The \
-                  mean weight is 1, so that equal weights are plain squares, words not by themselves.",
+                  mean weight is 1, so that equal weights are plain squares, words not by themselves. Costs four sweeps of the float model, \
+                  each block forward twice and back once, before anything is learned, and 8 bytes per element that blocks return, for \
+                  every sample.",
             source: "Li et al. 2021 (BRECQ), arXiv:2102.05426, section 3; gradients drawn after Kunstner et al. 2019, arXiv:1905.12558",
         },
     ),
@@ -81,6 +84,11 @@ pub(super) static LOSSES: &[(Wish, About)] = &[
     ),
 ];
 
+/// How errors can be measured where something is learned, in the order of the manual.
+pub fn losses() -> impl Iterator<Item = &'static About> {
+    LOSSES.iter().map(|(_, about)| about)
+}
+
 /// One output.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Measure {
@@ -92,7 +100,12 @@ pub(super) enum Measure {
     Weighed(f64),
     /// Σ p ln (p / q) of the softmax of each row.
     Divergence,
+    /// Σ p ln (p / q) − p + q of each row, which need not sum to 1 once it is in codes.
+    OfProbabilities,
 }
+
+/// A probability is held for no less than this: one in codes may be 0.
+const LEAST: f32 = 1e-6;
 
 /// A row is worth no more than one of this share of the usual mean square.
 const FLOOR: f64 = 1e-4;
@@ -103,36 +116,42 @@ impl Wish {
         matches!(self, Self::Fisher | Self::FisherEach)
     }
 
-    /// Whether `value` of `graph` is compared as logits, where its shape allows.
-    pub(super) fn is_of_logits(self, graph: &Graph, value: ValueId) -> bool {
-        let linear = || {
-            let (_, mut node) = graph.producer(value)?;
-            if node.op.is("Add") {
-                let computed = node.inputs.iter().flatten().find(|value| graph.constant(**value).is_none())?;
-                node = graph.producer(*computed)?.1;
-            }
-            Some(["MatMul", "Gemm", "Conv"].iter().any(|op| node.op.is(op)))
-        };
-        let returned = graph.outputs().contains(&value);
-        match self {
-            Self::Square | Self::Fisher | Self::FisherEach => false,
-            Self::Divergence => returned,
-            Self::Fitting | Self::Prediction => returned && linear() == Some(true),
+    /// What an output that is `returned` so is compared as, where its shape allows.
+    pub(super) fn kind(self, returned: Returned) -> Kind {
+        match (self, returned) {
+            (Self::Divergence | Self::Fitting | Self::Prediction, Returned::Probabilities) => Kind::Probabilities,
+            (Self::Divergence, Returned::Logits | Returned::Other)
+            | (Self::Fitting | Self::Prediction, Returned::Logits) => Kind::Logits,
+            _ => Kind::Numbers,
         }
     }
 }
 
+/// What the numbers of an output are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Numbers of no kind.
+    Numbers,
+    /// Rows of logits.
+    Logits,
+    /// Rows of probabilities.
+    Probabilities,
+}
+
 impl Measure {
-    /// The measure of an `output`, which may be compared as logits or not.
-    pub(super) fn of(wish: Wish, samples: &[Sample], output: usize, logits: bool) -> Self {
+    /// The measure of an `output` of this `kind`.
+    pub(super) fn of(wish: Wish, samples: &[Sample], output: usize, kind: Kind) -> Self {
         let rank = samples.first().map_or(0, |sample| sample.targets[output].ndim());
         // One number is no distribution.
         let classes = samples.first().and_then(|sample| sample.targets[output].shape().last().copied()).unwrap_or(0);
-        let logits = logits && classes > 1;
+        // Of more dimensions it is not known which one classes lie along.
+        let kind = if classes > 1 && matches!(rank, 2 | 3) { kind } else { Kind::Numbers };
         let power = power(samples, output);
         match wish {
-            // Of more dimensions it is not known which one classes lie along.
-            Wish::Divergence | Wish::Fitting | Wish::Prediction if logits && matches!(rank, 2 | 3) => Self::Divergence,
+            _ if kind == Kind::Logits => Self::Divergence,
+            _ if kind == Kind::Probabilities && samples.iter().all(|sample| sums_to_one(sample, output)) => {
+                Self::OfProbabilities
+            }
             Wish::Fisher | Wish::FisherEach => {
                 Self::Weighed((power * mean_weight(samples, output)).max(f64::MIN_POSITIVE))
             }
@@ -141,10 +160,15 @@ impl Measure {
         }
     }
 
+    /// Whether a row has one error, instead of one for each number.
+    fn counts_rows(self) -> bool {
+        matches!(self, Self::Divergence | Self::OfProbabilities)
+    }
+
     /// How many errors an output of `shape` has.
     pub(super) fn count(self, shape: &[usize]) -> usize {
         let all: usize = shape.iter().product();
-        if matches!(self, Self::Divergence) { all / shape.last().copied().unwrap_or(1).max(1) } else { all }
+        if self.counts_rows() { all / shape.last().copied().unwrap_or(1).max(1) } else { all }
     }
 
     /// Error over signal, as a sum and a count, of `got` for `sample`.
@@ -158,7 +182,7 @@ impl Measure {
         let weights = sample.weights(output);
         self.each_row(sample, output, got, |target, got, range| {
             sum.0 += self.row_error(target, got, weights.get(range).unwrap_or_default());
-            sum.1 += if matches!(self, Self::Divergence) { 1 } else { got.len() };
+            sum.1 += if self.counts_rows() { 1 } else { got.len() };
         })?;
         Ok(sum)
     }
@@ -181,7 +205,7 @@ impl Measure {
     }
 
     /// A gradient g drawn at random, with the mean over draws of (g · e)² the mean error that a small change e of `got` makes: for logits
-    /// g = √q ∘ r − q (√q · r), whose second moment is diag(q) − q qᵀ, for squares r alone, with random signs r.
+    /// g = √q ∘ r − q (√q · r), whose second moment is diag(q) − q qᵀ, for probabilities r / √q, for squares r alone, with random signs r.
     pub(super) fn drawn(
         self,
         sample: &Sample,
@@ -193,7 +217,7 @@ impl Measure {
         let mut grad = vec![0.0; sample.targets[output].len()];
         let mut errors = 0;
         self.each_row(sample, output, got, |target, got, range| {
-            errors += if matches!(self, Self::Divergence) { 1 } else { got.len() };
+            errors += if self.counts_rows() { 1 } else { got.len() };
             let start = range.start as u64;
             let weights = sample.weights(output).get(range.clone()).unwrap_or_default();
             let grad = &mut grad[range];
@@ -216,6 +240,13 @@ impl Measure {
         match self {
             Self::Square(power) | Self::Weighed(power) => signs(power),
             Self::Rows(floor) => signs(mean_square(target).max(floor)),
+            Self::OfProbabilities => {
+                for (at, (g, q)) in grad.iter_mut().zip(got).enumerate() {
+                    // Half of the square is the divergence.
+                    let size = (2.0 * q.max(LEAST)).sqrt().recip();
+                    *g = if draw(at) < 0.5 { -size } else { size };
+                }
+            }
             Self::Divergence => {
                 let q = Softmax::of(got);
                 let mut sum = 0.0;
@@ -248,6 +279,10 @@ impl Measure {
                 let pairs = got.iter().zip(target).zip(weights);
                 grad.iter_mut().zip(pairs).for_each(|(g, ((q, t), w))| *g = (q - t) * (f64::from(*w) / power) as f32);
             }
+            Self::OfProbabilities => {
+                let pairs = got.iter().zip(target);
+                grad.iter_mut().zip(pairs).for_each(|(g, (q, p))| *g = 0.5 * (1.0 - p.max(LEAST) / q.max(LEAST)));
+            }
             Self::Divergence => {
                 let (p, q) = (Softmax::of(target), Softmax::of(got));
                 let (of_p, of_q) = ((0.5 / p.sum) as f32, (0.5 / q.sum) as f32);
@@ -266,6 +301,13 @@ impl Measure {
             Self::Weighed(power) => {
                 let squares = got.iter().zip(target).zip(weights);
                 squares.map(|((q, t), w)| f64::from(*w) * f64::from(q - t) * f64::from(q - t)).sum::<f64>() / power
+            }
+            Self::OfProbabilities => {
+                let term = |(q, p): (&f32, &f32)| {
+                    let (p, q) = (f64::from(p.max(LEAST)), f64::from(q.max(LEAST)));
+                    p * (p / q).ln() - p + q
+                };
+                got.iter().zip(target).map(term).sum::<f64>().max(0.0)
             }
             Self::Divergence => {
                 // Σ p (ln p − ln q), with both logarithms as the logits have them.
@@ -311,6 +353,12 @@ impl Measure {
         }
         Ok(())
     }
+}
+
+/// Whether every row of what the float model returned is a distribution.
+fn sums_to_one(sample: &Sample, output: usize) -> bool {
+    let rows = sample.targets[output].rows();
+    rows.into_iter().all(|row| row.iter().all(|p| *p >= 0.0) && (row.sum() - 1.0).abs() < 1e-3)
 }
 
 fn mean_square(row: &[f32]) -> f64 {
@@ -364,6 +412,8 @@ fn mean_weight(samples: &[Sample], output: usize) -> f64 {
 mod tests {
     use super::*;
 
+    const ALL: [Measure; 4] = [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Weighed(0.8), Measure::Divergence];
+
     /// Central differences of the summed error.
     #[test]
     fn gradients_are_those_of_the_errors() {
@@ -371,7 +421,7 @@ mod tests {
         let weights = vec![vec![0.5, 2.0, 0.0, 1.0, 0.25, 3.0]];
         let sample = Sample { feeds: Vec::new(), targets: vec![target], words: vec![None], weights };
         let got = vec![0.1_f32, -1.0, 0.9, 1.5, 0.4, -0.1];
-        for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Weighed(0.8), Measure::Divergence] {
+        for measure in ALL {
             let shaped = |values: Vec<f32>| Array::from_shape_vec(vec![1, 2, 3], values).unwrap();
             let gradient = measure.gradient(&sample, 0, Some(&shaped(got.clone()))).unwrap();
             for (i, g) in gradient.iter().enumerate() {
@@ -394,7 +444,7 @@ mod tests {
         let moved: Vec<f32> = target.iter().zip(&change).map(|(t, c)| t + c).collect();
         let weights = vec![vec![0.5, 2.0, 0.0, 1.0, 0.25, 3.0]];
         let sample = Sample { feeds: Vec::new(), targets: vec![of(&target)], words: vec![None], weights };
-        for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Weighed(0.8), Measure::Divergence] {
+        for measure in ALL {
             let (sum, count) = measure.error(&sample, 0, Some(&of(&moved))).unwrap();
             let draws = 4000_u64;
             let square = |seed: u64| {
@@ -407,6 +457,73 @@ mod tests {
         }
     }
 
+    /// Softmax of `logits`, in rows of three.
+    #[expect(clippy::cast_possible_truncation, reason = "probabilities as a model returns them")]
+    fn softmax(logits: &[f32]) -> Array<f32> {
+        let rows = logits.chunks(3).flat_map(|row| {
+            let q = Softmax::of(row);
+            q.exp.iter().map(|e| e / q.sum as f32).collect::<Vec<_>>()
+        });
+        Array::from_shape_vec(vec![1, logits.len() / 3, 3], rows.collect()).unwrap()
+    }
+
+    /// Behind a softmax and before it, the same is lost; and gradients are those of the loss.
+    #[test]
+    fn probabilities_lose_what_their_logits_do() {
+        let (target, got) = ([0.3, -1.2, 0.7, 2.0, 0.1, -0.4], [0.1_f32, -1.0, 0.9, 1.5, 0.4, -0.1]);
+        let sample =
+            |target| Sample { feeds: Vec::new(), targets: vec![target], words: vec![None], weights: vec![Vec::new()] };
+        let (p, q) = (softmax(&target), softmax(&got));
+        let of_p = sample(p.clone());
+        let raw = |values: &[f32]| Array::from_shape_vec(vec![1, 2, 3], values.to_vec()).unwrap();
+        let measure = Measure::of(Wish::Fitting, std::slice::from_ref(&of_p), 0, Kind::Probabilities);
+        let error = |q: &Array<f32>| measure.error(&of_p, 0, Some(q)).unwrap();
+        let of_logits = Measure::Divergence.error(&sample(raw(&target)), 0, Some(&raw(&got))).unwrap();
+        assert!(
+            (error(&q).0 - of_logits.0).abs() < 1e-6 && error(&q).1 == of_logits.1,
+            "{:?} {of_logits:?}",
+            error(&q)
+        );
+        assert!(error(&p).0.abs() < 1e-9);
+        let gradient = measure.gradient(&of_p, 0, Some(&q)).unwrap();
+        for (i, g) in gradient.iter().enumerate() {
+            let moved = |by: f32| {
+                let mut moved: Vec<f32> = q.iter().copied().collect();
+                moved[i] += by;
+                error(&raw(&moved)).0
+            };
+            let want = (moved(1e-3) - moved(-1e-3)) / 4e-3;
+            assert!((f64::from(*g) - want).abs() < 1e-3, "{i}: {g} {want}");
+        }
+        // In codes one may be 0, and rows need not sum to 1.
+        let in_codes = raw(&[0.0, 0.2, 0.7, 1.0, 0.0, 0.0]);
+        let lost = error(&in_codes).0;
+        assert!(lost > 0.0 && lost.is_finite(), "{lost}");
+        // What is not a distribution is none.
+        let numbers = sample(raw(&[0.5, 0.2, 0.2, 1.0, 0.0, 0.0]));
+        let measure = Measure::of(Wish::Fitting, &[numbers], 0, Kind::Probabilities);
+        assert!(matches!(measure, Measure::Rows(_)), "{measure:?}");
+    }
+
+    #[test]
+    fn gradients_drawn_of_probabilities_tell_small_changes() {
+        let p = softmax(&[0.3, -1.2, 0.7, 2.0, 0.1, -0.4]);
+        let change = [0.001, -0.002, 0.001, 0.0005, 0.002, -0.0025];
+        let shape = |values: Vec<f32>| Array::from_shape_vec(vec![1, 2, 3], values).unwrap();
+        let moved = shape(p.iter().zip(&change).map(|(p, c)| p + c).collect());
+        let sample =
+            Sample { feeds: Vec::new(), targets: vec![p.clone()], words: vec![None], weights: vec![Vec::new()] };
+        let measure = Measure::OfProbabilities;
+        let (sum, count) = measure.error(&sample, 0, Some(&moved)).unwrap();
+        let square = |seed: u64| {
+            let g = measure.drawn(&sample, 0, Some(&p), seed::mixed(seed)).unwrap();
+            g.iter().zip(&change).map(|(g, c)| f64::from(g * c)).sum::<f64>().powi(2)
+        };
+        let mean = (0..4000).map(square).sum::<f64>() / 4000.0;
+        let want = sum / count as f64;
+        assert!((mean / want - 1.0).abs() < 0.1, "{mean} {want}");
+    }
+
     /// A sample of two rows of three numbers, with what their errors weigh.
     fn weighed(weights: [f32; 6]) -> Sample {
         let target = Array::from_shape_vec(vec![1, 2, 3], vec![0.3, -1.2, 0.7, 2.0, 0.1, -0.4]).unwrap();
@@ -417,7 +534,7 @@ mod tests {
     fn weights_count_by_their_shares() {
         let got = Array::from_shape_vec(vec![1, 2, 3], vec![0.1, -1.0, 0.9, 1.5, 0.4, -0.1]).unwrap();
         let error = |wish, samples: &[Sample]| {
-            let measure = Measure::of(wish, samples, 0, true);
+            let measure = Measure::of(wish, samples, 0, Kind::Numbers);
             let errors = samples.iter().map(|sample| measure.error(sample, 0, Some(&got)).unwrap().0);
             (errors.sum::<f64>(), measure.gradient(&samples[0], 0, Some(&got)).unwrap())
         };
@@ -429,11 +546,11 @@ mod tests {
         let got = got.clone().into_shape_with_order(vec![1, 2, 3, 1]).unwrap();
         let plain = {
             let samples = [flat(weighed([0.0; 6]))];
-            Measure::of(Wish::Square, &samples, 0, false).error(&samples[0], 0, Some(&got)).unwrap()
+            Measure::of(Wish::Square, &samples, 0, Kind::Numbers).error(&samples[0], 0, Some(&got)).unwrap()
         };
         for weight in [1.0, 3e-20, 7e9] {
             let samples = [flat(weighed([weight; 6]))];
-            let measure = Measure::of(Wish::Fisher, &samples, 0, false);
+            let measure = Measure::of(Wish::Fisher, &samples, 0, Kind::Numbers);
             let found = measure.error(&samples[0], 0, Some(&got)).unwrap();
             assert!((found.0 / plain.0 - 1.0).abs() < 1e-6 && found.1 == plain.1, "{weight}: {found:?} {plain:?}");
         }
@@ -464,7 +581,7 @@ mod tests {
     fn one_number_is_no_distribution() {
         let target = Array::from_shape_vec(vec![3, 1], vec![0.3, -1.2, 0.7]).unwrap();
         let sample = [Sample { feeds: Vec::new(), targets: vec![target], words: vec![None], weights: Vec::new() }];
-        let measure = Measure::of(Wish::Fitting, &sample, 0, true);
+        let measure = Measure::of(Wish::Fitting, &sample, 0, Kind::Logits);
         assert!(matches!(measure, Measure::Square(_)), "{measure:?}");
         let drawn = measure.drawn(&sample[0], 0, Some(&sample[0].targets[0]), 7).unwrap();
         assert!(drawn.iter().all(|g| *g != 0.0), "{drawn:?}");

@@ -40,8 +40,9 @@ pub(crate) mod testing;
 mod train;
 
 pub(crate) use adam::Adam;
-pub use blocks::{Block, all_weights, blocks, boundary};
+pub use blocks::{Block, all_weights, blocks, boundary, matches};
 pub use first_order::{Cost, Costs, first_order};
+pub use measure::losses;
 pub use parameterization::{PARAMETERIZATIONS, Parameterization};
 pub use saliency::{SALIENCIES, Saliency};
 

@@ -1,7 +1,7 @@
 //! What a block should give, and how far it is from that: losses, and gradients of all that is learned.
 
 use super::block::Program;
-use super::measure::{Measure, Wish};
+use super::measure::{Kind, Measure, Wish};
 use super::parameterization::Weight;
 use super::run::{Gradients, Outcome, add};
 use super::samples::Sample;
@@ -45,20 +45,20 @@ pub(super) struct Objective<'a> {
 }
 
 impl<'a> Objective<'a> {
-    /// With errors of outputs measured as `wish` says; `origins` tells which samples are variants of one, and `logits` outputs that may
-    /// be compared as such.
+    /// With errors of outputs measured as `wish` says; `origins` tells which samples are variants of one, and `kind` of what kind the numbers
+    /// of an output are.
     pub(super) fn new(
         program: &'a Program,
         (samples, origins): (&'a [Sample], &[usize]),
         plan: &Plan,
         wish: Wish,
-        logits: impl Fn(crate::id::ValueId) -> bool,
+        kind: impl Fn(crate::id::ValueId) -> Kind,
     ) -> Result<Self, GradError> {
         let weights = program.weights_of(plan)?;
         let (held_out, fitted) = judges::split(origins);
         let outputs = program.outputs.iter().enumerate();
         let measures: Vec<Measure> =
-            outputs.map(|(at, (_, value))| Measure::of(wish, samples, at, logits(*value))).collect();
+            outputs.map(|(at, (_, value))| Measure::of(wish, samples, at, kind(*value))).collect();
         let shares = shares(&measures, samples);
         Ok(Self { program, samples, weights, measures, shares, fitted, held_out })
     }
@@ -70,7 +70,8 @@ impl<'a> Objective<'a> {
     pub(super) fn agrees(program: &'a Program, float: &'a Sample) -> Result<(), GradError> {
         let samples = std::slice::from_ref(float);
         let outputs = 0..program.outputs.len();
-        let measures: Vec<Measure> = outputs.map(|output| Measure::of(Wish::Square, samples, output, false)).collect();
+        let measures: Vec<Measure> =
+            outputs.map(|output| Measure::of(Wish::Square, samples, output, Kind::Numbers)).collect();
         let shares = shares(&measures, samples);
         let (weights, held_out) = (Vec::new(), Vec::new());
         let alone = Self { program, samples, weights, measures, shares, fitted: vec![0], held_out };

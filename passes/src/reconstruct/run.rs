@@ -51,7 +51,8 @@ impl Program {
         let weight = |(_, site, tensor): &(Slot, _, std::sync::Arc<crate::tensor::Tensor>)| {
             let bug = || GradError("a bug in onnx-quant: a weight without codes".into());
             let (encoding, codes) = plan.encoding(*site).zip(plan.codes(*site)).ok_or_else(bug)?;
-            Weight::new(tensor, encoding, codes).ok_or_else(bug)
+            let weight = Weight::new(tensor, encoding, codes).ok_or_else(bug)?;
+            Ok(weight.leaning(plan.leanings(*site)))
         };
         parallel::map(&self.weights, weight).into_iter().collect()
     }

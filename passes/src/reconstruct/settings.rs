@@ -40,6 +40,8 @@ pub(super) struct Settings {
     pub(super) rate: f32,
     /// The share of the steps in which the rate rises.
     warmup: f32,
+    /// Learning ends where so many checks in a row found nothing better; 0 for never.
+    patience: usize,
     /// The share of activations that stay in float while learning, in thousandths.
     pub(super) drop: i64,
     /// What is learned.
@@ -90,6 +92,7 @@ impl Settings {
             batch: options.count("batch", usual.batch)?.max(1),
             rate: positive("rate", 1.0, 1e3)? as f32,
             warmup: usual.warmup,
+            patience: options.count("patience", 0)?,
             drop: (positive("drop", 0.0, 1.0)? * 1000.0) as i64,
             parts,
             loss: loss(options.text("loss", usual.loss))?,
@@ -117,6 +120,11 @@ impl Settings {
     /// The share of the rate in effect at `progress` of the way: Adam's first steps go by the signs of a few samples' gradients.
     pub(super) fn warmth(&self, progress: f32) -> f32 {
         if self.warmup > 0.0 { ((progress + 1.0 / self.iterations as f32) / self.warmup).min(1.0) } else { 1.0 }
+    }
+
+    /// Whether to go on where so many checks in a row found nothing better.
+    pub(super) fn goes_on(&self, in_vain: usize) -> bool {
+        self.patience == 0 || in_vain < self.patience
     }
 
     /// Whether what has been learned is judged before this iteration.

@@ -18,6 +18,8 @@ pub(super) struct Standing<'a> {
     pub(super) courses: Vec<Course<'a>>,
     /// The least loss on the samples that are held out, and what came to it.
     pub(super) best: (f64, Vec<Edit>),
+    /// So many checks in a row found nothing better.
+    pub(super) in_vain: usize,
     /// The most bytes that the edits of a best one take.
     most: u64,
 }
@@ -33,12 +35,13 @@ impl<'a> Standing<'a> {
         };
         let courses = chain.links.iter().enumerate().map(course).collect::<Result<_, GradError>>()?;
         let most = chain.links.iter().map(|link| most_edits(&link.program, model.plan())).sum();
-        Ok(Self { steps: 0, courses, best: (f64::INFINITY, Vec::new()), most })
+        Ok(Self { steps: 0, courses, best: (f64::INFINITY, Vec::new()), in_vain: 0, most })
     }
 
     /// Shows all that steps and checks change.
     fn show(&mut self, ledger: &mut Ledger<'_>) {
         let (mut steps, mut loss) = (self.steps as u64, self.best.0.to_bits());
+        let mut in_vain = self.in_vain as u64;
         let mut edits = match ledger {
             Ledger::Count(bytes) => {
                 *bytes += self.most;
@@ -48,11 +51,14 @@ impl<'a> Standing<'a> {
         };
         ledger.whole(&mut steps);
         ledger.whole(&mut loss);
+        ledger.whole(&mut in_vain);
         ledger.bytes(&mut edits);
         self.courses.iter_mut().for_each(|course| course.show(ledger));
         if let Ledger::Read(rest) = ledger {
-            match (usize::try_from(steps), record::read(&edits)) {
-                (Ok(steps), Some(edits)) => (self.steps, self.best) = (steps, (f64::from_bits(loss), edits)),
+            match (usize::try_from(steps), usize::try_from(in_vain), record::read(&edits)) {
+                (Ok(steps), Ok(in_vain), Some(edits)) => {
+                    (self.steps, self.in_vain, self.best) = (steps, in_vain, (f64::from_bits(loss), edits));
+                }
                 _ => *rest = None,
             }
         }

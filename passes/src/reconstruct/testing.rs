@@ -26,12 +26,17 @@ pub(super) fn two_products(spread: f64) -> Model {
 
 /// The same with so many numbers between them.
 pub(crate) fn two_products_of(width: usize, spread: f64) -> Model {
+    two_products_around("%h = Tanh(%p)", width, spread)
+}
+
+/// The same with other nodes, which make `%h` of `%p`, between them.
+pub(crate) fn two_products_around(between: &str, width: usize, spread: f64) -> Model {
     let text = format!(
         "graph (%x: f32[1,4]) -> (%y: f32[1,3]) {{
         %a = const f32[4,{width}] rand(seed=1, std=0.7)
         %b = const f32[{width},3] rand(seed=2, std={spread:.3})
         %p = MatMul(%x, %a)
-        %h = Tanh(%p)
+        {between}
         %y = MatMul(%h, %b)
     }}"
     );

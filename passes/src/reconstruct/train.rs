@@ -136,30 +136,44 @@ impl<'a> Course<'a> {
     }
 }
 
-/// Learns for as long as `settings` say, or until `tick` says no; returns what was best on the samples that were held out.
+/// Learns for as long as `settings` say, or until `tick`, which hears the least loss so far, says no; returns what was best on the samples
+/// that were held out.
+///
+/// # Errors
+/// [`GradError`] where the model does not run, or gradients are no numbers before anything was gained.
 pub(super) fn learn(
     objective: &Objective<'_>,
     settings: &Settings,
     start: &Outcome,
     seed: u64,
-    mut tick: impl FnMut() -> bool,
+    mut tick: impl FnMut(f64) -> bool,
 ) -> Result<Outcome, GradError> {
     let mut course = Course::new(settings, &objective.weights, start.clone(), seed);
     let mut order = Order::new(&objective.fitted, seed);
     let mut best = (objective.held_out_loss(start)?, start.clone());
+    let mut in_vain = 0;
     for iteration in 0..settings.iterations {
-        if !tick() {
+        if !tick(best.0) {
             break;
         }
         if settings.is_check(iteration) {
+            let before = best.0;
             best = better(objective, best, course.hardened(&objective.weights))?;
+            in_vain = if best.0 < before { 0 } else { in_vain + 1 };
+            if !settings.goes_on(in_vain) {
+                return Ok(best.1);
+            }
         }
         let progress = iteration as f32 / settings.iterations as f32;
         course.soften(&objective.weights, progress);
         let batch = order.next(settings.batch);
         let grads = objective.gradients(&course.at, &batch, settings.drop, seed ^ iteration as u64)?;
         if !grads.are_finite() {
-            break; // what has been learned so far is judged as it is
+            // What has been learned so far is judged as it is.
+            let first = objective.held_out_loss(start)?;
+            let (loss, learned) = better(objective, best, course.hardened(&objective.weights))?;
+            let problem = || GradError(format!("its gradients are no numbers in step {}", iteration + 1));
+            return if loss < first { Ok(learned) } else { Err(problem()) };
         }
         course.step(&objective.weights, &grads, progress);
     }

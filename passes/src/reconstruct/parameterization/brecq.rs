@@ -37,6 +37,10 @@ impl Parameterization for Brecq {
         16
     }
 
+    fn leans(&self) -> bool {
+        false
+    }
+
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         let (between, v) = Between::of(weight);
         Box::new(Up { between, adam: Adam::new(v.len()), v })

@@ -45,6 +45,10 @@ impl Parameterization for DiscQuant {
         16
     }
 
+    fn leans(&self) -> bool {
+        false
+    }
+
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         let between = Between::ends_of(weight);
         let x: Vec<f32> = between.shares(weight).into_iter().map(|y| (START * y).min(0.49)).collect();

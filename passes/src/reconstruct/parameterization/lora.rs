@@ -41,6 +41,10 @@ impl Parameterization for LoraRounding {
         8
     }
 
+    fn leans(&self) -> bool {
+        false
+    }
+
     fn start(&self, weight: &Weight, seed: u64) -> Box<dyn Learned> {
         let (between, start) = Between::of(weight);
         let columns = start.len() / weight.rows;

@@ -25,6 +25,7 @@ use std::fmt::Debug;
 use crate::about::About;
 use crate::encoding::Encoding;
 use crate::grid;
+use crate::model::{GAP, Leanings};
 use crate::reconstruct::ledger::Ledger;
 use crate::tensor::Tensor;
 
@@ -53,6 +54,10 @@ pub trait Parameterization: Debug + Send + Sync {
     fn start(&self, weight: &Weight, seed: u64) -> Box<dyn Learned>;
     /// The bytes that the parameters of one weight take, with what the optimizer keeps of them.
     fn bytes_per_weight(&self) -> u64;
+    /// Whether it begins where weights would go if they had not to lie on points, where that is known.
+    fn leans(&self) -> bool {
+        true
+    }
     /// Whether it asks for scales that stay as they are.
     fn keeps_scales(&self) -> bool {
         false
@@ -79,6 +84,8 @@ pub(super) struct Weight {
     /// Of the matrix as which it is stored: its first axis, and all others.
     pub(super) rows: usize,
     pub(super) encoding: Encoding,
+    /// Where it would go if it did not have to lie on points, where that is known.
+    leanings: Option<Leanings>,
 }
 
 impl Weight {
@@ -95,7 +102,14 @@ impl Weight {
             rows: tensor.shape().first().copied().unwrap_or(1).max(1),
             groups,
             encoding: encoding.clone(),
+            leanings: None,
         })
+    }
+
+    /// The same, leaning so, where that is known of every element.
+    pub(super) fn leaning(self, leanings: Option<&Leanings>) -> Self {
+        let leanings = leanings.filter(|leanings| leanings.len() == self.points.len()).cloned();
+        Self { leanings, ..self }
     }
 
     fn zero(&self, i: usize) -> f64 {
@@ -103,10 +117,15 @@ impl Weight {
     }
 
     /// The neighbor of element `i`'s point that lies towards the float weight, or on the other side where there is none.
-    #[expect(clippy::cast_possible_truncation, reason = "points of grids of up to 16 bits are exact in f32")]
     fn neighbor(&self, i: usize) -> f32 {
+        self.next(i, self.float[i] > self.points[i])
+    }
+
+    /// The point after that of element `i`, above it where `up`, else below, or on the other side where there is none.
+    #[expect(clippy::cast_possible_truncation, reason = "points of grids of up to 16 bits are exact in f32")]
+    fn next(&self, i: usize, up: bool) -> f32 {
         let at = f64::from(self.points[i]) + self.zero(i);
-        (grid::neighbor(self.encoding.grid, at, self.float[i] > self.points[i]) - self.zero(i)) as f32
+        (grid::neighbor(self.encoding.grid, at, up) - self.zero(i)) as f32
     }
 
     /// The point of element `i` that lies at or under `unit` and that at or over it; where the grid ends, twice its end.
@@ -133,8 +152,16 @@ impl Weight {
         points
     }
 
-    /// The float weight moved so near to every point that was chosen that it rounds to it, but stays on its side.
+    /// What learning begins with, of methods that lean: it rounds to the points that were chosen. Where it is known, that is where every weight would go; else the
+    /// float weight, moved so near to its point, but on its side.
     fn within_reach(&self) -> Vec<f32> {
+        if let Some(leanings) = &self.leanings {
+            let leant = |(i, (leaning, point)): (usize, (&i8, &f32))| {
+                let share = f32::from(*leaning) / f32::from(GAP);
+                point + share * (self.next(i, *leaning > 0) - point).abs()
+            };
+            return leanings.iter().zip(&self.points).enumerate().map(leant).collect();
+        }
         let moved = |(i, (float, point)): (usize, (&f32, &f32))| {
             let gap = (self.neighbor(i) - point).abs();
             point + (float - point).clamp(-REACH * gap, REACH * gap)
@@ -205,6 +232,25 @@ mod tests {
                 assert_eq!(learned.hard(&weight), weight.points, "{} on {grid}", method.about().name);
             }
         }
+    }
+
+    /// Where it is known where weights would go, that changes where learning begins, and not the points.
+    #[test]
+    fn leanings_lead_towards_the_neighbor_and_change_no_point() {
+        for (grid, zero) in GRIDS {
+            let weight = weight(grid, zero);
+            let leanings: Leanings = (0..24_i8).map(|i| if i % 2 == 0 { 125 } else { -125 }).collect();
+            let weight = weight.leaning(Some(&leanings));
+            for (i, (start, point)) in weight.within_reach().into_iter().zip(&weight.points).enumerate() {
+                assert!((start > *point) == (i % 2 == 0), "{grid} {i}: {start} {point}");
+            }
+            for method in PARAMETERIZATIONS {
+                let learned = method.start(&weight, 7);
+                assert_eq!(learned.hard(&weight), weight.points, "{} on {grid}", method.about().name);
+            }
+        }
+        let short = weight("int4", 0).leaning(Some(&vec![3; 23].into()));
+        assert!(short.leanings.is_none(), "of another weight");
     }
 
     /// Whatever the gradient says, what comes out lies on the grid.

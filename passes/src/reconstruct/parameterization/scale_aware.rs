@@ -41,6 +41,10 @@ impl Parameterization for ScaleAware {
         16
     }
 
+    fn leans(&self) -> bool {
+        false
+    }
+
     fn start(&self, weight: &Weight, _: u64) -> Box<dyn Learned> {
         let (between, v) = Between::of(weight);
         let mean = mean(between.gaps());

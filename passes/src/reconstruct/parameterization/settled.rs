@@ -55,7 +55,6 @@ impl Settled {
     }
 
     /// How many have not settled.
-    #[cfg(test)]
     pub(super) fn free(&self) -> usize {
         self.distance.iter().filter(|distance| **distance >= 0.0).count()
     }

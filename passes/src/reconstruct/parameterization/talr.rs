@@ -29,13 +29,32 @@ pub(super) struct Talr;
 struct Scheduled {
     w: Vec<f32>,
     adam: Adam,
-    /// The running mean of the share of codes that change.
+    controller: Controller,
+    settled: Settled,
+}
+
+/// What the rate follows.
+#[derive(Clone, Copy, Debug)]
+struct Controller {
+    /// The running mean of the share of codes that change, of those that may.
     transitions: f32,
     /// In units of the usual rate.
     rate: f32,
-    /// At the start.
+    /// The share at the start.
     target: f32,
-    settled: Settled,
+}
+
+impl Controller {
+    fn new(target: f32) -> Self {
+        Self { transitions: target, rate: 1.0, target }
+    }
+
+    /// Takes in the `share` of codes that changed in a step, where `wanted` should have.
+    fn follow(&mut self, share: f32, wanted: f32) {
+        self.transitions = MEMORY * self.transitions + (1.0 - MEMORY) * share;
+        // One more of the rate for as much too few changes as there are at the start.
+        self.rate = (self.rate + (wanted - self.transitions) / self.target).clamp(0.0, MOST);
+    }
 }
 
 #[allow(private_interfaces, reason = "see the trait")]
@@ -63,7 +82,7 @@ impl Scheduled {
         let w = weight.within_reach();
         #[expect(clippy::cast_precision_loss, reason = "few bits")]
         let target = TRANSITIONS * (weight.encoding.grid.info().bits as f32).sqrt();
-        Self { adam: Adam::new(w.len()), transitions: target, rate: 1.0, target, settled: Settled::new(w.len()), w }
+        Self { adam: Adam::new(w.len()), controller: Controller::new(target), settled: Settled::new(w.len()), w }
     }
 }
 
@@ -74,23 +93,21 @@ impl Learned for Scheduled {
 
     fn step(&mut self, gradient: &[f32], progress: f32, rate: f32, weight: &Weight) {
         let before = self.w.clone();
-        self.adam.step(&mut self.w, gradient, RATE * rate * self.rate);
+        self.adam.step(&mut self.w, gradient, RATE * rate * self.controller.rate);
         self.settled.hold(&mut self.w, &before);
         let (old, points) = (weight.rounded(&before), weight.rounded(&self.w));
         let changed = points.iter().zip(&old).filter(|(new, old)| (*new - *old).abs() > 0.0).count();
-        let share = changed as f32 / points.len().max(1) as f32;
-        self.transitions = MEMORY * self.transitions + (1.0 - MEMORY) * share;
-        let target = self.target * 0.5 * (1.0 + (std::f32::consts::PI * progress).cos());
-        // One more of the rate for as much too few changes as there are at the start.
-        self.rate = (self.rate + (target - self.transitions) / self.target).clamp(0.0, MOST);
+        // What has been let go of cannot change.
+        let share = changed as f32 / self.settled.free().max(1) as f32;
+        self.controller.follow(share, self.controller.target * 0.5 * (1.0 + (std::f32::consts::PI * progress).cos()));
         self.settled.follow(progress, &self.w, (&old, &points), weight);
     }
 
     fn show(&mut self, ledger: &mut Ledger<'_>) {
         ledger.floats(&mut self.w);
         self.settled.show(ledger);
-        ledger.floats(std::slice::from_mut(&mut self.transitions));
-        ledger.floats(std::slice::from_mut(&mut self.rate));
+        ledger.floats(std::slice::from_mut(&mut self.controller.transitions));
+        ledger.floats(std::slice::from_mut(&mut self.controller.rate));
         self.adam.show(ledger);
     }
 
@@ -104,6 +121,32 @@ mod tests {
     use super::*;
     use crate::encoding::Encoding;
     use crate::tensor::Tensor;
+
+    /// Where changes are in proportion to the rate, the share comes to the one that is wanted, and stays there.
+    #[test]
+    fn the_share_that_changes_comes_to_the_one_that_is_wanted() {
+        for per_rate in [0.3, 1.0, 3.0_f32] {
+            let mut controller = Controller::new(0.01);
+            for step in 0..200 {
+                controller.follow(0.01 * per_rate * controller.rate, 0.01);
+                let off = (controller.transitions / 0.01 - 1.0).abs();
+                assert!(step < 150 || off < 0.1, "{per_rate}, step {step}: {controller:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_rate_falls_to_nothing_where_nothing_is_to_change_and_is_bounded_where_nothing_does() {
+        let mut stopped = Controller::new(0.01);
+        (0..100).for_each(|_| stopped.follow(0.01 * stopped.rate, 0.0));
+        assert!(stopped.rate < 1e-6, "{stopped:?}");
+        let mut dead = Controller::new(0.01);
+        (0..1000).for_each(|_| dead.follow(0.0, 0.01));
+        assert!((dead.rate - MOST).abs() < 1e-6, "{dead:?}");
+        // From there it comes back as soon as there are changes.
+        (0..100).for_each(|_| dead.follow(0.01 * dead.rate, 0.01));
+        assert!((dead.transitions / 0.01 - 1.0).abs() < 0.1, "{dead:?}");
+    }
 
     /// The schedule ends at no changes.
     #[test]
