@@ -90,6 +90,12 @@ impl fmt::Display for Diagnostic {
     }
 }
 
+/// That so many of what was seen of the tensor `name` were no numbers, where second moments are summed.
+pub(crate) fn nonfinite(name: &Name, count: u64) -> Diagnostic {
+    let message = format!("{count} values were NaN or infinite where second moments were summed, and count as 0 there");
+    Diagnostic::new(NONFINITE_ACTIVATION, Severity::Warning, Place::Value(name.clone()), message)
+}
+
 /// The page of one code.
 #[derive(Clone, Copy, Debug)]
 pub struct CodePage {
@@ -132,6 +138,8 @@ codes! {
         "The message names the operator or the reason. What would have been learned or told by them is left as it was.";
     VARIANTS = "OQ3006", "the recipe drew variants of the samples",
         "Weights of few bits are rounded by second moments, and few words leave directions in them that rounding spends its freedom on. Where --recipe best rounds for float activations, or for a range per token, it draws variants of every sample until there are enough words, as --augment N does; --augment 0 draws none.";
+    BEYOND_DATA = "OQ3007", "a weight of few bits is not rounded by data",
+        "Rounding by data sums second moments of what a layer reads, row by row. The message says why that is not done for this layer: its weight goes to the nearest points, which at few bits loses more. Where several nodes read one weight, give each its own; write automatic padding out.";
     KEPT_FLOAT = "OQ4001", "a node that could be quantized stays in float",
         "The message gives the reason: an option, a shape, a missing constant, or a rule of the target.";
     SMALL_RANGE = "OQ4002", "a tensor was all zero in calibration",

@@ -3,8 +3,10 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, reason = "test binary")]
 
 mod attention;
+mod boundaries;
 mod caches;
 mod cli;
+mod degenerate;
 mod determinism;
 #[cfg(feature = "ort")]
 mod differential;

@@ -67,9 +67,16 @@ impl Pass for Calibrate {
             return Ok(patch);
         }
         let measured = collect(model.graph(), &wanted, cx)?;
+        let of = |statistic: &Statistic| matches!(statistic, Statistic::Distribution(_));
+        let distributed: BTreeSet<ValueId> =
+            measured.iter().filter(|(_, statistic)| of(statistic)).map(|(value, _)| *value).collect();
         for (value, statistic) in measured {
-            if let Statistic::Distribution(sketch) = &statistic {
-                note_oddities(model, value, sketch, &mut patch);
+            match &statistic {
+                Statistic::Distribution(sketch) => note_oddities(model, value, sketch, &mut patch),
+                Statistic::Peaks { peaks, .. } if peaks.nonfinite() > 0 && !distributed.contains(&value) => {
+                    patch.note(diag::nonfinite(&model.graph().value(value).name, peaks.nonfinite()));
+                }
+                _ => {}
             }
             patch.count("measured", 1);
             patch.edit(Edit::Record { value, statistic });

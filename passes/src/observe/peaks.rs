@@ -13,12 +13,14 @@ pub struct Peaks {
     squares: Vec<i128>,
     /// Values per channel.
     count: u64,
+    /// Values that were NaN or infinite.
+    nonfinite: u64,
 }
 
 impl Peaks {
     /// Nothing seen yet; `axis` counts from the front.
     pub fn along(axis: usize) -> Self {
-        Self { axis, magnitudes: Vec::new(), squares: Vec::new(), count: 0 }
+        Self { axis, magnitudes: Vec::new(), squares: Vec::new(), count: 0, nonfinite: 0 }
     }
 
     /// Adds a tensor; one whose axis is missing or has another extent than before is left out.
@@ -53,6 +55,7 @@ impl Peaks {
         )]
         self.squares.iter_mut().zip(squares).for_each(|(all, s)| *all = all.saturating_add((s * UNIT) as i128));
         self.count = self.count.saturating_add((values.len() / channels) as u64);
+        self.nonfinite = self.nonfinite.saturating_add(values.iter().filter(|v| !v.is_finite()).count() as u64);
     }
 
     /// Adds what `other` saw; nothing when it is of another shape.
@@ -63,6 +66,7 @@ impl Peaks {
             self.magnitudes.iter_mut().zip(&other.magnitudes).for_each(|(mine, theirs)| *mine = mine.max(*theirs));
             self.squares.iter_mut().zip(&other.squares).for_each(|(mine, theirs)| *mine = mine.saturating_add(*theirs));
             self.count = self.count.saturating_add(other.count);
+            self.nonfinite = self.nonfinite.saturating_add(other.nonfinite);
         }
     }
 
@@ -74,6 +78,11 @@ impl Peaks {
     /// How many values every channel had.
     pub fn count(&self) -> u64 {
         self.count
+    }
+
+    /// How many values were NaN or infinite.
+    pub fn nonfinite(&self) -> u64 {
+        self.nonfinite
     }
 
     /// The mean square of every channel; empty when nothing was seen.

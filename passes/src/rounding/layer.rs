@@ -5,16 +5,15 @@ use std::sync::Arc;
 use super::held_out::Trust;
 use crate::encoding::{self, Encoding, Granularity};
 use crate::id::{NodeId, Site, ValueId};
+use crate::ir::walk::Users;
 use crate::ir::{Graph, Node};
 use crate::model::Model;
 use crate::observe::{Gram, Rows, Window};
 use crate::ops::{self, Linear};
 use crate::tensor::Tensor;
 
-/// Beyond this many columns a Gram matrix costs more memory than its weight is worth.
-const MAX_COLUMNS: usize = 8192;
-
-/// The same for all groups of a weight together: many groups of large kernels.
+/// Gram matrices of all groups of a weight together have at most so many entries, half a gibibyte: 11,585 columns, or many groups of large
+/// kernels.
 const MAX_ENTRIES: usize = 1 << 27;
 
 /// Strides, paddings and dilations from here on are no geometry that a model was trained with.
@@ -56,7 +55,30 @@ pub(super) fn rows_of(graph: &Graph, id: NodeId, roles: &Linear) -> Option<(Valu
         Rows::Windows(_) => weight.shape()[1..].iter().product(),
     };
     let entries = columns.checked_mul(columns)?.checked_mul(rows.groups())?;
-    (columns <= MAX_COLUMNS && entries <= MAX_ENTRIES).then_some((value, rows))
+    (entries <= MAX_ENTRIES).then_some((value, rows))
+}
+
+/// Why the encoded weight of the linear node `id` is not rounded by data, whatever is measured; `None` where it can be.
+pub(super) fn beyond_data(graph: &Graph, users: &Users, id: NodeId) -> Option<&'static str> {
+    let roles = ops::linear(graph, id)?;
+    let weight = graph.node(id)?.input(roles.weight.into())?;
+    if users.only_input(weight).is_none() {
+        return Some("several nodes read its weight");
+    }
+    if rows_of(graph, id, &roles).is_some() {
+        return None;
+    }
+    let shape = graph.constant(weight)?.shape();
+    let columns = shape.iter().product::<usize>().checked_div(*shape.get(roles.out_axis)?)?;
+    let groups = usize::try_from(graph.node(id)?.int("group", 1)).unwrap_or(1).max(1);
+    let entries = columns.checked_mul(columns).and_then(|entries| entries.checked_mul(groups));
+    let is_large = entries.is_none_or(|entries| entries > MAX_ENTRIES);
+    Some(if is_large {
+        "it reads so many columns that their second moments would take more than half a gibibyte"
+    } else {
+        "it is not a product of rows as they lie there: its weight is on the left or has batches, or it is a convolution that is transposed, pads \
+         by itself (auto_pad) or runs along three axes"
+    })
 }
 
 fn window(node: &Node, weight: &[usize]) -> Option<Window> {

@@ -3,10 +3,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::layer::beyond_data;
 use super::{Method, work};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::id::{Site, ValueId};
+use crate::ir::walk::Users;
 use crate::model::{Edit, Model, Patch};
+use crate::ops;
 use crate::parallel;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::tensor::Tensor;
@@ -70,6 +73,8 @@ impl Round {
         let layers = work::layers(model);
         if layers.is_empty() {
             note_no_moments(model, self.method, patch);
+        } else {
+            note_beyond_data(model, patch);
         }
         let mut done = BTreeSet::new();
         cx.progress.begin(self.method.about().name, layers.len() as u64);
@@ -105,6 +110,26 @@ pub(super) fn note_no_moments(model: &Model, method: &dyn Method, patch: &mut Pa
         let message = format!("no second moments were measured: {} falls back to nearest", method.about().name);
         let note = Diagnostic::new(diag::NO_MOMENTS, Severity::Warning, Place::Model, message);
         patch.note(note.help("pass calibration samples with --data"));
+    }
+}
+
+/// Tells which weights of linear nodes no method rounds by data, and why. Those of eight bits and more lose next to nothing by it.
+pub(super) fn note_beyond_data(model: &Model, patch: &mut Patch) {
+    let (graph, users) = (model.graph(), Users::of(model.graph()));
+    for (id, node) in graph.nodes() {
+        let of_few_bits = ops::linear(graph, id).is_some_and(|roles| {
+            let site = Site::Use { node: id, input: roles.weight };
+            let encoding = model.plan().encoding(site).filter(|_| model.plan().codes(site).is_none());
+            encoding.is_some_and(|encoding| encoding.grid.info().bits < 8)
+        });
+        if let Some(reason) = beyond_data(graph, &users, id).filter(|_| of_few_bits) {
+            let place = Place::Node(Arc::clone(&node.name));
+            let message = format!("its weight goes to nearest points: {reason}");
+            let note = Diagnostic::new(diag::BEYOND_DATA, Severity::Warning, place, message);
+            patch.note(
+                note.help("give every node its own weight, write padding out, or give this one more bits (--set)"),
+            );
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use super::coupled::Couplings;
 use super::descend::descend;
 use super::held_out::{self, Asked, Chosen};
 use super::layer::Layer;
+use super::leanings::leanings;
 use super::learned::Learning;
 use super::norms::{self, Norm};
 use super::prefix::{self, Halves, Inputs, Measured, Roots};
@@ -83,12 +84,19 @@ crate::declare_pass! {
                 doc: "1: moments leave out every eighth sample, with its variants, which judges what is learned here or after; by its number, so that the order of samples matters; 0 by default",
             },
             OptionInfo {
+                name: "lean",
+                doc: "1: what is learned here or by `distill` begins where every weight would go if it did not have to lie on a point, so that codes \
+                      which matter least change first (not by brecq, scale-aware, lora-rounding and discquant, which begin at the float \
+                      weight); a byte per weight, and some 16 of those of one layer for the time; 0 by default",
+            },
+            OptionInfo {
                 name: "learn",
                 doc: "what is learned of the weights of a block once they are rounded: none (default), or any of `list parameterizations`",
             },
             OptionInfo { name: "iterations", doc: "learning: steps per block, 200 by default" },
             OptionInfo { name: "batch", doc: "learning: samples per step, 8 by default" },
             OptionInfo { name: "layers", doc: "learning: the most weights of neighboring blocks that are learned together, 4 by default" },
+            OptionInfo { name: "ends", doc: "learning: a pattern of names of nodes (`*` stands for anything) that blocks end behind, instead of by layers; where a node lies between two tensors that are still to be read, behind the place where one is left" },
             OptionInfo { name: "window", doc: "learning: so many neighboring blocks are learned together, 1 by default" },
             OptionInfo { name: "overlap", doc: "learning: so many blocks of a window are learned again in the next one, 0 by default" },
             OptionInfo {
@@ -98,12 +106,13 @@ crate::declare_pass! {
                       loss=fisher stays that of samples that are not moved",
             },
             OptionInfo { name: "rate", doc: "learning: times the usual rate of the method, 1 by default" },
+            OptionInfo { name: "patience", doc: "learning: a block ends where so many checks in a row, of ten or more on the way, find nothing better; 0 (default): never" },
             OptionInfo { name: "drop", doc: "learning: the share of activations left in float, 0 by default" },
             OptionInfo { name: "codes", doc: "learning: 0 leaves codes as they are, and learns what they are multiplied with; 1 by default" },
             OptionInfo { name: "biases", doc: "learning: 0 leaves biases as they are; 1 by default" },
             OptionInfo { name: "scales", doc: "learning: 0 leaves scales of weights as they are; 1 by default" },
             OptionInfo { name: "steps", doc: "learning: 1 learns scales of activations too; 0 by default" },
-            OptionInfo { name: "loss", doc: "learning: mse (default); kl for the outputs of the graph, where they are logits; fitting, which tells those by how they are computed; pd, which adds what the rest of the model makes of a block; fisher, which weighs every element by what the outputs depend on it; fisher-each, the same with all samples alike" },
+            OptionInfo { name: "loss", doc: "learning: one of `list losses`: mse (default); kl for the outputs of the graph, where they are logits or probabilities; fitting, which tells those by how they are computed; pd, which adds what the rest of the model makes of a block; fisher, which weighs every element by what the outputs depend on it; fisher-each, the same with all samples alike" },
         ],
     }
 }
@@ -127,6 +136,7 @@ enum Target {
 
 /// See [`INFO`].
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "options that are set one by one")]
 struct RoundInOrder {
     method: &'static dyn Method,
     target: Target,
@@ -138,6 +148,7 @@ struct RoundInOrder {
     coupled: f64,
     norms: bool,
     spares: bool,
+    leans: bool,
     learner: Option<Learner>,
 }
 
@@ -182,6 +193,7 @@ impl RoundInOrder {
             },
             norms: options.count("norms", 0)? > 0,
             spares: options.count("spare", 0)? > 0,
+            leans: options.count("lean", 0)? > 0,
             learner: Learner::of(options)?,
         })
     }
@@ -289,6 +301,7 @@ impl RoundInOrder {
             let decoded = rounded.decoded(&layer);
             Some((bias, prefix::shift(&layer, moments, sum, &decoded)?))
         });
+        let leanings = if self.leans { leanings(&layer, &rounded, outputs) } else { None };
         let mut edits = rounded.edits(model, &layer);
         if edits.is_empty() {
             return None; // the bias does not even fit the scales that were assigned: all stays as it was, and goes to nearest
@@ -296,6 +309,7 @@ impl RoundInOrder {
         if let Some((bias, shift)) = shift {
             correct(model, bias, &shift, &mut edits);
         }
+        edits.extend(leanings.map(|leanings| Edit::Lean { site: layer.site, leanings }));
         Some(edits)
     }
 
@@ -398,6 +412,7 @@ impl Pass for RoundInOrder {
             round::to_nearest(model, &BTreeSet::new(), &mut patch)?;
             return Ok(patch);
         }
+        round::note_beyond_data(model, &mut patch);
         let mut work = model.clone();
         let users = Users::of(model.graph());
         let mut layers = Inputs::all(model, &users);
@@ -429,6 +444,10 @@ impl Pass for RoundInOrder {
             let apart = asked.goes_on() && here.iter().any(few);
             let halves = if apart { Halves::Apart } else { Halves::Together };
             let measured = prefix::measure(&walk, model.graph(), work.plan(), &here, samples, (&roots, halves))?;
+            measured
+                .nonfinite
+                .iter()
+                .for_each(|(value, count)| patch.note(diag::nonfinite(&model.graph().value(*value).name, *count)));
             for inputs in &here {
                 let bias = ops::bias_site(model.graph(), &users, inputs.node);
                 let own = outputs.remove(&inputs.node);

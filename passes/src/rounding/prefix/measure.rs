@@ -82,7 +82,9 @@ pub(in crate::rounding) fn measure(
         merge(&mut all.beside, one.beside);
         all
     });
-    let mut measured = Measured::default();
+    let odd = ends.planned.iter().filter(|(_, peaks)| peaks.nonfinite() > 0);
+    let nonfinite = odd.map(|(reading, peaks)| (reading.version.0, peaks.nonfinite())).collect();
+    let mut measured = Measured { nonfinite, ..Measured::default() };
     for batch in batches(&readings.into_iter().collect::<Vec<_>>(), &beside, &ends, (walk.sums_budget(), halves)) {
         let mine: Vec<Beside> =
             beside.iter().filter(|(_, _, reading)| batch.readings.contains(reading)).copied().collect();
@@ -218,6 +220,6 @@ impl Sums {
             Some((*reading, Moments { gram, halves, drift: drift.as_ref().and_then(CrossSums::finish) }))
         });
         let of_sum = self.beside.iter().filter_map(|(node, .., cross)| Some((*node, cross.finish()?)));
-        Measured { of_reading: of_reading.collect(), of_sum: of_sum.collect() }
+        Measured { of_reading: of_reading.collect(), of_sum: of_sum.collect(), ..Measured::default() }
     }
 }

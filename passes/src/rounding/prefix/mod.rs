@@ -21,7 +21,7 @@ use std::sync::Arc;
 pub(super) use self::measure::{Halves, measure};
 pub(super) use self::roots::Roots;
 pub(super) use self::target::{shift, target};
-use crate::id::NodeId;
+use crate::id::{NodeId, ValueId};
 use crate::observe::{Cross, Gram, Rows};
 use crate::simulate::Version;
 
@@ -58,11 +58,14 @@ pub(super) struct Measured {
     pub(super) of_reading: BTreeMap<Reading, Moments>,
     /// E\[e x̃ᵀ\] and E\[e\] for layers beside which something drifted.
     pub(super) of_sum: BTreeMap<NodeId, Cross>,
+    /// How many of the values that layers read were NaN or infinite, where any were.
+    pub(super) nonfinite: BTreeMap<ValueId, u64>,
 }
 
 impl Measured {
     fn extend(&mut self, other: Self) {
         self.of_reading.extend(other.of_reading);
         self.of_sum.extend(other.of_sum);
+        self.nonfinite.extend(other.nonfinite);
     }
 }
