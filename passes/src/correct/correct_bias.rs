@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::expected;
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Node;
 use crate::model::{Edit, Model, Patch};
 use crate::ops::{self, Linear};
 use crate::parallel;
-use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
+use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::tensor::Tensor;
 
 crate::declare_pass! {
@@ -21,26 +22,47 @@ crate::declare_pass! {
     /// b'[o] = b[o] − Σ_{j,k} (Ŵ − W)[o, j, k] · E[x_j] · covered[k]
     /// ```
     ///
-    /// where covered is the share of output positions at which kernel tap k reads the input rather than zero padding (1
+    /// With `means=trained` that mean is what batch normalization, folded into the layer before, saw in training, behind an activation that of
+    /// a normal distribution which the activation cuts: no samples are needed, and few samples of few things do not mislead it. covered is the share of output positions at which kernel tap k reads the input rather than zero padding (1
     /// where the input's extent is not known). Convolutions of any group count and `Gemm`; nodes without a bias input are
     /// left alone, and so are those whose input was never seen or whose bias was corrected before. The graph stays as it is: only bias codes change.
     INFO {
         name: "correct-bias",
-        source: "Nagel et al. 2019, arXiv:1906.04721, section 4.2; coverage of padding ours",
+        source: "Nagel et al. 2019, arXiv:1906.04721, section 4.2 and, for means=trained, appendix C; coverage of padding ours",
         cost: "m d multiply-adds per weight; means come from `calibrate`.",
         requires: Facts::ROUNDED,
         establishes: Facts::NONE,
         preserves: Facts::ALL,
         fidelity: PlanOnly,
-        options: &[],
+        options: &[OptionInfo {
+            name: "means",
+            doc: "measured (default), by samples; trained, by what batch normalizations before saw in training, where they say it, and by samples \
+                  elsewhere",
+        }],
     }
 }
 
-pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::new(CorrectBias)) };
+pub(super) const ENTRY: PassEntry =
+    PassEntry { info: &INFO, build: |options| Ok(Box::new(CorrectBias::new(options)?)) };
 
 /// See [`INFO`].
 #[derive(Debug)]
-struct CorrectBias;
+struct CorrectBias {
+    by_training: bool,
+}
+
+impl CorrectBias {
+    fn new(options: &Options) -> Result<Self, OptionError> {
+        match options.text("means", "measured") {
+            "measured" => Ok(Self { by_training: false }),
+            "trained" => Ok(Self { by_training: true }),
+            other => {
+                let problem = format!("`{other}` is none of measured, trained");
+                Err(OptionError { option: "means".into(), problem })
+            }
+        }
+    }
+}
 
 impl Pass for CorrectBias {
     fn info(&self) -> &'static PassInfo {
@@ -62,7 +84,7 @@ impl Pass for CorrectBias {
     fn run(&self, model: &Model, _: &PassContext<'_>) -> Result<Patch, PassError> {
         let mut patch = Patch::on(model);
         let nodes: Vec<NodeId> = model.graph().nodes().map(|(id, _)| id).collect();
-        for edit in parallel::map(&nodes, |id| corrected(model, *id)).into_iter().flatten() {
+        for edit in parallel::map(&nodes, |id| corrected(model, *id, self.by_training)).into_iter().flatten() {
             patch.edit(edit);
             patch.count("corrected", 1);
         }
@@ -70,8 +92,8 @@ impl Pass for CorrectBias {
     }
 }
 
-/// The new bias codes of node `id`, when it has a rounded weight, an encoded bias and a measured input.
-fn corrected(model: &Model, id: NodeId) -> Option<Edit> {
+/// The new bias codes of node `id`, when it has a rounded weight, an encoded bias and an input whose means are known.
+fn corrected(model: &Model, id: NodeId, by_training: bool) -> Option<Edit> {
     let graph = model.graph();
     let node = graph.node(id)?;
     let roles = ops::linear(graph, id)?;
@@ -83,7 +105,9 @@ fn corrected(model: &Model, id: NodeId) -> Option<Edit> {
     let values = bias.floats()?;
     let plain = encoding.encode(&values, bias.shape()).ok()?;
     model.plan().codes(site).is_none_or(|codes| **codes == plain).then_some(())?;
-    let means = model.stats().means(node.input(roles.activation.into())?)?.means()?;
+    let value = node.input(roles.activation.into())?;
+    let trained = if by_training { expected::means(model, value) } else { None };
+    let means = trained.or_else(|| model.stats().means(value)?.means())?;
     let error = weight_error(model, id, &roles, weight)?;
     let shift = output_shift(graph, node, &roles, weight, &error, &means)?;
     #[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]

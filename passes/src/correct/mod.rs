@@ -1,6 +1,7 @@
 //! Passes that correct what rounding left.
 
 mod correct_bias;
+mod expected;
 
 use crate::pass::PassEntry;
 
