@@ -175,6 +175,47 @@ fn only_the_past_is_rounded_and_every_sample_by_itself() {
     assert_eq!([&turned[1], &turned[0]], [&rounded[0], &rounded[1]]);
 }
 
+/// In another basis caches hold other numbers, and the model computes what it did, told one after the other what comes next.
+#[test]
+fn smoothed_caches_compute_the_same_token_by_token() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("model.oq"), decoder(16, APPEND)).unwrap();
+    tool_ok(&["cat", text(&path("model.oq")), "--to", "onnx", "-o", text(&path("model.onnx"))]);
+    std::fs::create_dir(path("data")).unwrap();
+    let value = |seed: usize, i: usize| ((i * 37 + seed * 11) % 19) as f32 / 9.0 - 1.0;
+    let x: Vec<u8> = (0..6 * 32).flat_map(|i| value(0, i).to_le_bytes()).collect();
+    let view =
+        |shape: Vec<usize>, bytes| safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, bytes).unwrap();
+    let views = [("x", view(vec![1, 6, 32], &x)), ("past_keys", view(vec![1, 0, 16], &[]))];
+    std::fs::write(path("data/0.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    let (model, out, data) = (path("model.onnx"), path("out.onnx"), path("data"));
+    let pipeline = "infer-shapes, calibrate, smooth-caches, infer-shapes, drop-dead";
+    let args = ["quantize", text(&model), "-o", text(&out), "--data", text(&data), "--scheme", "w8a16g32"];
+    tool_ok(&[&args[..], &["--target", "onnx-qdq", "--pipeline", pipeline, "--progress", "none"]].concat());
+    // What is returned step by step, and the last cache.
+    let told = |path: &std::path::Path| -> (Vec<Vec<f32>>, Vec<f32>) {
+        let model = import::file(path).unwrap().model;
+        let executor = (exec::find("auto").unwrap().build)(&model.meta).unwrap();
+        let graph = model.graph();
+        let simulation = Simulation::prepare(graph, &Plan::default(), executor.as_ref(), graph.outputs()).unwrap();
+        let mut past = Tensor::of([1, 0, 16], Vec::<f32>::new());
+        let mut all = Vec::new();
+        for step in 0..4 {
+            let x = Tensor::of([1, 2, 32], (0..64).map(|i| value(step + 1, i)).collect::<Vec<f32>>());
+            let mut outputs = simulation.run(&[x, past]).unwrap();
+            past = outputs.remove(1);
+            all.push(outputs.remove(0).values::<f32>().unwrap().to_vec());
+        }
+        (all, past.values::<f32>().unwrap().to_vec())
+    };
+    let ((plain, cache), (smoothed, other)) = (told(&model), told(&out));
+    assert_ne!(cache, other, "nothing was smoothed");
+    for (a, b) in plain.iter().flatten().zip(smoothed.iter().flatten()) {
+        assert!((a - b).abs() < 1e-5, "{a} {b}");
+    }
+}
+
 /// Smoothed caches hold other numbers by design: `compare` says so and leaves them out, and refuses samples that bring a past.
 #[test]
 fn compare_leaves_smoothed_caches_out() {

@@ -203,12 +203,41 @@ mod tests {
             let by_turns: f64 = (0..d).map(|j| pivots[j] * left(j).powi(2)).sum();
             let whole: f64 = (0..d * d).map(|at| error(at / d) * h[at] * error(at % d)).sum();
             assert!((by_turns - whole).abs() < 1e-4 * whole, "lane {lane}: {by_turns} {whole}");
+            // Where no point is at an end of the grid, no column leaves more than half a step.
+            let inside = (0..d).all(|column| (-7.5..6.5).contains(&point(column)));
+            let most: f64 = (0..d).map(|j| pivots[j] * (scale(factor.order[j]) / 2.0).powi(2)).sum();
+            assert!(!inside || whole <= most * (1.0 + 1e-4), "lane {lane}: {whole}, at most {most}");
             for (j, &column) in factor.order.iter().enumerate() {
                 let at = point(column) + left(j) / scale(column);
                 let (found, best) = ((at - point(column)).abs(), (at - grid("int4").nearest(at)).abs());
                 assert!(found < best + 1e-4, "lane {lane}, column {column}: {found} {best}");
             }
         }
+    }
+
+    /// Neither the unit of what a layer reads matters, nor the order of its columns.
+    #[test]
+    fn moments_of_any_size_and_columns_in_any_order_give_the_same_codes() {
+        let d = 12;
+        let h = random_quadratic(d, 40);
+        let rounded = |h: &[f32], tile: &Tile| {
+            let mut tile = tile.clone();
+            let q = Quadratic::new(h, d);
+            Gptq.prepare(&q).unwrap().round(&mut tile, grid("int4"), &q);
+            tile.points
+        };
+        let tile = random_tile(d, d, 5);
+        let points = rounded(&h, &tile);
+        for size in [1e-6, 0.25, 64.0, 1e6] {
+            let sized: Vec<f32> = h.iter().map(|v| v * size).collect();
+            assert_eq!(rounded(&sized, &tile), points, "{size}");
+        }
+        let moved = |j: usize| (5 * j + 3) % d;
+        let turned: Vec<f32> = (0..d * d).map(|at| h[moved(at / d) * d + moved(at % d)]).collect();
+        let weights = (0..d).map(|j| tile.weights[moved(j)]).collect();
+        let of_turned = rounded(&turned, &Tile { weights, ..tile.clone() });
+        let back: Vec<Lanes> = (0..d).map(|j| points[moved(j)]).collect();
+        assert_eq!(of_turned, back);
     }
 
     #[test]
