@@ -1,5 +1,6 @@
 //! The text of the pipeline: the target's, changed by what the user asked for.
 
+use passes::reconstruct::PARAMETERIZATIONS;
 use passes::target::{Goal, RangesOf, Scheme};
 
 use crate::driver::{Request, Rest};
@@ -34,7 +35,11 @@ fn with_drop(request: &Request, max_drop: Option<f64>) -> String {
     let text = request.rounding.as_ref().map_or(text.clone(), |method| with_rounding(&text, method));
     let learn = request.learn.as_ref().map(|method| resolved(method, &scheme));
     let text = learn.as_ref().map_or(text.clone(), |method| with_learning(&text, method));
-    let text = request.distill.as_ref().map_or(text.clone(), |method| with_distillation(&text, method));
+    let text = match &request.distill {
+        Some(method) if request.pipeline.is_none() => with_distillation(&with_leanings(&text, method), method),
+        Some(method) => with_distillation(&text, method),
+        None => text,
+    };
     let learns = request.distill.is_some() || learn.is_some_and(|method| !method.starts_with("none"));
     let text = if learns && request.pipeline.is_none() {
         with_judges(&text, request.augment.unwrap_or(0) + request.views)
@@ -137,6 +142,16 @@ fn with_judges(text: &str, variants: usize) -> String {
     with_option(text, "round-in-order", "spare=1")
 }
 
+/// `text` with rounding told to keep where weights would go, where `distill` by `method` learns codes from there.
+fn with_leanings(text: &str, method: &str) -> String {
+    let name = method.split('{').next().unwrap_or_default().trim();
+    let leans = PARAMETERIZATIONS.iter().any(|known| known.about().name == name && known.leans());
+    if !leans || text.contains("lean=") || method.replace(' ', "").contains("codes=0") {
+        return text.to_owned();
+    }
+    with_option(text, "round-in-order", "lean=1")
+}
+
 /// `text` with `option` first among those of the pass `name`, where it is there.
 fn with_option(text: &str, name: &str, option: &str) -> String {
     match text.split_once(name) {
@@ -158,6 +173,7 @@ fn winner(scheme: &Scheme) -> &'static str {
     match (scheme.weight_format, scheme.weight_bits, scheme.fixes_ranges()) {
         (_, 5.., _) => "none",
         (Some(_), ..) => "latent",
+        (None, 2, true) if scheme.activation_bits == Some(4) => "brecq",
         (None, ..=2, true) => "talr",
         (None, ..=2, false) => "lora-rounding",
         (None, 4, true) if scheme.activation_bits == Some(8) => "lrq",
@@ -263,7 +279,9 @@ mod tests {
         for (scheme, wins) in [
             ("w4a8", "lrq"),
             ("w3a8", "brecq"),
-            ("w2a4", "talr"),
+            ("w2a8", "talr"),
+            ("w2a4", "brecq"),
+            ("w2a2", "talr"),
             ("w8a8", "none"),
             ("wfp4a8", "latent"),
             ("we2m3a8", "none"),
@@ -276,6 +294,16 @@ mod tests {
                 (resolved("auto", &scheme).as_str(), resolved("automatic", &scheme).as_str()),
                 (wins, "automatic")
             );
+        }
+        assert_eq!(with_leanings("a, round-in-order{refit=3}", "latent"), "a, round-in-order{lean=1, refit=3}");
+        let kept = [
+            ("round-in-order", "latent{codes=0}"),
+            ("round-in-order{lean=0}", "latent"),
+            ("round-in-order", "brecq"),
+            ("round", "lrq"),
+        ];
+        for (text, method) in kept {
+            assert_eq!(with_leanings(text, method), text);
         }
         assert_eq!(with_distillation("a, round", "latent{batch=2}"), "a, round\n, distill{learn=latent, batch=2}");
         let budgeted = with_allocation(text, Some(4.5), None, None);

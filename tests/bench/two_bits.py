@@ -12,7 +12,7 @@ SCHEME, HEAD = 'w2a16g32', 'node_linear_210'
 PIPELINE = '''infer-shapes, expand-qoperators, absorb-qdq, fold-constants,
 *(eliminate-identity, fold-gemm-scalars, fold-batch-norm, fold-affine, fold-pad, fold-constants, infer-shapes, drop-dead), split-gemm, drop-dead,
 rotate, infer-shapes, drop-dead, calibrate, learn-scaling, drop-dead, calibrate, assign-encodings{weights=mse},
-round-in-order{refit=3, coupled=4, damping=0.4, spare=1}, distill{DISTILL}'''
+round-in-order{refit=3, coupled=4, damping=0.4, spare=1, lean=1}, distill{DISTILL}'''
 # Samples per file.
 RUN = 8
 
@@ -30,7 +30,7 @@ def texts(zoo, folder):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--tool', required=True); p.add_argument('--zoo', required=True); p.add_argument('--language-model', required=True)
-    p.add_argument('--variants', default='5'); p.add_argument('--distill', default='codes=0, iterations=90, batch=10, rate=0.3, layers=1000'); o = p.parse_args()
+    p.add_argument('--variants', default='5'); p.add_argument('--distill', default='iterations=90, batch=10, rate=0.5, layers=1000'); o = p.parse_args()
     tool, zoo, model = Path(o.tool).resolve(), Path(o.zoo).resolve(), Path(o.language_model).resolve() / 'smollm2-135m.onnx'
     with tempfile.TemporaryDirectory() as tmp:
         feeds, out = Path(tmp) / 'feeds', Path(tmp) / 'q.onnx'; n = texts(zoo, feeds)
