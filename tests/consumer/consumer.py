@@ -19,6 +19,8 @@ from processor import CPU, SATURATES
 ROOT = Path(__file__).resolve().parents[2]
 # ONNX Runtime 1.22 computes MatMulNBits in float for 4 bits only, and says so.
 ONLY_FOUR_BITS = tuple(map(int, ort.__version__.split('.')[:2])) <= (1, 22)
+# Plain weights in blocks that newer ones fuse, beside those of 4 bits.
+FUSED = ('w2a16g16', 'w2a16g32asym', 'w8a16g32')
 
 
 def session(path, optimized=True, dump=None):
@@ -103,7 +105,8 @@ def behind_clips(tool, tmp):
 
 
 def packed(tool, tmp):
-    """Weights in blocks as MatMulNBits compute what their plain dequantized form does, ragged tails and zero points included."""
+    """Weights in blocks as MatMulNBits compute what their plain dequantized form does, ragged tails and zero points included, and ONNX Runtime
+    fuses the latter into the former, where it has a kernel of so many bits and blocks are a power of two."""
     from onnx import TensorProto, helper, numpy_helper
     rng = np.random.default_rng(0)
     w = rng.standard_normal((72, 25)).astype(np.float32); x = rng.standard_normal((5, 72)).astype(np.float32)
@@ -111,7 +114,7 @@ def packed(tool, tmp):
                               [helper.make_tensor_value_info('y', TensorProto.FLOAT, [None, 25])], [numpy_helper.from_array(w, 'w')])
     model = Path(tmp) / 'product.onnx'
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8), model)
-    for scheme in ('w1a16g32', 'w2a16g16', 'w2a16g32asym', 'w3a16g32asym', 'w4a16g32', 'w4a16g64asym', 'w6a16g32', 'w8a16g128'):
+    for scheme in ('w1a16g32', 'w2a16g16', 'w2a16g32asym', 'w3a16g32asym', 'w4a16g32', 'w4a16g64asym', 'w6a16g32', 'w8a16g32', 'w8a16g128'):
         outs = {}
         for target in ('ort-cpu', 'onnx-qdq'):
             out = Path(tmp) / f'{target}.onnx'
@@ -120,7 +123,11 @@ def packed(tool, tmp):
             assert (target == 'ort-cpu') == any(n.op_type == 'MatMulNBits' for n in onnx.load(str(out)).graph.node)
             newer = ONLY_FOUR_BITS and scheme[1] not in '34'
             if target == 'ort-cpu' and not newer: outs[target] = session(out).run(None, {'x': x})[0]
-            if target == 'onnx-qdq': outs[target] = session(out, optimized=newer).run(None, {'x': x})[0]
+            if target == 'onnx-qdq':
+                outs[target] = session(out, optimized=newer).run(None, {'x': x})[0]
+                fused = operators(out, tmp)
+                if scheme[:2] == 'w4' or (scheme in FUSED and not ONLY_FOUR_BITS):
+                    assert fused['MatMulNBits'] == 1 and fused['DequantizeLinear'] == 0, f'{scheme} is not fused: {dict(fused)}'
         if newer:
             print(f'{scheme}: packed is for a newer ONNX Runtime than {ort.__version__}; plain keeps {sqnr(x @ w, outs["onnx-qdq"]):.1f} dB')
             continue
