@@ -6,8 +6,8 @@ use super::block::{Also, Program};
 use crate::encoding::Encoding;
 use crate::grad;
 use crate::id::{NodeId, Site, ValueId};
-use crate::ir::Graph;
 use crate::ir::walk::{self, Users};
+use crate::ir::{Graph, Node};
 use crate::lockstep;
 use crate::model::Plan;
 use crate::ops;
@@ -54,7 +54,7 @@ impl Block {
 }
 
 /// The blocks of `graph`, in order, of as many of the smallest ones as have at most `layers` encoded weights together; or, where `ends` says
-/// a pattern, up to each that holds a node whose name [`matches`] it.
+/// a pattern, up to each that holds a node whose name [`matches()`] it.
 ///
 /// A smallest block ends where a single tensor that the plan changes is still to be read, so that a residual sum and all that it
 /// spans are never cut, and before and behind a node that no gradients pass: that one is a block of its own, and what surrounds it can be
@@ -86,12 +86,14 @@ pub fn blocks(graph: &Graph, plan: &Plan, layers: usize, ends: Option<&str>) -> 
         // Shapes and indices are no numbers that gradients would pass.
         let is_number =
             |value: &ValueId| touched.contains(value) && !shapes.contains(value) && is_float_activation(graph, *value);
-        // What its inputs were alive for is alive until here.
-        let before = living(graph, &nodes, |value| last_reader.get(&value).is_some_and(|&last| last >= at));
-        let blocks_gradients = outputs.iter().any(is_number)
-            && graph.node(id).is_some_and(|node| grad::rule(node).is_err())
-            && alive.union(&before).all(|value| !shapes.contains(value));
+        let is_boundary = |node: &Node| {
+            grad::rule(node).is_err()
+                && !alive.iter().copied().chain(walk::reads(node)).any(|value| shapes.contains(&value))
+        };
+        let blocks_gradients = outputs.iter().any(is_number) && graph.node(id).is_some_and(is_boundary);
         if blocks_gradients && !nodes.is_empty() {
+            // What it reads is alive until here.
+            let before = living(graph, &nodes, |value| last_reader.get(&value).is_some_and(|&last| last >= at));
             smallest.push(Smallest { block: closed(graph, plan, std::mem::take(&mut nodes), &before), alone: true });
         }
         nodes.push(id);
