@@ -22,6 +22,7 @@ mod fake_quant;
 mod first_order;
 mod given;
 mod ledger;
+mod losses;
 mod measure;
 mod moments;
 mod objective;
@@ -42,7 +43,7 @@ mod train;
 pub(crate) use adam::Adam;
 pub use blocks::{Block, all_weights, blocks, boundary, matches};
 pub use first_order::{Cost, Costs, first_order};
-pub use measure::losses;
+pub use losses::losses;
 pub use parameterization::{PARAMETERIZATIONS, Parameterization};
 pub use saliency::{SALIENCIES, Saliency};
 
