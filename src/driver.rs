@@ -106,20 +106,21 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let pipeline = parsed(&text, &imported.model)?;
     let executor = executor(&request.executor, &imported.model)?;
     clock.lap("data");
-    let mut cx = context(request, executor.as_ref(), None, &overrides, progress);
+    let judge = samples::all(None, held_out.as_ref().or(dataset.as_ref()));
+    let mut cx = context(request, executor.as_ref(), (None, judge), &overrides, progress);
     let checkpoint = Checkpoint::default();
     let mut instruments: Vec<Box<dyn Instrument + '_>> = vec![Box::new(StageTimes::new(&mut clock))];
     if request.max_drop.is_some() {
         instruments.push(Box::new(checkpoint.clone()));
     }
-    let mut manager = PassManager::new(instruments, false);
+    let mut manager = PassManager::new(instruments, false).audited(passes::equalize::PASSES);
     // Statistics go by the names that tensors have once the graph is plain.
     let (plain, rest) = pipeline.split_at_calibration();
     let remembered = Remembered::of(imported.model.graph());
     let (mut model, mut trace) = manager.run(&plain, imported.model, &mut cx)?;
     let given = model.graph().clone();
     if let Some(files) = dataset.as_mut().filter(|_| request.select == Select::Herding) {
-        let mut pool = context(request, executor.as_ref(), Some(files), &overrides, progress);
+        let mut pool = context(request, executor.as_ref(), (Some(files), None), &overrides, progress);
         fit_memory(request, &model, &mut pool, false)?;
         let chosen = samples::herded(request, &model, files, &pool)?;
         files.keep(&chosen);
@@ -127,7 +128,8 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     let varied = samples::augmented(request, (&model, &remembered), dataset.as_ref(), executor.as_ref(), progress)?;
     let fitted_to = samples::all(varied.as_deref(), dataset.as_ref());
     let journal = open_journal(request, &text, &external)?;
-    let mut cx = context(request, executor.as_ref(), fitted_to, &overrides, progress);
+    let apart = samples::all(None, held_out.as_ref());
+    let mut cx = context(request, executor.as_ref(), (fitted_to, apart), &overrides, progress);
     let estimated_bytes = fit_memory(request, &model, &mut cx, rest.passes().any(Pass::keeps_samples))?;
     if let Some(path) = &request.stats {
         model = stats::attach(model, path)?;
@@ -137,7 +139,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         cx.journal = journal;
         keep_budget(journal, &mut cx.pair_budget)?;
     }
-    let judge = held_out.as_ref().or(dataset.as_ref()).map(|files| files as &dyn Dataset);
+    let judge = samples::all(None, held_out.as_ref().or(dataset.as_ref()));
     let mut planned = manager.run(&rest, model, &mut cx).map_err(|error| paused(error.into(), journal.as_ref()))?;
     if let Some(allowed) = request.max_drop {
         let found = within_drop(request, allowed, (checkpoint.take(), planned), judge, &cx);
@@ -172,7 +174,6 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     notes.extend(verdict.iter().flat_map(|v| v.findings.iter().cloned()));
     notes.extend(outcome_notes(&sizes, fidelity.as_ref(), model.graph()));
     notes.sort_by_key(|note| std::cmp::Reverse(note.severity));
-    let (executor, stages) = (executor.describe(), clock.stages);
     Ok(Outcome {
         model,
         trace,
@@ -180,10 +181,10 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
         verdict,
         fidelity,
         costs,
-        stages,
+        stages: clock.stages,
         sizes,
         pipeline: text,
-        executor,
+        executor: executor.describe(),
         samples: fitted_to.map_or(0, Dataset::len),
         held_out: held_out.is_some(),
         estimated_bytes,
@@ -337,12 +338,13 @@ pub(crate) fn executor(name: &str, model: &Model) -> Result<Box<dyn Executor>, E
 fn context<'a>(
     request: &Request,
     executor: &'a dyn Executor,
-    dataset: Option<&'a dyn Dataset>,
+    (dataset, held_out): (Option<&'a dyn Dataset>, Option<&'a dyn Dataset>),
     overrides: &'a Overrides,
     progress: &'a dyn Progress,
 ) -> PassContext<'a> {
     PassContext {
         dataset,
+        held_out,
         keep_float: &overrides.keep_float,
         schemes: &overrides.schemes,
         embeddings: request.embeddings,

@@ -169,6 +169,7 @@ impl Search<'_> {
         let mut keep_float = kept_for_drop(names, self.allowed);
         keep_float.extend(cx.keep_float.clone());
         let mut cx = PassContext { keep_float: &keep_float, wishes: cx.wishes.clone(), sizes: cx.sizes.clone(), ..*cx };
-        Ok(PassManager::default().run(tail, self.measured.clone(), &mut cx)?)
+        let mut manager = PassManager::default().audited(passes::equalize::PASSES);
+        Ok(manager.run(tail, self.measured.clone(), &mut cx)?)
     }
 }

@@ -138,7 +138,7 @@ pub(crate) fn run(args: &Args) -> Result<Ended, Error> {
     };
     driver::fit_memory(&request, &model, &mut cx, false)?;
     let watch = Watch { before: &args.dump_before, after: &args.dump_after, stop_after: args.stop_after };
-    let mut manager = PassManager::new(vec![Box::new(watch)], args.check);
+    let mut manager = PassManager::new(vec![Box::new(watch)], args.check).audited(passes::equalize::PASSES);
     let (model, trace) = manager.run(&pipeline, model, &mut cx)?;
     for note in &trace.notes {
         eprint(&format!("{note}\n"));

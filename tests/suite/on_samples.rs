@@ -512,3 +512,58 @@ impl Dataset for Even {
         Ok(vec![Tensor::of([512, 8], (0..512 * 8).map(value).collect::<Vec<f32>>())])
     }
 }
+
+/// Rows of which these samples bring outliers, many or few.
+struct Outlying(&'static [usize], usize);
+
+impl Dataset for Outlying {
+    fn len(&self) -> usize {
+        16
+    }
+
+    fn name(&self, index: usize) -> String {
+        format!("rows {index}")
+    }
+
+    fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
+        let value = |i: usize| ((i * 7919 + index * 104_729) % 2003) as f32 / 1001.5 - 1.0;
+        let outlier = |i: usize| self.0.contains(&index) && i.is_multiple_of(self.1);
+        let values = (0..4096).map(|i| if outlier(i) { 30.0 } else { value(i) });
+        Ok(vec![Tensor::of([512, 8], values.collect())])
+    }
+}
+
+/// `observer=cfp` cuts outliers off where those samples gain by it that it did not find them on.
+#[test]
+fn ranges_are_cut_where_samples_that_judge_bear_it_out() {
+    let source =
+        format!("opset 21\ngraph (%x: f32[512,8]) -> (%y) {{\n{}  %y = MatMul(%x, %w)\n}}\n", matrix("w", 8, 4));
+    let range = |data: &dyn Dataset, held_out: Option<&dyn Dataset>| {
+        let plain = passes::text::parse(&source).unwrap();
+        let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+        let mut cx = PassContext {
+            dataset: Some(data),
+            held_out,
+            scheme: passes::target::Scheme::parse("w4a4").unwrap(),
+            ..PassContext::new(targets::find("onnx-qdq").unwrap(), executor.as_ref())
+        };
+        let text = "infer-shapes, calibrate, assign-encodings{observer=cfp}";
+        let pipeline = Pipeline::parse(text, &passes::catalogue::passes()).unwrap();
+        let (model, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain, &mut cx).unwrap();
+        let (node, _) = model.graph().nodes().next().unwrap();
+        let encoding = model.plan().encoding_of_use(model.graph(), node, 0).unwrap();
+        let notes: Vec<String> = trace.notes.iter().map(ToString::to_string).collect();
+        (f64::from(encoding.scale[0]) * 15.0, notes.join("\n"))
+    };
+    // Samples 4 and 12 judge. A few outliers elsewhere are cut; many among the judges keep the range whole.
+    let (cut, told) = range(&Outlying(&[0], 2048), None);
+    assert!(
+        cut < 3.0 && told.contains("1 of 1 ranges of activations leave outliers out; judged by every eighth"),
+        "{cut} {told}"
+    );
+    let (whole, told) = range(&Outlying(&[0, 4, 12], 40), None);
+    assert!(whole > 29.0 && told.contains("0 of 1 ranges"), "{whole} {told}");
+    // Held-out samples judge instead, where there are any.
+    let (whole, told) = range(&Outlying(&[0], 2048), Some(&Outlying(&[1, 2, 3, 5, 6], 20)));
+    assert!(whole > 29.0 && told.contains("judged by samples that are held out"), "{whole} {told}");
+}

@@ -4,16 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::diag::{self, Diagnostic, Place, Severity};
-use crate::exec::Dataset;
+use crate::exec::{DataError, Dataset};
 use crate::id::ValueId;
 use crate::ir::Graph;
 use crate::model::{Edit, Model, Patch, Plan, Statistic};
-use crate::observe::{Ends, GramSums, Means, Peaks, Rows, Sketch};
+use crate::observe::{Ends, GramSums, Judges, Means, Peaks, Rows, Sketch};
 use crate::padding::Mask;
 use crate::pass::{Facts, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::simulate::Simulation;
 use crate::tensor::Tensor;
-use crate::{ops, padding, parallel};
+use crate::{judges, ops, padding, parallel};
 
 crate::declare_pass! {
     /// Measures the distribution of every tensor that later passes wish for, in one pass over the data.
@@ -51,6 +51,7 @@ impl Pass for Calibrate {
         let stats = model.stats();
         let open = |(value, wish): &(ValueId, Wish)| match wish {
             Wish::Distribution => stats.distribution(*value).is_none(),
+            Wish::Judges => stats.judges(*value).is_none(),
             Wish::Means { .. } => stats.means(*value).is_none(),
             Wish::Peaks { axis } => stats.peaks(*value, *axis).is_none(),
             Wish::Ends { axis } => stats.ends(*value, *axis).is_none(),
@@ -58,7 +59,8 @@ impl Pass for Calibrate {
         };
         let mut wanted: Vec<(ValueId, Wish)> = cx.wishes.iter().copied().filter(open).collect();
         let with_samples = cx.dataset.is_some_and(|d| !d.is_empty());
-        let unfiled = |wish: &Wish| matches!(wish, Wish::Gram(_) | Wish::Peaks { .. } | Wish::Ends { .. });
+        let unfiled =
+            |wish: &Wish| matches!(wish, Wish::Gram(_) | Wish::Peaks { .. } | Wish::Ends { .. } | Wish::Judges);
         if !with_samples && wanted.iter().all(|(_, wish)| unfiled(wish)) {
             // Statistics from files hold no matrices: what is rounded by data falls back to nearest and says so.
             wanted.clear();
@@ -121,7 +123,7 @@ impl Gauge {
             Wish::Means { axis } => Some(Self::Means(Means::along(axis))),
             Wish::Peaks { axis } => Some(Self::Peaks(axis, Peaks::along(axis))),
             Wish::Ends { axis } => Some(Self::Ends(axis, Ends::along(axis))),
-            Wish::Gram(_) => None,
+            Wish::Gram(_) | Wish::Judges => None,
         }
     }
 
@@ -176,9 +178,11 @@ pub fn collect(
     let axis = |(value, rows): &(ValueId, Rows)| Some((*value, rows.channel_axis(graph.value(*value).ty.rank()?)));
     let mut gauged: BTreeSet<(ValueId, Wish)> = wanted.iter().copied().collect();
     gauged.extend(grams.iter().filter_map(axis).map(|(value, axis)| (value, Wish::Peaks { axis })));
-    let gauged: Vec<(ValueId, Wish)> = gauged.into_iter().filter(|(_, w)| !matches!(w, Wish::Gram(_))).collect();
+    let own_pass = |wish: &Wish| matches!(wish, Wish::Gram(_) | Wish::Judges);
+    let gauged: Vec<(ValueId, Wish)> = gauged.into_iter().filter(|(_, wish)| !own_pass(wish)).collect();
     let run = Run { graph, dataset, sizes, cx };
     let mut measured = run.gauges(&gauged)?;
+    measured.extend(run.judges(wanted)?);
     let mut tables = Vec::new();
     for (value, rows) in grams {
         let Some((_, axis)) = axis(&(value, rows)) else { continue };
@@ -258,6 +262,28 @@ impl Run<'_> {
         Ok(finished)
     }
 
+    /// Distributions on the samples that judge; none where there are too few samples.
+    fn judges(&self, wanted: &[(ValueId, Wish)]) -> Result<Vec<(ValueId, Statistic)>, PassError> {
+        let judged = wanted.iter().filter(|(_, wish)| *wish == Wish::Judges);
+        let judged: Vec<(ValueId, Wish)> = judged.map(|(value, _)| (*value, Wish::Distribution)).collect();
+        let origins: Vec<usize> = (0..self.dataset.len()).map(|index| self.dataset.origin(index)).collect();
+        let some = Part { of: self.dataset, places: judges::split(&origins).0 };
+        let apart = self.cx.held_out.filter(|held_out| !held_out.is_empty());
+        let dataset = apart.unwrap_or(&some);
+        if judged.is_empty() || dataset.is_empty() {
+            return Ok(Vec::new());
+        }
+        let run = Run { graph: self.graph, dataset, sizes: self.sizes.clone(), cx: self.cx };
+        let of = |(value, statistic): (ValueId, Statistic)| match statistic {
+            Statistic::Distribution(sketch) => {
+                let judges = Judges { sketch: sketch.as_ref().clone(), apart: apart.is_some() };
+                Some((value, Statistic::Judges(Arc::new(judges))))
+            }
+            _ => None,
+        };
+        Ok(run.gauges(&judged)?.into_iter().filter_map(of).collect())
+    }
+
     /// Gram matrices, a few tensors at a time: as many as the budget holds. Workers add to the same sums, which are exact.
     fn grams(&self, wanted: &[(ValueId, Rows, Vec<f32>)]) -> Result<Vec<(ValueId, Statistic)>, PassError> {
         let mut sizes = BTreeMap::new();
@@ -310,6 +336,30 @@ impl Run<'_> {
         }
         self.cx.progress.end();
         Ok(finished)
+    }
+}
+
+/// Some samples of a dataset.
+struct Part<'a> {
+    of: &'a dyn Dataset,
+    places: Vec<usize>,
+}
+
+impl Dataset for Part<'_> {
+    fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    fn name(&self, index: usize) -> String {
+        self.of.name(self.places[index])
+    }
+
+    fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
+        self.of.sample(self.places[index])
+    }
+
+    fn origin(&self, index: usize) -> usize {
+        self.of.origin(self.places[index])
     }
 }
 

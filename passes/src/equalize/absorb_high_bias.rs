@@ -25,7 +25,7 @@ crate::declare_pass! {
     /// relu(x) = relu(x − c) + c wherever x ≥ c: exact for the samples, as c is the least value that they brought. A clamp from 0 to a
     /// number is treated alike where the samples do not reach its end. With `sigmas=K`, c goes up to the mean less K standard
     /// deviations, as in the source; the few values below it are lost, and what was measured behind them is forgotten. Where an output of
-    /// the model would then keep less than 50 dB, or all outputs are integers, which do not tell, the least values are used for all pairs
+    /// the model would then keep less than 50 dB on samples held out (on all, where none are), or all outputs are integers, which do not tell, the least values are used for all pairs
     /// and a note says so; what was measured of pairs that only `sigmas` would have changed is forgotten too, so that they are not tried
     /// again. The nodes are `Conv` and `Gemm`, with global pools and `Flatten` between them; one without a bias gets one. A convolution
     /// that pads with zeros would have to pad with −c: it is left alone and named, and so is a tensor with other readers.
@@ -293,9 +293,10 @@ fn renew(graph: &Graph, terms: &BTreeMap<NodeId, Vec<f64>>, moved: &BTreeSet<Nod
     }
 }
 
-/// Whether some output keeps less than [`LEAST_RATIO`] on the samples when values below `sigmas` are lost, or none tells.
+/// Whether some output keeps less than [`LEAST_RATIO`] when values below `sigmas` are lost, on samples held out or, where there are none, on
+/// all; or none tells.
 fn loses(model: &Model, pairs: &[Pair], sigmas: Option<f64>, cx: &PassContext<'_>) -> Result<bool, PassError> {
-    let Some(dataset) = cx.dataset.filter(|data| !data.is_empty()) else { return Ok(true) };
+    let Some(dataset) = cx.held_out.or(cx.dataset).filter(|data| !data.is_empty()) else { return Ok(true) };
     let mut other = model.clone();
     let bug = |error| PassError::Model(format!("a bug in onnx-quant: {error}"));
     other.apply(absorbed(model, pairs, sigmas)).map_err(bug)?;

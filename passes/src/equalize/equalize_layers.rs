@@ -7,10 +7,12 @@ use super::region::{Region, free_regions};
 use super::smooth::divisors;
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::id::{NodeId, ValueId};
-use crate::model::{Edit, Model, Patch, Statistic, Trained};
+use crate::model::{Edit, Model, Patch, Statistic};
 use crate::observe::Peaks;
 use crate::parallel;
-use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
+use crate::pass::{
+    Facts, Fidelity, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish,
+};
 use crate::tensor::Tensor;
 
 crate::declare_pass! {
@@ -68,6 +70,10 @@ impl EqualizeLayers {
 impl Pass for EqualizeLayers {
     fn info(&self) -> &'static PassInfo {
         &INFO
+    }
+
+    fn fidelity(&self) -> Fidelity {
+        if self.clamps.is_some() { Fidelity::OnSamples } else { INFO.fidelity }
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
@@ -240,7 +246,6 @@ fn renew(model: &Model, region: &Region, s: &[f64], patch: &mut Patch) -> Option
     for (id, node) in graph.nodes().filter(|(id, _)| within(id)) {
         let output = node.output(0)?;
         let mut copy = node.clone();
-        copy.name = format!("{}.equalized", node.name).into();
         if region.sources.contains(&id) {
             let reads = region.sinks.contains(&id);
             for input in 1..node.inputs.len().min(3) {
@@ -260,8 +265,8 @@ fn renew(model: &Model, region: &Region, s: &[f64], patch: &mut Patch) -> Option
         let value = graph.value(output);
         let new = patch.node(copy, &format!("{}.equalized", value.name), value.ty.clone(), Some(id));
         renewed.insert(output, new);
-        if let Some(trained) = model.stats().trained(output).filter(|trained| trained.mean.len() == s.len()) {
-            patch.edit(Edit::Record { value: new, statistic: Statistic::Trained(Arc::new(divided(trained, s))) });
+        if let Some(trained) = model.stats().trained(output).and_then(|trained| trained.divided(s)) {
+            patch.edit(Edit::Record { value: new, statistic: Statistic::Trained(Arc::new(trained)) });
         }
     }
     for &id in region.sinks.iter().filter(|id| !region.sources.contains(id)) {
@@ -276,13 +281,6 @@ fn renew(model: &Model, region: &Region, s: &[f64], patch: &mut Patch) -> Option
         patch.replace(id, copy);
     }
     Some(())
-}
-
-/// What training would have seen of a tensor with its channels divided by `s`.
-#[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
-fn divided(trained: &Trained, s: &[f64]) -> Trained {
-    let by = |values: &[f32]| values.iter().zip(s).map(|(v, s)| (f64::from(*v) / s) as f32).collect();
-    Trained { mean: by(&trained.mean), deviation: by(&trained.deviation) }
 }
 
 /// Which channel of its input every element of a weight reads.

@@ -4,6 +4,7 @@ pub(crate) mod bias;
 mod patch;
 mod plan;
 pub(crate) mod record;
+mod region;
 mod stats;
 
 use std::collections::BTreeMap;

@@ -169,7 +169,7 @@ pub struct Patch {
     first_value: usize,
     first_node: usize,
     n_new_nodes: usize,
-    values: Vec<Value>,
+    pub(super) values: Vec<Value>,
     edits: Vec<Edit>,
     counts: BTreeMap<&'static str, u64>,
     notes: Vec<Diagnostic>,
@@ -205,7 +205,7 @@ impl Patch {
     }
 
     fn mint(&mut self, name: &str, ty: Type, def: Def) -> ValueId {
-        let id = ValueId(u32::try_from(self.first_value + self.values.len()).unwrap_or(u32::MAX));
+        let id = self.minted(self.values.len());
         self.values.push(Value { name: name.into(), ty, def });
         id
     }
@@ -277,6 +277,29 @@ impl Patch {
     /// The edits so far.
     pub fn edits(&self) -> &[Edit] {
         &self.edits
+    }
+
+    /// The id of the value that this patch introduced as its `index`-th.
+    pub(super) fn minted(&self, index: usize) -> ValueId {
+        ValueId(u32::try_from(self.first_value + index).unwrap_or(u32::MAX))
+    }
+
+    /// Whether `value` comes with this patch.
+    pub(super) fn introduces(&self, value: ValueId) -> bool {
+        value.index() >= self.first_value
+    }
+
+    /// A patch for the same model with the same ids, but these `values` and `edits`, and nothing to report.
+    pub(super) fn with(&self, values: Vec<Value>, edits: Vec<Edit>) -> Self {
+        Self {
+            values,
+            edits,
+            counts: BTreeMap::new(),
+            notes: Vec::new(),
+            erased: BTreeSet::new(),
+            erased_log: Vec::new(),
+            ..*self
+        }
     }
 
     pub(crate) fn report(&mut self) -> (BTreeMap<&'static str, u64>, Vec<Diagnostic>) {

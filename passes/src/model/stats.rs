@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::id::ValueId;
-use crate::observe::{Ends, Gram, Means, Peaks, Rows, Sketch};
+use crate::observe::{Ends, Gram, Judges, Means, Peaks, Rows, Sketch};
 
 /// One measurement of one tensor.
 #[derive(Clone, Debug)]
@@ -12,6 +12,8 @@ use crate::observe::{Ends, Gram, Means, Peaks, Rows, Sketch};
 pub enum Statistic {
     /// The distribution of all its values.
     Distribution(Arc<Sketch>),
+    /// The distribution on samples that judge.
+    Judges(Arc<Judges>),
     /// The mean of every channel.
     Means(Arc<Means>),
     /// The largest magnitude of every index of an axis.
@@ -48,10 +50,21 @@ pub struct Trained {
     pub deviation: Arc<[f32]>,
 }
 
+impl Trained {
+    /// What training would have seen of the tensor with channel j divided by `s[j]`; `None` where there are not as many channels.
+    #[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
+    pub(crate) fn divided(&self, s: &[f64]) -> Option<Self> {
+        let by = |values: &[f32]| values.iter().zip(s).map(|(v, s)| (f64::from(*v) / s) as f32).collect();
+        let fits = self.mean.len() == s.len();
+        fits.then(|| Self { mean: by(&self.mean), deviation: by(&self.deviation) })
+    }
+}
+
 /// Measurements by tensor. An id never changes its meaning, so a statistic can be missing but never stale.
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
     pub(crate) distributions: BTreeMap<ValueId, Arc<Sketch>>,
+    pub(crate) judges: BTreeMap<ValueId, Arc<Judges>>,
     pub(crate) means: BTreeMap<ValueId, Arc<Means>>,
     pub(crate) peaks: BTreeMap<(ValueId, usize), Arc<Peaks>>,
     pub(crate) ends: BTreeMap<(ValueId, usize), Arc<Ends>>,
@@ -63,6 +76,11 @@ impl Stats {
     /// The distribution of `value`, where it was measured.
     pub fn distribution(&self, value: ValueId) -> Option<&Sketch> {
         self.distributions.get(&value).map(AsRef::as_ref)
+    }
+
+    /// The distribution of `value` on samples that judge, where it was measured.
+    pub fn judges(&self, value: ValueId) -> Option<&Judges> {
+        self.judges.get(&value).map(AsRef::as_ref)
     }
 
     /// The channel means of `value`, where they were measured.
@@ -93,6 +111,7 @@ impl Stats {
     pub(crate) fn record(&mut self, value: ValueId, statistic: Statistic) {
         match statistic {
             Statistic::Distribution(sketch) => drop(self.distributions.insert(value, sketch)),
+            Statistic::Judges(judges) => drop(self.judges.insert(value, judges)),
             Statistic::Means(means) => drop(self.means.insert(value, means)),
             Statistic::Peaks { axis, peaks } => drop(self.peaks.insert((value, axis), peaks)),
             Statistic::Ends { axis, ends } => drop(self.ends.insert((value, axis), ends)),
@@ -104,6 +123,7 @@ impl Stats {
     /// Drops what samples brought of `value`; what training saw stays.
     pub(crate) fn forget(&mut self, value: ValueId) {
         self.distributions.remove(&value);
+        self.judges.remove(&value);
         self.means.remove(&value);
         self.peaks.retain(|(of, _), _| *of != value);
         self.ends.retain(|(of, _), _| *of != value);

@@ -1,13 +1,16 @@
 //! The range up to where outliers begin.
 
-use super::{FEW, Observer, Purpose, Sketch, around_zero, extremes, mse};
+use std::borrow::Cow;
+
+use super::{FEW, Observer, Purpose, Seen, Sketch, around_zero, extremes, mse};
 use crate::about::About;
 
 pub(super) static ABOUT: About = About {
     name: "cfp",
     doc: "The range without outliers, which are found coarse to fine: magnitudes beyond Q3 + 1.5 (Q3 - Q1), and of those the ones \
           above the split with the widest gap and the least variance below it. Where more than a twentieth would be cut, at most a \
-          hundredth is. The range stays whole where clipping costs more than the finer step saves, and below 100 values.",
+          hundredth is. The range stays whole where clipping costs more than the finer step saves, on the samples it was found on or on those \
+          that judge (held out, or every eighth), and below 100 values.",
     source: "Ding et al. 2023 (CBQ), arXiv:2312.07950, section 3.3, as a range; the guards ours",
 };
 
@@ -29,6 +32,26 @@ impl Observer for Cfp {
         let Some(end) = inliers_end(&mut magnitudes) else { return whole };
         let cut = around_zero(sketch.min().max(-end), sketch.max().min(end), purpose);
         let points = mse::points(sketch);
+        let error = |(low, high)| mse::expected_error(&points, low, high, purpose.levels);
+        if error(cut) < error(whole) { cut } else { whole }
+    }
+
+    fn is_judged(&self) -> bool {
+        true
+    }
+
+    fn judged(&self, seen: &Seen<'_>, purpose: Purpose) -> (f64, f64) {
+        let Some(judges) = seen.judges.filter(|judges| judges.sketch.finite() > 0) else {
+            return self.range(seen.all, purpose);
+        };
+        // Of a file of statistics they are no part.
+        let is_part = !judges.apart && seen.all.holds(&judges.sketch);
+        let fitted = if is_part { Cow::Owned(seen.all.less(&judges.sketch)) } else { Cow::Borrowed(seen.all) };
+        let (whole, cut) = (extremes(seen.all, purpose), self.range(&fitted, purpose));
+        if cut == extremes(&fitted, purpose) {
+            return whole;
+        }
+        let points = mse::points(&judges.sketch);
         let error = |(low, high)| mse::expected_error(&points, low, high, purpose.levels);
         if error(cut) < error(whole) { cut } else { whole }
     }
@@ -105,6 +128,33 @@ mod tests {
         values.reverse();
         let mut doubled: Vec<(f64, u64)> = ones(&values).iter().map(|(v, n)| (8.0 * v, *n)).collect();
         assert!((inliers_end(&mut doubled).unwrap() - 8.0 * end).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_cut_stands_where_other_samples_bear_it_out() {
+        use super::super::Judges;
+        let sketch = |values: &[f32]| {
+            let mut sketch = Sketch::default();
+            sketch.see(values);
+            sketch
+        };
+        let purpose = Purpose { levels: 16.0, symmetric: true };
+        let with = |n: usize, outliers: usize| [normal(n), vec![20.0; outliers]].concat();
+        let all = sketch(&with(10_000, 4));
+        let range = |judges: &[f32], apart: bool, all: &Sketch| {
+            let judges = Judges { sketch: sketch(judges), apart };
+            Cfp.judged(&Seen { all, judges: Some(&judges) }, purpose)
+        };
+        assert!(Cfp.range(&all, purpose).1 < 10.0 && Cfp.judged(&Seen { all: &all, judges: None }, purpose).1 < 10.0);
+        assert!(range(&with(2_000, 1), true, &all).1 < 10.0, "so few that all gain");
+        assert!((range(&with(2_000, 200), true, &all).1 - 20.0).abs() < 1e-9, "so many that it is not worth it");
+        // Where judges are some of all, the cut is found on the others.
+        let mut both = all.clone();
+        let judges = with(2_000, 200);
+        both.see(&judges);
+        assert!((range(&judges, false, &both).1 - 20.0).abs() < 1e-9);
+        let rest = both.less(&sketch(&judges));
+        assert!(rest.finite() == all.finite() && (rest.max() - all.max()).abs() < all.max() / 32.0);
     }
 
     #[test]

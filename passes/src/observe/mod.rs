@@ -43,6 +43,32 @@ pub trait Observer: Debug + Send + Sync {
     fn about(&self) -> &'static About;
     /// The range for a tensor of distribution `sketch`; (0, 0) when it saw nothing but zeros.
     fn range(&self, sketch: &Sketch, purpose: Purpose) -> (f64, f64);
+    /// Whether samples that judge have a say in it.
+    fn is_judged(&self) -> bool {
+        false
+    }
+    /// The range where samples that judge may have been seen.
+    fn judged(&self, seen: &Seen<'_>, purpose: Purpose) -> (f64, f64) {
+        self.range(seen.all, purpose)
+    }
+}
+
+/// What was seen of a tensor.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'a> {
+    /// On all samples that were measured.
+    pub all: &'a Sketch,
+    /// On those that judge.
+    pub judges: Option<&'a Judges>,
+}
+
+/// The distribution of a tensor on samples that judge what others choose.
+#[derive(Clone, Debug)]
+pub struct Judges {
+    /// What they brought.
+    pub sketch: Sketch,
+    /// Whether they are others than those that all was measured on, and not some of them.
+    pub apart: bool,
 }
 
 /// Makes an observer from its one number, where it takes one.

@@ -132,6 +132,25 @@ impl Sketch {
         self.max = self.max.max(other.max);
     }
 
+    /// Whether all that `part` counted is among what this one did.
+    pub(crate) fn holds(&self, part: &Self) -> bool {
+        self.raw().zip(part.raw()).all(|(all, part)| part <= all)
+    }
+
+    /// Without what `other`, a part of it, counted; its ends are then known to 1/64 of themselves.
+    pub(crate) fn less(&self, other: &Self) -> Self {
+        let counts = self.raw().zip(other.raw()).map(|(all, part)| all.saturating_sub(part));
+        let mut rest = Self { cold: counts.collect(), min: self.min, max: self.max, ..Self::default() };
+        let ends = rest.buckets().fold(None, |ends, bucket| {
+            let (low, _) = ends.unwrap_or((bucket.low, bucket.high));
+            Some((low, bucket.high))
+        });
+        #[expect(clippy::cast_possible_truncation, reason = "ends of buckets are f32")]
+        let (min, max) = ends.map_or((f32::INFINITY, f32::NEG_INFINITY), |(low, high)| (low as f32, high as f32));
+        (rest.min, rest.max) = (min, max);
+        rest
+    }
+
     fn count_at(&self, index: usize) -> u64 {
         u64::from(self.hot[index]) + self.cold.get(index).copied().unwrap_or(0)
     }

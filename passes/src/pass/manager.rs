@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Facts, Fidelity, Pass, PassContext, PassError, PassInfo, Pipeline, Step, Wish};
+use super::audit::Audit;
+use super::{Facts, Fidelity, Pass, PassContext, PassEntry, PassError, PassInfo, Pipeline, Step, Wish};
 use crate::diag::Diagnostic;
 use crate::id::ValueId;
 use crate::ir::check::CheckError;
@@ -86,6 +87,7 @@ pub enum RunError {
 pub struct PassManager<'a> {
     instruments: Vec<Box<dyn Instrument + 'a>>,
     check: bool,
+    audit: Audit,
     edits: u64,
 }
 
@@ -99,7 +101,14 @@ impl<'a> PassManager<'a> {
     /// A manager that `instruments` watch; with `check`, every promise is checked after every pass: structural rules, and
     /// that a second run changes nothing.
     pub fn new(instruments: Vec<Box<dyn Instrument + 'a>>, check: bool) -> Self {
-        Self { instruments, check, edits: 0 }
+        Self { instruments, check, audit: Audit::default(), edits: 0 }
+    }
+
+    /// The same, where what the rewriting passes of `table` do is checked on samples, and undone region by region where it changes what the
+    /// model returns.
+    #[must_use]
+    pub fn audited(self, table: &'static [PassEntry]) -> Self {
+        Self { audit: Audit::of(table), ..self }
     }
 }
 
@@ -141,6 +150,7 @@ impl PassManager<'_> {
                 break;
             }
         }
+        self.audit.forget();
         let mut seen = BTreeSet::new();
         trace.notes.retain(|note| seen.insert(note.to_string()));
         Ok((model, trace))
@@ -164,19 +174,31 @@ impl PassManager<'_> {
         let span = tracing::info_span!("pass", name);
         let _entered = span.enter();
         let mut record = StepRecord::default();
+        if info.fidelity == Fidelity::PlanOnly {
+            self.audit.forget(); // it may take long, and all memory
+        }
         let fail = |error| RunError::Pass { pass: name, error };
+        let mut undone = 0;
         loop {
             record.rounds += 1;
             let mut patch = pass.run(model, cx).map_err(fail)?;
             let (counts, notes) = patch.report();
-            for (what, n) in counts {
-                *record.counts.entry(what).or_default() += n;
+            let touches_graph = patch.edits().iter().any(Edit::touches_graph);
+            let mut stands = true;
+            if touches_graph {
+                let verdict = self.audit.verdict(pass, model, patch, cx).map_err(fail)?;
+                (patch, undone) = (verdict.patch, verdict.undone.max(undone));
+                stands = !patch.is_empty();
+                trace.notes.extend(verdict.notes);
             }
-            trace.notes.extend(notes);
+            // Of what was undone nothing was done.
+            if stands {
+                counts.into_iter().for_each(|(what, n)| *record.counts.entry(what).or_default() += n);
+                trace.notes.extend(notes);
+            }
             if patch.is_empty() {
                 break;
             }
-            let touches_graph = patch.edits().iter().any(Edit::touches_graph);
             if touches_graph && info.fidelity == Fidelity::PlanOnly {
                 return Err(RunError::Promise { pass: name, problem: "may not touch the graph but did".into() });
             }
@@ -194,8 +216,12 @@ impl PassManager<'_> {
                 return Err(RunError::Promise { pass: name, problem: "never settles".into() });
             }
         }
+        if undone > 0 {
+            record.counts.insert("undone", undone);
+        }
         model.facts = model.facts.and(info.establishes);
-        if self.check {
+        // What was undone would be done again.
+        if self.check && undone == 0 {
             self.check_promises(pass, model, cx)?;
         }
         tracing::debug!(rounds = record.rounds, edits = record.edits, "settled");

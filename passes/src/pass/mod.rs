@@ -1,5 +1,6 @@
 //! Passes: pure functions from a model to a patch, and what runs them.
 
+mod audit;
 mod fact;
 mod manager;
 mod options;
@@ -28,6 +29,10 @@ use crate::target::{KeepFloat, Scheme, Schemes, Target};
 pub trait Pass: Debug + Send + Sync {
     /// Name, documentation, facts.
     fn info(&self) -> &'static PassInfo;
+    /// What it may do to the function with the options that it has.
+    fn fidelity(&self) -> Fidelity {
+        self.info().fidelity
+    }
     /// What this pass will read of which tensors; the nearest earlier `calibrate` measures it.
     fn wishes(&self, _model: &Model, _cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
         BTreeSet::new()
@@ -48,6 +53,8 @@ pub trait Pass: Debug + Send + Sync {
 pub enum Wish {
     /// The distribution of all its values.
     Distribution,
+    /// The same on samples that judge what others choose: those held out, or every eighth.
+    Judges,
     /// The mean of every index of this axis.
     Means {
         /// Counted from the front.
@@ -109,6 +116,8 @@ pub struct PassContext<'a> {
     pub executor: &'a dyn Executor,
     /// Calibration samples; `None` when none were given.
     pub dataset: Option<&'a dyn Dataset>,
+    /// Samples that nothing is fitted to, which judge what passes did; `None` when none were held out.
+    pub held_out: Option<&'a dyn Dataset>,
     /// What later passes want measured; the manager fills it in.
     pub wishes: BTreeSet<(ValueId, Wish)>,
     /// What stays in float because the user said so.
@@ -146,6 +155,7 @@ impl<'a> PassContext<'a> {
             scheme: Scheme::W8A8,
             executor,
             dataset: None,
+            held_out: None,
             wishes: BTreeSet::new(),
             keep_float: &NOTHING_KEPT,
             schemes: &ALL_ALIKE,

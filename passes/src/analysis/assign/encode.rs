@@ -15,7 +15,7 @@ use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Graph;
 use crate::ir::walk::Users;
 use crate::model::{Edit, Model, Patch};
-use crate::observe::{self, Observer, Purpose, Sketch};
+use crate::observe::{self, Observer, Purpose, Seen, Sketch};
 use crate::pass::PassError;
 use crate::target::{Activations, RangesOf};
 use crate::{ops, parallel};
@@ -40,10 +40,10 @@ pub(super) fn kept(
 ) -> Vec<(ValueId, f64)> {
     let values: Vec<ValueId> = values.iter().copied().collect();
     let kept = parallel::map(&values, |value| {
-        let sketch = model.stats().distribution(*value)?;
+        let seen = seen(model, *value)?;
         let observer = if products.contains(value) { observers.products } else { observers.usual };
-        let encoding = activation(sketch, observer, &goals.base);
-        let (signal, error) = expected_error(sketch, &encoding, sketch.quantile_of_magnitude(0.999));
+        let encoding = activation(&seen, observer, &goals.base);
+        let (signal, error) = expected_error(seen.all, &encoding, seen.all.quantile_of_magnitude(0.999));
         Some(10.0 * (signal.max(1e-300) / error.max(1e-300)).log10())
     });
     values.into_iter().zip(kept).filter_map(|(value, kept)| Some((value, kept?))).collect()
@@ -70,6 +70,9 @@ pub(super) fn encode(
     let graph = model.graph();
     let read = |&(node, input): &(NodeId, u16)| graph.node(node)?.input(input.into());
     let mut encodings = activations(model, selection, observers, (&goals.base, wide, others));
+    let products = read_by_products(graph, selection);
+    let each = encodings.iter().map(|((value, _), encoding)| (*value, encoding));
+    note_cuts(model, observers, (&products, each), patch);
     for &(value, shares) in &selection.written {
         if wide.is_apart(value) {
             continue;
@@ -126,7 +129,7 @@ fn activations(
     let products = read_by_products(graph, selection);
     let encodings = parallel::map(&wanted, |(value, is_wide)| {
         let observer = if products.contains(value) { observers.products } else { observers.usual };
-        Some(activation(model.stats().distribution(*value)?, observer, if *is_wide { others } else { usual }))
+        Some(activation(&seen(model, *value)?, observer, if *is_wide { others } else { usual }))
     });
     wanted.into_iter().zip(encodings).filter_map(|(at, encoding)| Some((at, encoding?))).collect()
 }
@@ -142,13 +145,52 @@ fn note_dead(model: &Model, value: ValueId, patch: &mut Patch) {
     }
 }
 
+/// Counts the ranges of `encodings` that an observer which is judged has cut, and tells the user what judged.
+fn note_cuts<'e>(
+    model: &Model,
+    observers: &Observers<'_>,
+    (products, encodings): (&BTreeSet<ValueId>, impl Iterator<Item = (ValueId, &'e Encoding)>),
+    patch: &mut Patch,
+) {
+    if !observers.usual.is_judged() && !observers.products.is_judged() {
+        return;
+    }
+    let (mut cut, mut all, mut apart) = (0_u64, 0, None);
+    for (value, encoding) in encodings {
+        let observer = if products.contains(&value) { observers.products } else { observers.usual };
+        let Some(seen) = seen(model, value).filter(|_| observer.is_judged()) else { continue };
+        let (low, high) = encoding.grid.range();
+        let (scale, zero) =
+            (f64::from(encoding.scale[0]), encoding.zero_point.first().map_or(0.0, |zero| f64::from(*zero)));
+        let (least, most) = ((low - zero) * scale, (high - zero) * scale);
+        // Whole ranges end within a step of the ends of what was seen.
+        cut += u64::from(seen.all.min() < least - scale || seen.all.max() > most + scale);
+        all += 1;
+        apart = apart.or(seen.judges.map(|judges| judges.apart));
+    }
+    let judges = match apart {
+        Some(true) => "samples that are held out",
+        Some(false) => "every eighth sample, which they were not found on",
+        None => "nobody",
+    };
+    patch.count("ranges cut", cut);
+    let message = format!("{cut} of {all} ranges of activations leave outliers out; judged by {judges}");
+    patch.note(Diagnostic::new(diag::JUDGED, Severity::Note, Place::Model, message));
+}
+
+/// What was measured of `value`.
+fn seen(model: &Model, value: ValueId) -> Option<Seen<'_>> {
+    Some(Seen { all: model.stats().distribution(value)?, judges: model.stats().judges(value) })
+}
+
 /// Codes over the observer's range: for integers as the target has them, for other formats the largest magnitude at the largest
 /// number.
-fn activation(sketch: &Sketch, observer: &dyn Observer, goal: &Goal) -> Encoding {
+fn activation(seen: &Seen<'_>, observer: &dyn Observer, goal: &Goal) -> Encoding {
+    let sketch = seen.all;
     let grid = goal.activation_grid();
     let (low, high) = grid.range();
     if grid.info().integer && goal.accepts.activations != Activations::Affine {
-        return symmetric(sketch, observer, goal);
+        return symmetric(seen, observer, goal);
     }
     if !grid.info().integer {
         let reach = sketch.max().max(-sketch.min());
@@ -157,7 +199,7 @@ fn activation(sketch: &Sketch, observer: &dyn Observer, goal: &Goal) -> Encoding
             if goal.scheme.power_of_two { weights::powers_of_two(reach / high)[1] } else { reach / high } as f32;
         return Encoding::per_tensor(grid, if scale.is_normal() { scale } else { 1.0 }, 0);
     }
-    let range = observer.range(sketch, Purpose { levels: high - low + 1.0, symmetric: false });
+    let range = observer.judged(seen, Purpose { levels: high - low + 1.0, symmetric: false });
     let (scale, zero_point) = affine(range, low, high);
     if !goal.scheme.power_of_two {
         return Encoding::per_tensor(grid, scale, zero_point);
@@ -171,11 +213,12 @@ fn activation(sketch: &Sketch, observer: &dyn Observer, goal: &Goal) -> Encoding
 
 /// Codes with zero point 0 over the observer's range: signed, or unsigned where the target has those for tensors that are never
 /// negative.
-fn symmetric(sketch: &Sketch, observer: &dyn Observer, goal: &Goal) -> Encoding {
+fn symmetric(seen: &Seen<'_>, observer: &dyn Observer, goal: &Goal) -> Encoding {
+    let sketch = seen.all;
     let unsigned = goal.accepts.activations == Activations::BySign && sketch.min() >= 0.0;
     let grid = goal.integers(unsigned);
     let (low, high) = grid.range();
-    let range = observer.range(sketch, Purpose { levels: high - low + 1.0, symmetric: !unsigned });
+    let range = observer.judged(seen, Purpose { levels: high - low + 1.0, symmetric: !unsigned });
     #[expect(clippy::cast_possible_truncation, reason = "a scale rounded to f32")]
     let scale = (range.1.max(-range.0) / high) as f32;
     if !scale.is_normal() {
@@ -342,7 +385,7 @@ mod tests {
             // One of them takes its time.
             for seed in 0..if entry.about.name == "entropy" { 12 } else { 300 } {
                 let (sketch, goal) = (drawn(seed), goal(seed));
-                let encoding = activation(&sketch, observer.as_ref(), &goal);
+                let encoding = activation(&Seen { all: &sketch, judges: None }, observer.as_ref(), &goal);
                 let (low, high) = encoding.grid.range();
                 let zero_point = f64::from(encoding.zero_point[0]);
                 let mut zero = [0.0];
@@ -361,7 +404,7 @@ mod tests {
             if goal.scheme.power_of_two {
                 continue; // the next smaller one may be the better one
             }
-            let encoding = activation(&sketch, min_max.as_ref(), &goal);
+            let encoding = activation(&Seen { all: &sketch, judges: None }, min_max.as_ref(), &goal);
             let (low, high) = encoding.grid.range();
             let (scale, zero) = (f64::from(encoding.scale[0]), f64::from(encoding.zero_point[0]));
             // The zero point is rounded.
@@ -378,7 +421,10 @@ mod tests {
         let min_max = observe::find("min-max", None).unwrap();
         for seed in 0..60 {
             let sketch = drawn(seed);
-            let (encoding, reach) = (activation(&sketch, min_max.as_ref(), &goal), sketch.max().max(-sketch.min()));
+            let (encoding, reach) = (
+                activation(&Seen { all: &sketch, judges: None }, min_max.as_ref(), &goal),
+                sketch.max().max(-sketch.min()),
+            );
             let end = encoding.grid.range().1 * f64::from(encoding.scale[0]);
             assert!(reach == 0.0 || (end / reach - 1.0).abs() < 1e-6, "{seed}: {sketch:?} {encoding:?}");
             assert_eq!(encoding.zero_point[0], 0);

@@ -250,7 +250,10 @@ impl Pass for AssignEncodings {
             }
             false => BTreeSet::new(),
         };
-        values.into_iter().map(|value| (value, Wish::Distribution)).collect()
+        // What cuts ranges is judged by other samples than those that it goes by.
+        let judges = self.observer.is_judged() || self.products.is_judged();
+        let wishes = [Some(Wish::Distribution), judges.then_some(Wish::Judges)];
+        values.into_iter().flat_map(|value| wishes.iter().flatten().map(move |wish| (value, *wish))).collect()
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
