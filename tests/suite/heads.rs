@@ -14,7 +14,7 @@ fn numbers(shape: &[usize]) -> Tensor {
 }
 
 /// [`matrix`] with a column that is 40 times as loud as the others.
-fn loud(name: &str, rows: usize, columns: usize) -> String {
+pub(super) fn loud(name: &str, rows: usize, columns: usize) -> String {
     let value = |i: usize| f64::from(u32::try_from((i * 31) % 41).unwrap()) / 20.0 - 1.0;
     let of = |i: usize| format!("{:.3}", if i % columns == 3 { 40.0 * value(i) } else { value(i) });
     let values: Vec<String> = (0..rows * columns).map(of).collect();

@@ -12,6 +12,7 @@ mod determinism;
 mod differential;
 mod equalize;
 mod files;
+mod folds;
 mod formats;
 mod halves;
 mod heads;

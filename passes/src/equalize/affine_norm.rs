@@ -1,8 +1,8 @@
 //! A norm whose scale and shift are constants, computed with others.
 
+use super::axes::scaled_weight;
 use super::divided::Group;
 use super::reparameterize_norms::Affine;
-use super::scaled::scaled_weight;
 use super::shifted;
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::walk::Users;

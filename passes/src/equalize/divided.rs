@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::scaled::{Folder, scaled_weight};
+use super::axes::scaled_weight;
+use super::scaled::Folder;
 use super::value_path::ValuePath;
 use crate::id::{NodeId, ValueId};
 use crate::ir::walk::{User, Users};
@@ -107,7 +108,7 @@ pub(super) fn divide_all(
 ) -> Patch {
     let mut patch = Patch::on(model);
     let users = Users::of(model.graph());
-    let folder = Folder { graph: model.graph(), users: &users };
+    let folder = Folder { graph: model.graph(), stats: model.stats(), users: &users };
     // From the outputs on: a product that takes a division into its weight waits with its own input for the next round, and so does a
     // path whose values were rewritten.
     for some in groups.rchunks(AT_ONCE) {

@@ -4,6 +4,7 @@ mod absorb_high_bias;
 mod affine_norm;
 mod annealing;
 mod awq;
+mod axes;
 mod defer_softmax;
 mod divided;
 mod equalize_layers;

@@ -75,7 +75,7 @@ fn convolution<'a>(graph: &'a Graph, users: &Users, id: NodeId) -> Option<(&'a N
     (plain && weight.shape()[0] > 0).then_some((node, weight.as_ref()))
 }
 
-/// The regions in which nothing has to stay in float: nodes and tensors get new names, which no pattern would find.
+/// The regions in which nothing has to stay in float: tensors get new names, which no pattern would find.
 pub(super) fn free_regions(graph: &Graph, cx: &PassContext<'_>, clamps: bool) -> Vec<Region> {
     let named = |id: &NodeId| is_kept_in_float(graph, cx, *id);
     let mut regions = regions(graph, &Users::of(graph), clamps);

@@ -1,19 +1,48 @@
 //! A tensor divided by one number per channel, computed without an operator more.
 
-use crate::id::ValueId;
+use std::sync::Arc;
+
+use super::axes::{aligned, divided_row, joins_along, moved_from, parts, scaled_weight};
+use super::region::clamp_end;
+use crate::id::{NodeId, ValueId};
 use crate::ir::walk::Users;
 use crate::ir::{Graph, Node};
-use crate::model::Patch;
+use crate::model::{Edit, Patch, Statistic, Stats};
 use crate::ops;
 use crate::tensor::{DType, Tensor};
 
 /// Further than this back, nothing is folded.
-const MAX_DEPTH: usize = 6;
+const MAX_DEPTH: usize = 8;
 
-/// Finds where a division of the last axis can be folded, and folds it.
+/// Finds where a division of channels can be folded, and folds it.
 pub(super) struct Folder<'a> {
     pub(super) graph: &'a Graph,
+    pub(super) stats: &'a Stats,
     pub(super) users: &'a Users,
+}
+
+/// A node that is written anew, with the divisor of its result.
+struct Anew<'n> {
+    id: NodeId,
+    node: &'n Node,
+    copy: Node,
+    /// The axes of the result, and which of them is divided.
+    place: (usize, usize),
+    divisor: &'n [f64],
+    /// How much further back may be looked.
+    depth: usize,
+}
+
+impl Anew<'_> {
+    /// Lets the copy read `scaled` at `input`.
+    fn swap(&mut self, graph: &Graph, input: usize, scaled: Tensor, patch: &mut Patch) {
+        let name = self.node.input(input).map_or("", |value| &graph.value(value).name);
+        self.copy.inputs[input] = Some(patch.constant(&format!("{name}.smoothed"), scaled));
+    }
+
+    fn along_last(&self) -> bool {
+        self.place.1 + 1 == self.place.0
+    }
 }
 
 impl Folder<'_> {
@@ -23,127 +52,166 @@ impl Folder<'_> {
     /// All readers of `value` must come to read the result. What lies behind it on the way to that constant must have no
     /// other reader.
     pub(super) fn divided(&self, value: ValueId, divisor: &[f64], patch: &mut Patch) -> Option<ValueId> {
-        self.fold(value, divisor, MAX_DEPTH, patch)
+        let axis = self.graph.value(value).ty.rank()?.checked_sub(1)?;
+        self.fold((value, axis), divisor, MAX_DEPTH, patch)
     }
 
-    fn fold(&self, value: ValueId, divisor: &[f64], depth: usize, patch: &mut Patch) -> Option<ValueId> {
+    fn fold(
+        &self,
+        (value, axis): (ValueId, usize),
+        divisor: &[f64],
+        depth: usize,
+        patch: &mut Patch,
+    ) -> Option<ValueId> {
         let depth = depth.checked_sub(1)?;
         let (id, node) = self.graph.producer(value)?;
-        let last = self.graph.value(value).ty.tensor()?.shape.as_ref()?.last()?.known();
-        if patch.touches(id) || last != Some(divisor.len()) {
+        let shape = self.graph.value(value).ty.tensor()?.shape.as_ref()?;
+        if patch.touches(id) || shape.get(axis)?.known() != Some(divisor.len()) {
             return None;
         }
         if !node.op.domain.is_empty() || node.outputs.iter().flatten().count() != 1 {
             return None;
         }
-        let rank = self.graph.value(value).ty.rank()?;
-        let mut copy = node.clone();
-        let swap = |copy: &mut Node, input: usize, scaled: Tensor, patch: &mut Patch| {
-            let name = node.input(input).map_or("", |v| &self.graph.value(v).name);
-            copy.inputs[input] = Some(patch.constant(&format!("{name}.smoothed"), scaled));
-        };
-        match &*node.op.name {
-            "LayerNormalization" => {
-                let axis = node.int("axis", -1);
-                (axis == -1 || usize::try_from(axis).ok() == rank.checked_sub(1)).then_some(())?;
-                for input in 1..node.inputs.len().min(3) {
-                    if node.input(input).is_some() {
-                        swap(&mut copy, input, self.row(node, input, rank, divisor)?, patch);
-                    }
-                }
-            }
-            "Mul" | "Div" | "Add" | "Sub" => {
-                let constant = (0..2).find(|&input| self.graph.constant_input(node, input).is_some());
-                let additive = matches!(&*node.op.name, "Add" | "Sub");
-                match constant {
-                    // A constant numerator: what is divided by stays as it is.
-                    Some(input) if !additive && (node.op.is("Mul") || input == 0) => {
-                        swap(&mut copy, input, self.row(node, input, rank, divisor)?, patch);
-                    }
-                    // A constant denominator takes the factor instead.
-                    Some(input) if !additive => {
-                        let inverse: Vec<f64> = divisor.iter().map(|d| 1.0 / d).collect();
-                        swap(&mut copy, input, self.row(node, input, rank, &inverse)?, patch);
-                    }
-                    Some(input) => {
-                        let scaled = self.row(node, input, rank, divisor)?;
-                        copy.inputs[1 - input] = Some(self.fold_own(node, 1 - input, divisor, depth, patch)?);
-                        swap(&mut copy, input, scaled, patch);
-                    }
-                    None if additive => return None,
-                    None => {
-                        let operands: &[usize] = if node.op.is("Mul") { &[0, 1] } else { &[0] };
-                        let (input, folded) = operands.iter().find_map(|&input| {
-                            let mark = patch.mark();
-                            let same = self.graph.value(node.input(input)?).ty.rank()? == rank;
-                            let folded = self.fold_own(node, input, divisor, depth, patch).filter(|_| same);
-                            if folded.is_none() {
-                                patch.roll_back(&mark);
-                            }
-                            Some((input, folded?))
-                        })?;
-                        copy.inputs[input] = Some(folded);
-                    }
-                }
-            }
-            "Relu" | "LeakyRelu" | "Identity" => {
-                copy.inputs[0] = Some(self.fold_own(node, 0, divisor, depth, patch)?);
-            }
-            "MatMul" | "Gemm" => {
-                let roles = ops::linear(self.graph, id).filter(|roles| roles.weight == 1)?;
-                let weight = self.graph.constant_input(node, 1).filter(|w| w.shape().len() == 2)?;
-                (weight.shape()[roles.out_axis] == divisor.len() && weight.dtype() == DType::F32).then_some(())?;
-                swap(&mut copy, 1, scaled_weight(weight, roles.out_axis, |j| 1.0 / divisor[j])?, patch);
-                if roles.bias.is_some() {
-                    swap(&mut copy, 2, self.row(node, 2, 2, divisor)?, patch);
-                }
-            }
-            _ => return None,
-        }
+        let mut anew = Anew { id, node, copy: node.clone(), place: (shape.len(), axis), divisor, depth };
+        self.write(&mut anew, patch)?;
         let source = self.graph.value(value);
-        let name = format!("{}.smoothed", source.name);
-        copy.name = format!("{}.smoothed", node.name).into();
         patch.erase(id);
-        Some(patch.node(copy, &name, source.ty.clone(), Some(id)))
-    }
-
-    /// The same for an input of `node` that nobody else reads.
-    fn fold_own(&self, node: &Node, input: usize, divisor: &[f64], depth: usize, patch: &mut Patch) -> Option<ValueId> {
-        let value = node.input(input)?;
-        self.users.only_input(value)?;
-        self.fold(value, divisor, depth, patch)
-    }
-
-    /// The constant at `input`, a scalar or a row along the last axis, divided channel by channel.
-    #[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
-    fn row(&self, node: &Node, input: usize, rank: usize, divisor: &[f64]) -> Option<Tensor> {
-        let constant = self.graph.constant_input(node, input).filter(|c| c.dtype() == DType::F32)?;
-        let shape = constant.shape();
-        let row = shape.iter().rev().skip(1).all(|&dim| dim == 1) && shape.len() <= rank;
-        let values = constant.floats()?;
-        let spread: Vec<f32> = match values.len() {
-            1 => vec![values[0]; divisor.len()],
-            n if n == divisor.len() => values.to_vec(),
-            _ => return None,
-        };
-        let scaled = spread.iter().zip(divisor).map(|(v, d)| (f64::from(*v) / d) as f32).collect();
-        // The rank stays: leading extents of 1 may be what gives the result its own.
-        let mut shape = vec![1; shape.len().max(1)];
-        if let Some(last) = shape.last_mut() {
-            *last = divisor.len();
+        let new = patch.node(anew.copy, &format!("{}.smoothed", source.name), source.ty.clone(), Some(id));
+        if let Some(trained) = self.stats.trained(value).filter(|_| axis == 1) {
+            let statistic = Statistic::Trained(Arc::new(trained.divided(divisor)?));
+            patch.edit(Edit::Record { value: new, statistic });
         }
-        row.then(|| Tensor::of(shape, scaled))
+        Some(new)
     }
-}
 
-/// A matrix whose entries with index j on `axis` are multiplied by `factor(j)`.
-#[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
-pub(super) fn scaled_weight(weight: &Tensor, axis: usize, factor: impl Fn(usize) -> f64) -> Option<Tensor> {
-    let [_, columns] = *weight.shape() else { return None };
-    let mut values = weight.floats()?.into_owned();
-    for (index, value) in values.iter_mut().enumerate() {
-        let place = if axis == 0 { index / columns } else { index % columns };
-        *value = (f64::from(*value) * factor(place)) as f32;
+    /// Makes the copy of a node compute the divided result.
+    fn write(&self, anew: &mut Anew<'_>, patch: &mut Patch) -> Option<()> {
+        let (graph, node, (_, axis)) = (self.graph, anew.node, anew.place);
+        match &*node.op.name {
+            "LayerNormalization" | "RMSNormalization" => self.norm(anew, patch),
+            "Mul" | "Div" => self.factor(anew, patch),
+            "Add" | "Sub" => self.sum(anew, patch),
+            // A slope and an end at 0 or nowhere are the same for all sizes.
+            "Relu" | "LeakyRelu" | "PRelu" | "Identity" => self.read(anew, 0, axis, patch),
+            "Clip" if clamp_end(graph, node) == Some(f64::INFINITY) => self.read(anew, 0, axis, patch),
+            "MaxPool" | "AveragePool" | "GlobalAveragePool" | "GlobalMaxPool" if axis == 1 => {
+                self.read(anew, 0, axis, patch)
+            }
+            "Transpose" | "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" => {
+                self.read(anew, 0, moved_from(graph, node, node.output(0)?, axis)?, patch)
+            }
+            "Concat" => self.joined(anew, patch),
+            "Conv" if axis == 1 => self.linear(anew, patch),
+            "ConvTranspose" if axis == 1 && node.int("group", 1) == 1 => self.linear(anew, patch),
+            "MatMul" | "Gemm" if anew.along_last() => self.linear(anew, patch),
+            _ => None,
+        }
     }
-    Some(Tensor::of(weight.shape(), values))
+
+    fn norm(&self, anew: &mut Anew<'_>, patch: &mut Patch) -> Option<()> {
+        let rank = anew.place.0;
+        let last = ops::positive_axis(anew.node.int("axis", -1), rank) == rank.checked_sub(1);
+        (last && anew.along_last()).then_some(())?;
+        anew.node.input(1)?;
+        for input in 1..anew.node.inputs.len().min(3) {
+            if anew.node.input(input).is_some() {
+                let row = self.row(anew, input, anew.place, anew.divisor)?;
+                anew.swap(self.graph, input, row, patch);
+            }
+        }
+        Some(())
+    }
+
+    fn factor(&self, anew: &mut Anew<'_>, patch: &mut Patch) -> Option<()> {
+        let product = anew.node.op.is("Mul");
+        match (0..2).find(|&input| self.graph.constant_input(anew.node, input).is_some()) {
+            // A constant numerator: what is divided by stays as it is.
+            Some(input) if product || input == 0 => {
+                let row = self.row(anew, input, anew.place, anew.divisor)?;
+                anew.swap(self.graph, input, row, patch);
+                Some(())
+            }
+            // A constant denominator takes the factor instead.
+            Some(input) => {
+                let inverse: Vec<f64> = anew.divisor.iter().map(|d| 1.0 / d).collect();
+                let row = self.row(anew, input, anew.place, &inverse)?;
+                anew.swap(self.graph, input, row, patch);
+                Some(())
+            }
+            None => {
+                let operands: &[usize] = if product { &[0, 1] } else { &[0] };
+                operands.iter().find_map(|&input| {
+                    let mark = patch.mark();
+                    let axis = aligned(self.graph, anew.node, input, anew.place)?;
+                    let read = self.read(anew, input, axis, patch);
+                    if read.is_none() {
+                        patch.roll_back(&mark);
+                    }
+                    read
+                })
+            }
+        }
+    }
+
+    /// Both sides of a sum.
+    fn sum(&self, anew: &mut Anew<'_>, patch: &mut Patch) -> Option<()> {
+        for input in 0..2 {
+            if self.graph.constant_input(anew.node, input).is_some() {
+                let row = self.row(anew, input, anew.place, anew.divisor)?;
+                anew.swap(self.graph, input, row, patch);
+            } else {
+                self.read(anew, input, aligned(self.graph, anew.node, input, anew.place)?, patch)?;
+            }
+        }
+        Some(())
+    }
+
+    fn joined(&self, anew: &mut Anew<'_>, patch: &mut Patch) -> Option<()> {
+        let ((rank, axis), all) = (anew.place, anew.divisor);
+        let parts = if joins_along(anew.node, axis, rank) {
+            parts(self.graph, anew.node, axis, all)?
+        } else {
+            vec![all; anew.node.inputs.len()]
+        };
+        for (input, part) in parts.into_iter().enumerate() {
+            let value = self.alone(anew.node, input)?;
+            anew.copy.inputs[input] = Some(self.fold((value, axis), part, anew.depth, patch)?);
+        }
+        Some(())
+    }
+
+    /// What the weight has for every output, and the bias.
+    fn linear(&self, anew: &mut Anew<'_>, patch: &mut Patch) -> Option<()> {
+        let roles = ops::linear(self.graph, anew.id).filter(|roles| roles.weight == 1)?;
+        let weight = self.graph.constant_input(anew.node, 1).filter(|weight| weight.dtype() == DType::F32)?;
+        let fits = weight.shape()[roles.out_axis] == anew.divisor.len();
+        (fits && (weight.shape().len() == 2 || !anew.node.op.is("MatMul"))).then_some(())?;
+        let scaled = scaled_weight(weight, roles.out_axis, |j| 1.0 / anew.divisor[j])?;
+        anew.swap(self.graph, 1, scaled, patch);
+        if roles.bias.is_some() {
+            // That of a convolution has one axis; that of a matrix is broadcast to two.
+            let place = if anew.node.op.is("Gemm") { (2, 1) } else { (1, 0) };
+            let row = self.row(anew, 2, place, anew.divisor)?;
+            anew.swap(self.graph, 2, row, patch);
+        }
+        Some(())
+    }
+
+    /// Lets the copy read the divided tensor at `input`, which nobody else may read, divided along `axis` there.
+    fn read(&self, anew: &mut Anew<'_>, input: usize, axis: usize, patch: &mut Patch) -> Option<()> {
+        let value = self.alone(anew.node, input)?;
+        anew.copy.inputs[input] = Some(self.fold((value, axis), anew.divisor, anew.depth, patch)?);
+        Some(())
+    }
+
+    /// What is read at `input`, and nowhere else.
+    fn alone(&self, node: &Node, input: usize) -> Option<ValueId> {
+        let value = node.input(input)?;
+        self.users.only_input(value).map(|_| value)
+    }
+
+    /// The constant at `input`, broadcast to the `place` of channels, divided channel by channel.
+    fn row(&self, anew: &Anew<'_>, input: usize, place: (usize, usize), divisor: &[f64]) -> Option<Tensor> {
+        divided_row(self.graph.constant_input(anew.node, input)?, place, divisor)
+    }
 }

@@ -20,11 +20,12 @@ crate::declare_pass! {
     ///
     /// All matrix products that read a tensor share one s. The exponent a is searched per tensor, with doing nothing among
     /// the candidates, for the smallest expected error of the outputs at the scheme's bits, from the peaks and powers of
-    /// the channels. The division goes into whatever makes the tensor: a norm's scale and shift, a linear operator's weight
-    /// and bias, one operand of a product, the values of attention (heads that are grouped share factors). Where a tensor has other readers, or nothing takes the division, an explicit
-    /// `Mul` stands before the products, if it pays at least threefold. Dead channels keep s = 1. Tensors of
-    /// fewer than 1024 rows are left alone: their peaks are chance. Does nothing where
-    /// activations stay in float.
+    /// the channels. The division goes into whatever makes the tensor: a norm's scale and shift, also where it is written in
+    /// primitives, the weight and bias of a product or a convolution, both sides of a sum, one operand of a product, the values of
+    /// attention (heads that are grouped share factors); on its way it passes activations without a threshold, pools, what joins tensors,
+    /// and what moves or cuts axes anew while channels stay apart. Where a tensor has other readers, or nothing takes the division, an
+    /// explicit `Mul` stands before the products, if it pays at least threefold. Dead channels keep s = 1. Tensors of fewer than 1024 rows
+    /// are left alone: their peaks are chance. Does nothing where activations stay in float.
     INFO {
         name: "smooth",
         source: "Xiao et al. 2022, arXiv:2211.10438; expected error in closed form ours",
