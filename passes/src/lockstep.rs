@@ -300,7 +300,11 @@ impl<'a> Lockstep<'a> {
         self.each_where(workers, |index| !self.is_spared(index), start, see)
     }
 
-    fn each_where<S: Send>(
+    /// As [`Self::each_on`], of the samples with the numbers that are `wanted`.
+    ///
+    /// # Errors
+    /// [`PassError`], as [`Self::advance`] and from `see`.
+    pub(crate) fn each_where<S: Send>(
         &self,
         workers: usize,
         wanted: impl Fn(usize) -> bool + Sync,

@@ -4,6 +4,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
+/// [`map`] may have more items under way than there are threads: one that waits begins another. No more than these are counted with.
+pub const AT_ONCE: usize = 64;
+
 /// `f` of every item, in the order of the items.
 pub fn map<T: Sync, U: Send>(items: &[T], f: impl Fn(&T) -> U + Sync + Send) -> Vec<U> {
     items.par_iter().map(f).collect()
@@ -17,11 +20,20 @@ pub fn each<T: Send>(items: &mut [T], f: impl Fn(&mut T) + Sync + Send) {
 /// `f` of every item, in the order of the items, of no more at once than there are threads: one that waits for parallel work of its own
 /// begins no other meanwhile, not even for work of another pool, as executors have. For items that take much memory each.
 pub fn few<T: Send, U: Send>(
+    items: impl Iterator<Item = T>,
+    f: impl Fn(T) -> U + Sync + Send,
+) -> impl Iterator<Item = U> {
+    few_of(usize::MAX, items, f)
+}
+
+/// The same, of no more than `most` at once.
+pub fn few_of<T: Send, U: Send>(
+    most: usize,
     mut items: impl Iterator<Item = T>,
     f: impl Fn(T) -> U + Sync + Send,
 ) -> impl Iterator<Item = U> {
     let run = move || {
-        let run: Vec<T> = items.by_ref().take(rayon::current_num_threads()).collect();
+        let run: Vec<T> = items.by_ref().take(rayon::current_num_threads().min(most).max(1)).collect();
         (!run.is_empty()).then(|| run.into_par_iter().map(&f).collect::<Vec<U>>())
     };
     std::iter::from_fn(run).flatten()

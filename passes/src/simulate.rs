@@ -71,9 +71,10 @@ impl Part {
 pub(crate) type Known = BTreeMap<Version, Tensor>;
 
 /// How tensors are rounded where they cross from one part to another.
+#[derive(Clone)]
 pub(crate) struct Crossing {
     encodings: BTreeMap<Site, crate::encoding::Encoding>,
-    names: BTreeMap<ValueId, String>,
+    names: Arc<BTreeMap<ValueId, String>>,
 }
 
 impl Crossing {
@@ -81,8 +82,15 @@ impl Crossing {
     pub(crate) fn of(graph: &Graph, plan: &Plan) -> Self {
         Self {
             encodings: plan.encodings().map(|(site, encoding)| (site, encoding.clone())).collect(),
-            names: graph.value_ids().map(|id| (id, graph.value(id).name.to_string())).collect(),
+            names: Arc::new(graph.value_ids().map(|id| (id, graph.value(id).name.to_string())).collect()),
         }
+    }
+
+    /// The same with what is read at `site` rounded by `encoding`.
+    pub(crate) fn with(&self, site: Site, encoding: crate::encoding::Encoding) -> Self {
+        let mut other = self.clone();
+        other.encodings.insert(site, encoding);
+        other
     }
 
     /// The tensor `at`, rounded where it is read in codes.
@@ -198,8 +206,18 @@ impl Simulation {
     /// # Errors
     /// [`SimulateError`].
     pub fn run(&self, feeds: &[Tensor]) -> Result<Vec<Tensor>, SimulateError> {
+        self.run_as(&self.crossing, feeds)
+    }
+
+    /// How tensors are rounded where they are read.
+    pub(crate) fn crossing(&self) -> &Crossing {
+        &self.crossing
+    }
+
+    /// As [`Self::run`], with tensors rounded as `crossing` says where the plan rounds them.
+    pub(crate) fn run_as(&self, crossing: &Crossing, feeds: &[Tensor]) -> Result<Vec<Tensor>, SimulateError> {
         let mut results: Vec<Option<Tensor>> = vec![None; self.wanted.len()];
-        self.run_with(feeds, &mut |at, tensor| results[at] = Some(tensor))?;
+        self.through(crossing, feeds, &mut |at, tensor| results[at] = Some(tensor))?;
         Ok(results.into_iter().flatten().collect())
     }
 
@@ -209,6 +227,15 @@ impl Simulation {
     /// # Errors
     /// [`SimulateError`].
     pub fn run_with(&self, feeds: &[Tensor], see: &mut dyn FnMut(usize, Tensor)) -> Result<(), SimulateError> {
+        self.through(&self.crossing, feeds, see)
+    }
+
+    fn through(
+        &self,
+        crossing: &Crossing,
+        feeds: &[Tensor],
+        see: &mut dyn FnMut(usize, Tensor),
+    ) -> Result<(), SimulateError> {
         let mut known: Known =
             self.inputs.iter().zip(feeds).map(|(&value, tensor)| ((value, None), tensor.clone())).collect();
         known.extend(self.constants.iter().map(|(&value, tensor)| ((value, None), tensor.as_ref().clone())));
@@ -216,12 +243,12 @@ impl Simulation {
         for (index, part) in self.parts.iter().enumerate() {
             last_reader.extend(part.feeds.iter().map(|(value, _)| (*value, index)));
         }
-        self.hand_over(&mut known, &self.inputs, see)?;
+        self.hand_over((&mut known, crossing), &self.inputs, see)?;
         let constants: Vec<ValueId> = self.constants.keys().copied().collect();
-        self.hand_over(&mut known, &constants, see)?;
+        self.hand_over((&mut known, crossing), &constants, see)?;
         for (index, part) in self.parts.iter().enumerate() {
-            let computed = part.run(&mut known, &self.crossing)?;
-            self.hand_over(&mut known, computed, see)?;
+            let computed = part.run(&mut known, crossing)?;
+            self.hand_over((&mut known, crossing), computed, see)?;
             known.retain(|(value, _), _| last_reader.get(value).is_some_and(|&last| last > index));
         }
         Ok(())
@@ -230,13 +257,13 @@ impl Simulation {
     /// Shows those of `values` that are wanted.
     fn hand_over(
         &self,
-        known: &mut Known,
+        (known, crossing): (&mut Known, &Crossing),
         values: &[ValueId],
         see: &mut dyn FnMut(usize, Tensor),
     ) -> Result<(), SimulateError> {
         for value in values {
             for at in self.places.get(value).into_iter().flatten() {
-                see(*at, self.crossing.version(known, self.wanted[*at])?);
+                see(*at, crossing.version(known, self.wanted[*at])?);
             }
         }
         Ok(())

@@ -16,7 +16,7 @@ RUNS = [('digits-resnet', ('w4a8', 'w4a4', 'w3a4', 'w2a4', 'w2a2', 'w2a16', 'w1a
         ('ppocr-rec', ('w4a8', 'w4a4'), 'iterations=100')]
 # What a method is called, and its options: rounding to nearest, GPTQ, the chain of the recipe best, and what goes on from there.
 METHODS = {'nearest': ['--recipe', 'balanced', '--rounding', 'nearest'], 'gptq': ['--recipe', 'balanced', '--rounding', 'gptq'], 'adaround': ['--recipe', 'balanced', '--rounding', 'adaround'], 'best': ['--recipe', 'best'],
-           'brecq': 'brecq{%s}', 'scale-aware': 'scale-aware{%s}', 'qdrop': 'brecq{%s, drop=0.5}', 'brecq with scales of activations': 'brecq{%s, steps=1}', 'lora-rounding': 'lora-rounding{%s}',
+           'brecq': 'brecq{%s}', 'scale-aware': 'scale-aware{%s}', 'qdrop': 'brecq{%s, drop=0.5}', 'qdrop, inputs too': 'brecq{%s, drop=0.5, inputs=mixed}', 'brecq on mixed inputs': 'brecq{%s, inputs=mixed}', 'brecq on float inputs': 'brecq{%s, inputs=float}', 'brecq with scales of activations': 'brecq{%s, steps=1}', 'lora-rounding': 'lora-rounding{%s}',
            'flexround': 'flexround{%s}', 'lrq': 'lrq{%s}', 'signround': 'signround{%s}', 'latent': 'latent{%s}', 'latent-stochastic': 'latent-stochastic{%s}',
            'latent-settled': 'latent-settled{%s}', 'talr': 'talr{%s}', 'q-galore': 'q-galore{%s}',
            'cbq': 'lora-rounding{%s, layers=2, window=2, overlap=1}', 'pd-quant': 'brecq{%s, drop=0.5, loss=pd}', 'pd-quant corrected': 'brecq{%s, drop=0.5, loss=pd, correct-distribution=1}', 'fisher': 'brecq{%s, loss=fisher}', 'fisher-each': 'brecq{%s, loss=fisher-each}',

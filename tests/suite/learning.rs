@@ -139,6 +139,49 @@ fn errors_weigh_what_the_outputs_depend_on_them() {
     assert!(fisher != run(", loss=fisher, window=2, overlap=1", "2"), "the same in windows");
 }
 
+/// A block may read the float model's numbers while it is learned, or both by chance; nothing said is what rounded blocks give.
+#[test]
+fn a_block_reads_what_was_asked_for_while_it_is_learned() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("q.onnx");
+    let run = |options: &str, threads: &str| {
+        let learn = format!("brecq{{iterations=30, batch=8{options}}}");
+        let summary = quantize(&out, &["--learn", &learn, "--samples", "64", "--threads", threads]);
+        assert!(decibels(&summary) > 10.0, "{options}: {summary}");
+        std::fs::read(&out).unwrap()
+    };
+    let plain = run("", "2");
+    assert!(plain == run(", inputs=quantized", "2"), "other bytes where the default is said");
+    let (float, mixed) = (run(", inputs=float", "2"), run(", inputs=mixed", "1"));
+    assert!(float != plain && mixed != plain && mixed != float, "the same codes whatever is read");
+    assert!(mixed == run(", inputs=mixed", "3"), "other bytes with other threads");
+    let whole = run(", inputs=mixed, drop=0.5, loss=pd, correct-distribution=1", "2");
+    assert!(whole != run(", drop=0.5, loss=pd, correct-distribution=1", "2"));
+}
+
+/// Scales of activations are searched behind the rounding of weights, the same ones on any number of threads; biases follow them, corrected or not.
+#[test]
+fn scales_of_activations_are_searched_by_what_the_outputs_lose() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("q.onnx");
+    let run = |search: &str, threads: &str| {
+        let (model, data) = (fixture("models/digits-resnet.onnx"), fixture("data/digits"));
+        let pipeline = format!(
+            "infer-shapes, *(fold-batch-norm, fold-constants, drop-dead), infer-shapes, calibrate, assign-encodings, round, correct-bias{search}"
+        );
+        let args =
+            ["quantize", text(&model), "--data", text(&data), "-o", text(&out), "--samples", "48", "--scheme", "w4a4"];
+        let output =
+            tool(&[&args[..], &["--target", "onnx-qdq", "--pipeline", &pipeline, "--threads", threads]].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        (decibels(&String::from_utf8(output.stdout).unwrap()), std::fs::read(&out).unwrap())
+    };
+    let (plain, _) = run("", "2");
+    let (searched, bytes) = run(", search-scales{candidates=11}", "2");
+    assert!(searched > plain + 0.3, "{searched} behind {plain} dB");
+    assert!(bytes == run(", search-scales{candidates=11}", "1").1, "other bytes with other threads");
+}
+
 /// What batch normalizations saw in training outlives folding and equalization; what blocks read moves towards it.
 #[test]
 fn inputs_move_towards_the_statistics_of_training() {
@@ -191,6 +234,9 @@ fn what_cannot_be_learned_is_refused_with_the_fix() {
     assert!(
         refused(&["none", "--recipe", "best", "--distill", "latent{loss=fisher}"]).contains("`fisher` is about blocks")
     );
+    assert!(refused(&["brecq{inputs=both}", "--recipe", "best"]).contains("none of quantized, float, mixed"));
+    assert!(refused(&["none{inputs=both}", "--recipe", "best"]).contains("none of quantized, float, mixed"));
+    assert!(refused(&["none", "--recipe", "best", "--distill", "latent{inputs=mixed}"]).contains("inputs"));
     assert!(refused(&["brecq{correct-distribution=-1}", "--recipe", "best"]).contains("between 0 and"));
     // Where nothing is learned, what is said of learning is checked all the same.
     assert!(refused(&["none{loss=nonsense}", "--recipe", "best"]).contains("pd, kl, fisher, fisher-each"));

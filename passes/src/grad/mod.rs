@@ -33,6 +33,8 @@ use std::fmt::Debug;
 use crate::ir::Node;
 pub(crate) use real::map_two;
 pub use real::{Array, Real};
+#[cfg(test)]
+pub(crate) use tape::tests::tape_of_sums;
 pub use tape::{Slot, Tape, Values};
 
 /// What flows through a tape: numbers that have gradients, or whole numbers (shapes, indices, conditions) that have none.

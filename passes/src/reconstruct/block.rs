@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::blocks::{self, Block};
 use super::fake_quant::FakeQuant;
+use super::room::Room;
 use super::steps;
 use crate::encoding::Encoding;
 use crate::grad::{self, Slot, Tape, Value};
@@ -41,6 +42,8 @@ pub(super) struct Program {
     pub(super) drop: Slot,
     pub(super) float_biases: Vec<(Slot, Site, Arc<Tensor>)>,
     pub(super) outputs: Vec<(Slot, ValueId)>,
+    /// How much of it memory holds at once.
+    pub(super) room: Room,
     /// What activations are once they are rounded.
     pub(super) roundings: Vec<(Slot, Site)>,
     /// The logarithms of what scales of activations are multiplied with.
@@ -116,6 +119,7 @@ impl Program {
             drop,
             float_biases: Vec::new(),
             outputs: Vec::new(),
+            room: Room::ALL,
             roundings: Vec::new(),
             steps: Vec::new(),
             products: Vec::new(),

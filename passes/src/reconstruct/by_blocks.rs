@@ -12,6 +12,7 @@ use super::fake_quant;
 use super::measure;
 use super::objective::Objective;
 use super::parameterization::{PARAMETERIZATIONS, Weight};
+use super::room;
 use super::run::Outcome;
 use super::samples;
 use super::settings::{Part, Settings, Usual};
@@ -242,7 +243,7 @@ impl Learner {
         // What follows runs in float.
         let plan =
             if with_rest { Cow::Owned(block.own(model.graph(), model.plan())) } else { Cow::Borrowed(model.plan()) };
-        let program = match Program::of(model.graph(), &plan, given, &whole, also) {
+        let mut program = match Program::of(model.graph(), &plan, given, &whole, also) {
             Ok(program) => program,
             Err(reason) => return Ok(Err(reason)),
         };
@@ -253,9 +254,15 @@ impl Learner {
         }
         let before = samples::before(model.graph(), &whole.nodes);
         let corrects = self.correction > 0.0;
-        let gathered = samples::gather(walk, model.graph(), cx, &program, (&before, stakes), corrects)?;
+        let both = corrects || settings.inputs.reads_floats();
+        let gathered = samples::gather(walk, model.graph(), cx, &program, (&before, stakes), both)?;
         let Some(mut samples) = gathered else {
             return Ok(Err("a tensor that it reads is computed behind its weights".into()));
+        };
+        let weights = model.graph().constant_bytes() as u64;
+        program.room = match room::room((&program, number), &settings, &samples, cx, weights)? {
+            Ok(room) => room,
+            Err(error) => return Ok(Err(error.to_string())),
         };
         let mut learn = || {
             Objective::agrees(&program, &samples.float)?;
@@ -266,6 +273,7 @@ impl Learner {
                 let kind = |value| settings.loss.kind(returned(model.graph(), value));
                 Objective::new(&program, (&samples.all, &samples.origins), model.plan(), settings.loss, kind)?
             };
+            let objective = objective.reading(settings.inputs, &samples.floats);
             let start = program.start(&objective.weights);
             let first = objective.loss(&start)?;
             let mut ticks = 0;
@@ -323,7 +331,9 @@ impl Learner {
             let (before, after) = correction.apply(program, samples)?;
             tracing::debug!(before, after, "inputs moved towards the statistics of training");
         }
-        samples.floats = Vec::new();
+        if !self.settings.inputs.reads_floats() {
+            samples.floats = Vec::new();
+        }
         Ok(())
     }
 }
@@ -405,6 +415,7 @@ mod tests {
             (CORRECTION, "1"),
             ("loss", "fisher"),
             ("steps", "1"),
+            ("inputs", "mixed"),
         ];
         let keys: BTreeSet<String> = options.iter().map(|(name, value)| key(name, value)).collect();
         assert_eq!(keys.len(), options.len(), "{keys:?}");

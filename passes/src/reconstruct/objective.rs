@@ -1,6 +1,7 @@
 //! What a block should give, and how far it is from that: losses, and gradients of all that is learned.
 
 use super::block::Program;
+use super::inputs::Inputs;
 use super::measure::{Kind, Measure, Wish};
 use super::parameterization::Weight;
 use super::run::{Gradients, Outcome, add};
@@ -34,6 +35,9 @@ impl std::fmt::Debug for Loss {
 pub(super) struct Objective<'a> {
     program: &'a Program,
     samples: &'a [Sample],
+    /// What is read in a step of learning, and what the float model gives for that.
+    inputs: Inputs,
+    floats: &'a [Vec<Value<f32>>],
     pub(super) weights: Vec<Weight>,
     /// Of every output, how errors are measured.
     measures: Vec<Measure>,
@@ -60,7 +64,13 @@ impl<'a> Objective<'a> {
         let measures: Vec<Measure> =
             outputs.map(|(at, (_, value))| Measure::of(wish, samples, at, kind(*value))).collect();
         let shares = shares(&measures, samples);
-        Ok(Self { program, samples, weights, measures, shares, fitted, held_out })
+        let inputs = Inputs::Quantized;
+        Ok(Self { program, samples, inputs, floats: &[], weights, measures, shares, fitted, held_out })
+    }
+
+    /// The same, learned from `inputs`, which the float model gives for every sample as `floats`.
+    pub(super) fn reading(self, inputs: Inputs, floats: &'a [Vec<Value<f32>>]) -> Self {
+        Self { inputs, floats, ..self }
     }
 
     /// Whether the tape gives what the float model gives, on float inputs, with float weights and nothing rounded.
@@ -74,7 +84,8 @@ impl<'a> Objective<'a> {
             outputs.map(|output| Measure::of(Wish::Square, samples, output, Kind::Numbers)).collect();
         let shares = shares(&measures, samples);
         let (weights, held_out) = (Vec::new(), Vec::new());
-        let alone = Self { program, samples, weights, measures, shares, fitted: vec![0], held_out };
+        let (inputs, floats, fitted) = (Inputs::Quantized, &[][..], vec![0]);
+        let alone = Self { program, samples, inputs, floats, weights, measures, shares, fitted, held_out };
         let leaves = program.float_leaves();
         let loss = alone.loss_with(&leaves, &[0], (1000, 0))?;
         if loss < DISAGREEMENT { Ok(()) } else { Err(GradError(format!("its tape is {loss:.1e} off the float model"))) }
@@ -95,7 +106,8 @@ impl<'a> Objective<'a> {
     }
 
     fn loss_with(&self, leaves: &[(Slot, Value<f32>)], samples: &[usize], drop: (i64, u64)) -> Result<f64, GradError> {
-        let losses = parallel::map(samples, |i| {
+        // Forward alone takes half as much.
+        let losses = self.at_once(2, samples, |i| {
             let sample = &self.samples[*i];
             let values = self.program.run(leaves, &sample.feeds, drop)?;
             let outputs = self.program.outputs.iter().enumerate();
@@ -125,12 +137,14 @@ impl<'a> Objective<'a> {
         let leaves = p.leaves(&self.weights, at)?;
         let wanted = p.learned();
         let lanes: Vec<&[usize]> = batch.chunks(batch.len().div_ceil(LANES).max(1)).collect();
-        let sums = parallel::map(&lanes, |lane| {
+        let sums = self.at_once(1, &lanes, |lane| {
             let mut sums: Vec<Vec<f32>> = vec![Vec::new(); wanted.len()];
             for &i in *lane {
-                let values = p.run(&leaves, &self.samples[i].feeds, (drop, seed::mixed(seed) ^ i as u64))?;
+                let draw = seed::mixed(seed) ^ i as u64;
+                let feeds = self.inputs.read(&self.samples[i], self.floats.get(i), draw);
+                let values = p.run(&leaves, &feeds, (drop, draw))?;
                 let seeds = self.seeds(&self.samples[i], &values)?;
-                for (sum, grad) in sums.iter_mut().zip(p.tape.backward(&values, seeds, &wanted)?) {
+                for (sum, grad) in sums.iter_mut().zip(p.back(&values, seeds, &wanted)?) {
                     if let Some(grad) = grad {
                         add(sum, grad.iter().copied());
                     }
@@ -144,6 +158,15 @@ impl<'a> Objective<'a> {
             sums.for_each(|(total, sum)| add(total, sum.into_iter()));
         }
         Ok(p.gradients(weights))
+    }
+
+    /// `f` of every item, in their order, of so many `times` as many at once as memory holds of tapes forward and back.
+    fn at_once<I: Sync, U: Send>(&self, times: usize, items: &[I], f: impl Fn(&I) -> U + Sync + Send) -> Vec<U> {
+        let most = self.program.room.at_once.saturating_mul(times);
+        if most >= items.len().min(parallel::AT_ONCE) {
+            return parallel::map(items, f);
+        }
+        parallel::few_of(most, items.iter(), f).collect()
     }
 
     /// The gradient of the loss by every output.

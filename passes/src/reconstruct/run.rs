@@ -3,6 +3,7 @@
 use super::block::Program;
 use super::fake_quant::rescaled;
 use super::parameterization::Weight;
+use super::samples::Sample;
 use crate::encoding::Encoding;
 use crate::grad::{Array, GradError, Slot, Value, Values};
 use crate::model::Plan;
@@ -138,9 +139,34 @@ impl Program {
         feeds: &[Value<f32>],
         drop: (i64, u64),
     ) -> Result<Values<f32>, GradError> {
+        let ends: Vec<Slot> = self.outputs.iter().map(|(slot, _)| *slot).collect();
+        self.tape.forward_in(self.filled(leaves, feeds, drop)?, &self.room.cuts, &ends)
+    }
+
+    /// Takes `seeds` back through what [`Self::run`] has kept.
+    pub(super) fn back(
+        &self,
+        values: &Values<f32>,
+        seeds: Vec<(Slot, Array<f32>)>,
+        wanted: &[Slot],
+    ) -> Result<Vec<Option<Array<f32>>>, GradError> {
+        self.tape.backward_in(values, seeds, wanted, &self.room.cuts)
+    }
+
+    /// The bytes of every slot for a sample like `float`.
+    pub(super) fn sizes(&self, float: &Sample) -> Result<Vec<u64>, GradError> {
+        self.tape.sizes(self.filled(&self.float_leaves(), &float.feeds, (0, 0))?)
+    }
+
+    fn filled(
+        &self,
+        leaves: &[(Slot, Value<f32>)],
+        feeds: &[Value<f32>],
+        drop: (i64, u64),
+    ) -> Result<Vec<(Slot, Value<f32>)>, GradError> {
         let feeds = self.feeds.iter().zip(feeds).map(|((slot, _), value)| (*slot, value.clone()));
         let drop = Array::from_shape_vec(vec![2], vec![drop.0, drop.1.cast_signed()]).map_err(|e| misfit(&e))?;
-        self.tape.forward(leaves.iter().cloned().chain(feeds).chain([(self.drop, Value::Whole(drop))]))
+        Ok(leaves.iter().cloned().chain(feeds).chain([(self.drop, Value::Whole(drop))]).collect())
     }
 }
 

@@ -155,6 +155,15 @@ pub(super) fn gather(
 }
 
 impl Sample {
+    /// How many numbers it brings.
+    pub(super) fn numbers(&self) -> usize {
+        let of = |value: &Value<f32>| match value {
+            Value::Real(array) => array.len(),
+            Value::Whole(array) => array.len(),
+        };
+        self.feeds.iter().map(of).sum()
+    }
+
     /// What squared errors of an output weigh; nothing where all weigh the same.
     pub(super) fn weights(&self, output: usize) -> &[f32] {
         self.weights.get(output).map_or(&[], Vec::as_slice)

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::inputs::Inputs;
 use super::measure;
 use super::parameterization::{self, Parameterization};
 use crate::pass::{OptionError, Options};
@@ -44,6 +45,8 @@ pub(super) struct Settings {
     patience: usize,
     /// The share of activations that stay in float while learning, in thousandths.
     pub(super) drop: i64,
+    /// What blocks read while they are learned.
+    pub(super) inputs: Inputs,
     /// What is learned.
     parts: BTreeSet<Part>,
     /// How errors are measured.
@@ -94,6 +97,7 @@ impl Settings {
             warmup: usual.warmup,
             patience: options.count("patience", 0)?,
             drop: (positive("drop", 0.0, 1.0)? * 1000.0) as i64,
+            inputs: Inputs::of(options.text("inputs", "quantized"))?,
             parts,
             loss: loss(options.text("loss", usual.loss))?,
         };

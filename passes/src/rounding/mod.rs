@@ -45,6 +45,7 @@ pub static PASSES: &[PassEntry] = &[
     descend::ENTRY,
     refit_scales::ENTRY,
     crate::reconstruct::DISTILL,
+    crate::reconstruct::SEARCH_SCALES,
     crate::half::ENTRY,
 ];
 

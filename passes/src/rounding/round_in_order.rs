@@ -27,7 +27,7 @@ use crate::observe::Gram;
 use crate::ops;
 use crate::parallel;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
-use crate::reconstruct::{Learner, OutputMoments, output_moments, stakes};
+use crate::reconstruct::{Learner, OutputMoments, output_moments, reserved, stakes};
 use crate::target::Scheme;
 
 crate::declare_pass! {
@@ -108,6 +108,11 @@ crate::declare_pass! {
             OptionInfo { name: "rate", doc: "learning: times the usual rate of the method, 1 by default" },
             OptionInfo { name: "patience", doc: "learning: a block ends where so many checks in a row, of ten or more on the way, find nothing better; 0 (default): never" },
             OptionInfo { name: "drop", doc: "learning: the share of activations left in float, 0 by default" },
+            OptionInfo {
+                name: "inputs",
+                doc: "learning: what a block reads while it is learned: quantized (default), what the rounded blocks before it give; float, what \
+                      the float model does; mixed, element by element one or the other, drawn anew in every step. It is judged on the first",
+            },
             OptionInfo { name: "codes", doc: "learning: 0 leaves codes as they are, and learns what they are multiplied with; 1 by default" },
             OptionInfo { name: "biases", doc: "learning: 0 leaves biases as they are; 1 by default" },
             OptionInfo { name: "scales", doc: "learning: 0 leaves scales of weights as they are; 1 by default" },
@@ -428,7 +433,8 @@ impl Pass for RoundInOrder {
         let learning = Learning::new(self.learner.as_ref(), model, &stage_of, cx)?;
         let held: u64 = outputs.values().map(OutputMoments::held).sum();
         let walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &learning.spans())?.sparing(self.spares);
-        let mut walk = walk.beside(held.saturating_sub(cx.state_budget));
+        let learns = if self.learner.is_some() { reserved(cx) } else { 0 };
+        let mut walk = walk.beside(held.saturating_sub(cx.state_budget).saturating_add(learns));
         let last = stops.iter().map(|node| walk.stage_of(*node)).max().unwrap_or(0);
         let samples = cx.dataset.map_or(0, Dataset::len);
         let spared = (0..samples).filter(|index| walk.is_spared(*index)).count();
@@ -524,5 +530,25 @@ mod tests {
         let options = |coupled: &str| Options([("coupled".to_owned(), coupled.to_owned())].into());
         assert!(["-1", "nan", "1e9"].iter().all(|odd| RoundInOrder::new(&options(odd)).is_err()));
         assert!(notes[0].contains("--max-memory"), "{notes:?}");
+    }
+
+    /// Fewer tapes side by side, and tapes in parts, come to the same codes; where not even that fits, the fix is named.
+    #[test]
+    fn memory_decides_how_tapes_run_and_not_what_is_learned() {
+        let learned = |room: u64| {
+            let data = Drawn(9);
+            let limited = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
+            let mut cx = PassContext { lone_budget: 8192 + room, pair_budget: 8192, ..limited };
+            let text = "round-in-order{learn=brecq, iterations=12, batch=4, layers=2}";
+            let pipeline = Pipeline::parse(text, &crate::catalogue::passes()).unwrap();
+            let planned = PassManager::default().run(&pipeline, two_products_of(40, 0.7), &mut cx);
+            planned.map(|(model, _)| crate::model::record::digest(model.plan())).map_err(|error| error.to_string())
+        };
+        let plenty = learned(1 << 30).unwrap();
+        let all: Vec<_> = (0..40).map(|step| learned(step * 512)).collect();
+        let fits = all.iter().position(Result::is_ok).unwrap();
+        assert!(fits > 0 && all[fits..].iter().all(|found| *found == Ok(plenty)), "{all:?}");
+        let refused = all[0].as_ref().unwrap_err();
+        assert!(["--max-memory", "layers="].iter().all(|fix| refused.contains(fix)), "{refused}");
     }
 }

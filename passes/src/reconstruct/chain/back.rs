@@ -247,7 +247,7 @@ impl Chain {
         let mut wanted = wanted.to_vec();
         let own = wanted.len();
         wanted.extend(link.carried.iter().map(|(slot, _)| *slot));
-        let mut grads = link.program.tape.backward(values, seeds, &wanted)?;
+        let mut grads = link.program.back(values, seeds, &wanted)?;
         let through = grads.split_off(own);
         for ((_, value), grad) in link.carried.iter().zip(through) {
             let Some(grad) = grad else { continue };

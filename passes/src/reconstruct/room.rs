@@ -1,0 +1,114 @@
+//! How much of a block memory holds at once while it is learned.
+
+use super::block::Program;
+use super::objective::LANES;
+use super::samples::{Sample, Samples};
+use super::settings::Settings;
+use crate::grad::{GradError, Slot, Tape};
+use crate::pass::{PassContext, PassError};
+
+/// How many tapes run side by side, and where a tape is cut: what lies before a cut is run once more on the way back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Room {
+    pub(super) at_once: usize,
+    pub(super) cuts: Vec<usize>,
+}
+
+/// In more parts than this no tape is cut.
+const MOST_PARTS: usize = 64;
+
+impl Room {
+    /// All there is.
+    pub(super) const ALL: Self = Self { at_once: usize::MAX, cuts: Vec::new() };
+
+    /// What `bytes` allow for `tape`, whose slots have these `sizes`; the least that it takes where they do not hold even that.
+    pub(super) fn of(tape: &Tape, ends: &[Slot], sizes: &[u64], bytes: u64) -> Result<Self, u64> {
+        let whole = tape.bytes(&[], ends, sizes).max(1);
+        if let Some(at_once) = usize::try_from(bytes / whole).ok().filter(|n| *n > 0) {
+            return Ok(Self { at_once, cuts: Vec::new() });
+        }
+        let mut least = whole;
+        for parts in 2..=MOST_PARTS {
+            let cuts = tape.cut_in(parts, sizes);
+            let needed = tape.bytes(&cuts, ends, sizes);
+            if needed <= bytes {
+                return Ok(Self { at_once: 1, cuts });
+            }
+            least = least.min(needed);
+        }
+        Err(least)
+    }
+}
+
+/// The bytes of what is learned of the weights of a block, and of their gradients.
+fn learned(settings: &Settings, program: &Program) -> u64 {
+    let weights: u64 = program.weights.iter().map(|(.., tensor)| tensor.len() as u64).sum();
+    // Gradients of every lane and of all; points, leaves, and the best so far.
+    weights.saturating_mul(settings.method.bytes_per_weight() + 4 * (LANES as u64 + 4))
+}
+
+/// The bytes that a block may take beside samples that wait and those that it is learned from, where sessions of the walk hold so many
+/// bytes of weights: nothing is measured meanwhile.
+fn allowed(cx: &PassContext<'_>, weights: u64) -> u64 {
+    cx.lone_budget.saturating_sub(cx.pair_budget).saturating_sub(weights)
+}
+
+/// What of the bytes of samples that wait a walk leaves to the samples of blocks that are learned on the way.
+pub(crate) fn reserved(cx: &PassContext<'_>) -> u64 {
+    cx.pair_budget / 2
+}
+
+/// What memory allows while `program` is learned from `samples`, beside so many bytes of `weights`.
+///
+/// # Errors
+/// [`PassError`] where it does not hold one sample however the tape is cut; inside, why the tape does not run.
+pub(super) fn room(
+    (program, number): (&Program, usize),
+    settings: &Settings,
+    samples: &Samples,
+    cx: &PassContext<'_>,
+    weights: u64,
+) -> Result<Result<Room, GradError>, PassError> {
+    // Tensors of a longer sample are larger.
+    let longest = samples.all.iter().map(Sample::numbers).max().unwrap_or(0).div_ceil(samples.float.numbers().max(1));
+    let sizes: Vec<u64> = match program.sizes(&samples.float) {
+        Ok(sizes) => sizes.into_iter().map(|bytes| bytes.saturating_mul(longest.max(1) as u64)).collect(),
+        Err(error) => return Ok(Err(error)),
+    };
+    let ends: Vec<Slot> = program.outputs.iter().map(|(slot, _)| *slot).collect();
+    let (learned, allowed) = (learned(settings, program), allowed(cx, weights));
+    let room = Room::of(&program.tape, &ends, &sizes, allowed.saturating_sub(learned));
+    tracing::debug!(block = number, ?room, learned, allowed, "memory of tapes");
+    room.map(Ok).map_err(|least| {
+        PassError::Model(format!(
+            "block {number} takes {} MB of gradients for one sample beside {} MB that are learned of it, and there is room for {} MB: learn \
+             fewer weights at a time (layers=, window=), give smaller samples, or allow more with --max-memory",
+            least / 1_000_000,
+            learned / 1_000_000,
+            allowed / 1_000_000
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::grad::tape_of_sums;
+
+    #[test]
+    fn less_memory_is_fewer_at_once_then_cuts_then_a_refusal() {
+        // Twelve sums of a hundred numbers each, one behind the other.
+        let (tape, end) = tape_of_sums(12);
+        let mut sizes = vec![0_u64; 2];
+        sizes.extend([400; 12]);
+        let whole = tape.bytes(&[], &[end], &sizes);
+        let of = |bytes: u64| Room::of(&tape, &[end], &sizes, bytes);
+        assert_eq!(of(whole * 100), Ok(Room { at_once: 100, cuts: Vec::new() }));
+        assert_eq!(of(3 * whole), Ok(Room { at_once: 3, cuts: Vec::new() }));
+        assert_eq!(of(whole), Ok(Room { at_once: 1, cuts: Vec::new() }));
+        let cut = of(whole - 1).unwrap();
+        assert!(cut.at_once == 1 && cut.cuts.len() == 1, "{cut:?}");
+        let least = of(0).unwrap_err();
+        assert!(least < whole * 2 / 3 && of(least).is_ok() && of(least - 1) == Err(least), "{least} of {whole}");
+    }
+}
