@@ -179,6 +179,11 @@ impl<'a> Lockstep<'a> {
         self.spares && judges::is_judge(self.dataset.origin(index))
     }
 
+    /// The most bytes that the samples which are kept take between stages.
+    pub(crate) fn held(&self) -> u64 {
+        self.largest.saturating_mul(self.n_kept as u64)
+    }
+
     /// The stage that node `id` begins or is in.
     pub(crate) fn stage_of(&self, id: NodeId) -> usize {
         self.stage_of.get(&id).copied().unwrap_or(0)

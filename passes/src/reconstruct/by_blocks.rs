@@ -259,8 +259,8 @@ impl Learner {
         let Some(mut samples) = gathered else {
             return Ok(Err("a tensor that it reads is computed behind its weights".into()));
         };
-        let weights = model.graph().constant_bytes() as u64;
-        program.room = match room::room((&program, number), &settings, &samples, cx, weights)? {
+        let beside = walk.held() + samples.bytes() + model.graph().constant_bytes() as u64;
+        program.room = match room::room((&program, number), &settings, &samples, cx, beside)? {
             Ok(room) => room,
             Err(error) => return Ok(Err(error.to_string())),
         };

@@ -47,18 +47,13 @@ fn learned(settings: &Settings, program: &Program) -> u64 {
     weights.saturating_mul(settings.method.bytes_per_weight() + 4 * (LANES as u64 + 4))
 }
 
-/// The bytes that a block may take beside samples that wait and those that it is learned from, where sessions of the walk hold so many
-/// bytes of weights: nothing is measured meanwhile.
-fn allowed(cx: &PassContext<'_>, weights: u64) -> u64 {
-    cx.lone_budget.saturating_sub(cx.pair_budget).saturating_sub(weights)
-}
-
 /// What of the bytes of samples that wait a walk leaves to the samples of blocks that are learned on the way.
 pub(crate) fn reserved(cx: &PassContext<'_>) -> u64 {
     cx.pair_budget / 2
 }
 
-/// What memory allows while `program` is learned from `samples`, beside so many bytes of `weights`.
+/// What memory allows while `program` is learned from `samples`, where so many bytes are held `beside` it: by samples, that wait or that it is
+/// learned from, and by sessions of the walk.
 ///
 /// # Errors
 /// [`PassError`] where it does not hold one sample however the tape is cut; inside, why the tape does not run.
@@ -67,7 +62,7 @@ pub(super) fn room(
     settings: &Settings,
     samples: &Samples,
     cx: &PassContext<'_>,
-    weights: u64,
+    beside: u64,
 ) -> Result<Result<Room, GradError>, PassError> {
     // Tensors of a longer sample are larger.
     let longest = samples.all.iter().map(Sample::numbers).max().unwrap_or(0).div_ceil(samples.float.numbers().max(1));
@@ -76,7 +71,8 @@ pub(super) fn room(
         Err(error) => return Ok(Err(error)),
     };
     let ends: Vec<Slot> = program.outputs.iter().map(|(slot, _)| *slot).collect();
-    let (learned, allowed) = (learned(settings, program), allowed(cx, weights));
+    // Nothing is measured meanwhile.
+    let (learned, allowed) = (learned(settings, program), cx.lone_budget.saturating_sub(beside));
     let room = Room::of(&program.tape, &ends, &sizes, allowed.saturating_sub(learned));
     tracing::debug!(block = number, ?room, learned, allowed, "memory of tapes");
     room.map(Ok).map_err(|least| {

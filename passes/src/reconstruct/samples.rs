@@ -154,14 +154,26 @@ pub(super) fn gather(
     Ok(Some(Samples { all, origins, floats, float }))
 }
 
+impl Samples {
+    /// The bytes of all.
+    pub(super) fn bytes(&self) -> u64 {
+        let floats = self.floats.iter().flatten().map(|value| 4 * count(value) as u64).sum::<u64>();
+        self.all.iter().map(bytes).sum::<u64>() + floats
+    }
+}
+
+/// How many numbers `value` holds.
+fn count(value: &Value<f32>) -> usize {
+    match value {
+        Value::Real(array) => array.len(),
+        Value::Whole(array) => array.len(),
+    }
+}
+
 impl Sample {
     /// How many numbers it brings.
     pub(super) fn numbers(&self) -> usize {
-        let of = |value: &Value<f32>| match value {
-            Value::Real(array) => array.len(),
-            Value::Whole(array) => array.len(),
-        };
-        self.feeds.iter().map(of).sum()
+        self.feeds.iter().map(count).sum()
     }
 
     /// What squared errors of an output weigh; nothing where all weigh the same.
