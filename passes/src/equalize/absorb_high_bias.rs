@@ -11,7 +11,9 @@ use crate::ir::Graph;
 use crate::ir::walk::{User, Users, reads};
 use crate::model::{Edit, Model, Patch, Plan};
 use crate::ops;
-use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
+use crate::pass::{
+    Facts, LEAST_RATIO, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish,
+};
 use crate::simulate::Simulation;
 use crate::tensor::Tensor;
 
@@ -52,9 +54,6 @@ pub(super) const ENTRY: PassEntry =
 struct AbsorbHighBias {
     sigmas: Option<f64>,
 }
-
-/// The least ratio of the power of the outputs to that of their error where values are lost: 50 dB.
-const LEAST_RATIO: f64 = 1e5;
 
 impl AbsorbHighBias {
     fn new(options: &Options) -> Result<Self, OptionError> {

@@ -18,7 +18,7 @@ use crate::tensor::Tensor;
 const MOST_CHANGE: f64 = 1e-4;
 
 /// The least ratio of the power of an output to that of its change where the function is to be the same on samples alone: 50 dB.
-const LEAST_RATIO: f64 = 1e5;
+pub(crate) const LEAST_RATIO: f64 = 1e5;
 
 /// So many samples tell whether the function is the same.
 const SAMPLES: usize = 2;
@@ -232,7 +232,8 @@ impl<'a, 'c> Search<'a, 'c> {
         if regions.is_empty() {
             return Ok(());
         }
-        if self.runs < MOST_RUNS
+        let tried = self.runs < MOST_RUNS;
+        if tried
             && let Some(outputs) = self.returned_with(regions)?
             && self.stands(&outputs)
         {
@@ -241,7 +242,9 @@ impl<'a, 'c> Search<'a, 'c> {
             return Ok(());
         }
         if regions.len() == 1 || self.runs >= MOST_RUNS {
-            self.untried.extend(regions.iter().skip(1).flatten());
+            if !tried || regions.len() > 1 {
+                self.untried.extend(regions.iter().flatten());
+            }
             undone.extend(regions.iter().cloned());
             return Ok(());
         }
@@ -293,12 +296,11 @@ impl<'a, 'c> Search<'a, 'c> {
     }
 
     fn told(&self, name: &str, region: &[usize]) -> Diagnostic {
+        let untried = format!("was not told apart in {MOST_RUNS} runs from what changes what the model returns");
         let of = |id: &NodeId| Some(self.model.graph().node(*id)?.name.escape_debug().to_string());
         let nodes: Vec<String> = touched(self.patch, region).iter().filter_map(of).collect();
         let why = match self.before.of {
-            _ if region.iter().any(|place| self.untried.contains(place)) => {
-                "was not told apart in 48 runs from what changes what the model returns"
-            }
+            _ if region.iter().any(|place| self.untried.contains(place)) => &untried,
             Fidelity::OnSamples => "leaves less than 50 dB of what the model returns for samples that judge it",
             _ => "changes what the model returns by more than its floats round",
         };

@@ -10,6 +10,7 @@ mod rewrite;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 
+pub(crate) use audit::LEAST_RATIO;
 pub use fact::Facts;
 pub use manager::{Instrument, PassManager, RunError, StepRecord, Trace};
 pub use options::{OptionError, OptionInfo, Options};

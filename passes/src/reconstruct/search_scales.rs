@@ -1,10 +1,10 @@
 //! Scales of activations, chosen by what the model makes of them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use super::blocks::{self, Block};
 use super::steps;
-use super::tail::{Tail, Told};
+use super::tail::Tail;
 use crate::encoding::Encoding;
 use crate::exec::Dataset;
 use crate::id::{NodeId, Site, ValueId};
@@ -225,14 +225,10 @@ fn reads_at(graph: &Graph, id: NodeId, site: Site) -> bool {
     }
 }
 
-/// What every sample says, in the order of samples.
-pub(super) fn in_order(told: Vec<Vec<Told>>) -> Vec<Told> {
-    let sorted: BTreeMap<usize, Told> = told.into_iter().flatten().map(|told| (told.index, told)).collect();
-    sorted.into_values().collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::model::record;
     use crate::pass::{PassManager, Pipeline};

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use super::blocks::Block;
 use super::measure::{Measure, Wish};
 use super::samples::{self, Sample};
-use super::search_scales::in_order;
 use crate::encoding::Encoding;
 use crate::grad::{self, Array, Value};
 use crate::id::{Site, ValueId};
@@ -110,7 +109,9 @@ impl Tail {
                 Ok(())
             },
         )?;
-        Ok(in_order(told))
+        let mut told: Vec<Told> = told.into_iter().flatten().collect();
+        told.sort_by_key(|told| told.index);
+        Ok(told)
     }
 
     /// What `candidate` loses on these of the samples that were asked.
