@@ -18,7 +18,8 @@ static INFO: TargetInfo = TargetInfo {
         name: "onnx-qdq",
         doc: "Plain ONNX with QuantizeLinear and DequantizeLinear from ai.onnx opset 21. Placement as for ort-cpu, whose \
               rules are the widest that standard consumers share. Activations of other than 4, 8 and 16 bits are clamped between both \
-              nodes. `tok` (w4a4tok): nodes compute the range of every token from what it is in each run.",
+              nodes. `tok` (w4a4tok): nodes compute the range of every token from what it is in each run; \
+              small floats of 2 or 3 bits of mantissa (wfp4ae3m2tok, wfp4ae2m3tok) are written as the lowest codes of an 8-bit float.",
         source: "ONNX operator specification, opset 21",
     },
     version: "opset 21",
@@ -54,11 +55,18 @@ impl Target for OnnxQdq {
             .is_some_and(|g| g.info().integer && g.range().0 < 0.0);
         if signed || scheme.power_of_two {
             let what = if signed { "codes without a sign" } else { "scales as they come, no powers of two" };
-            return Some(format!("with the range of each token (tok) it takes {what}: w4a4tok, w8a8tok, wfp8afp8tok"));
+            return Some(format!(
+                "with the range of each token (tok) it takes {what}: w4a4tok, w8a8tok, wfp8afp8tok, wfp4ae3m2tok"
+            ));
         }
         // Weights as they are beside float activations, and those as beside plain weights.
         let weights = Scheme { activation_bits: None, activation_format: None, dynamic: None, ..*scheme };
-        let (activation_bits, activation_format) = (scheme.activation_bits, scheme.activation_format);
+        let format = scheme.activation_format.and_then(passes::grid::find);
+        let (activation_bits, activation_format) = match format.filter(|grid| passes::grid::carrier(*grid).is_some()) {
+            // Written in codes of 8 bits.
+            Some(_) => (Some(8), None),
+            None => (scheme.activation_bits, scheme.activation_format),
+        };
         let activations = Scheme { activation_format, ..Scheme::integers(8, activation_bits) };
         [weights, activations].iter().find_map(|half| ort_cpu::refuses(half, &bits))
     }

@@ -87,7 +87,18 @@ fn no_method_does_worse_than_nearest_however_little_the_samples_say() {
 fn every_recipe_takes_one_sample() {
     let folder = folder(&model(), 1);
     for recipe in ["fast", "balanced", "best", "learned"] {
-        for scheme in ["w8a8", "w4a8", "w4a4", "w2a4", "w4a4tok", "w3a16g16", "w2a16g16", "w4a16g16asym", "wfp4a8"] {
+        for scheme in [
+            "w8a8",
+            "w4a8",
+            "w4a4",
+            "w2a4",
+            "w4a4tok",
+            "w3a16g16",
+            "w2a16g16",
+            "w4a16g16asym",
+            "wfp4a8",
+            "wfp4ae3m2tok",
+        ] {
             let json = said(&folder, &["--target", "onnx-qdq", "--scheme", scheme, "--recipe", recipe]);
             assert_eq!(json["verify"]["passed"], true, "{recipe} {scheme}: {json:#}");
             assert!(json["fidelity"]["cosine"].as_f64().is_some_and(f64::is_finite), "{recipe} {scheme}: {json:#}");

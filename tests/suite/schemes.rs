@@ -35,7 +35,18 @@ fn every_scheme_verifies() {
         "w5a8dyn",
     ];
     let shifts = ["w8a8pow2", "w4a8pow2", "w4a16g32pow2", "w3a16g16asympow2", "we2m3a8pow2"];
-    let tokens = ["w8a8tok", "w4a4tok", "w4a6tok", "w2a2tok", "w4a8g32asymtok", "wfp4afp8tok", "we2m3afp8e5m2tok"];
+    let tokens = [
+        "w8a8tok",
+        "w4a4tok",
+        "w4a6tok",
+        "w2a2tok",
+        "w4a8g32asymtok",
+        "wfp4afp8tok",
+        "we2m3afp8e5m2tok",
+        "wfp4ae3m2tok",
+        "w4ae2m3tok",
+        "wfp4ae2m3g32tok",
+    ];
     let floats = ["wfp8a16", "wfp8e5m2a16", "wfp4a8", "we2m3a8", "we3m0a16g32", "wnf4a16g32"];
     let signs = ["w1a8", "w1a4", "w1a16", "w1a16g32", "w1a4tok", "w1a8pow2"];
     let blocks = ["wmxfp8a16", "wmxfp4a16", "wmxint8a16", "wnvfp4a16"];

@@ -112,6 +112,7 @@ fn what_a_target_cannot_take_is_refused_before_any_work() {
         ("ort-cpu", "w4a4tok", "only onnx-qdq"),
         ("tensorrt", "w8a8tok", "w4a16g128"),
         ("onnx-qdq", "w4afp4tok", "8-bit floats"),
+        ("onnx-qdq", "w4ae4m1tok", "8-bit floats"),
         ("onnx-qdq", "w8a8pow2tok", "no powers of two"),
         ("onnx-qdq", "w8aint16tok", "without a sign"),
     ] {

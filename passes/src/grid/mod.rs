@@ -163,6 +163,28 @@ pub(crate) fn neighbor(grid: &dyn Grid, at: f64, up: bool) -> f64 {
     if beyond { other } else { wanted }
 }
 
+/// The 8-bit float of ONNX whose lowest codes are those of `grid`, and what points of `grid` are multiplied by to become its own: it
+/// has as many bits of mantissa and more of exponent, so that steps near zero are as fine as elsewhere. `None` where there is none.
+pub fn carrier(grid: &dyn Grid) -> Option<(&'static dyn Grid, f32)> {
+    let format = grid.float_format().filter(|format| !format.nan && !format.infinities)?;
+    let wide: [&'static dyn Grid; 2] = [&float::FLOAT8_E4M3FN, &float::FLOAT8_E5M2];
+    wide.into_iter().find_map(|wide| {
+        let of = wide.float_format()?;
+        // With more exponents, the one that holds NaN and infinities is out of reach.
+        let fits = of.mantissa == format.mantissa && of.exponent > format.exponent;
+        fits.then(|| (wide, 2.0_f32.powi(format.bias - of.bias)))
+    })
+}
+
+/// The grids whose codes `stored` may hold, itself first, each with the factor of [`carrier`].
+pub(crate) fn carried(stored: &'static dyn Grid) -> impl Iterator<Item = (&'static dyn Grid, f32)> {
+    let name = stored.info().about.name;
+    let others = all().filter_map(move |grid| {
+        carrier(grid).filter(|(wide, _)| wide.info().about.name == name).map(|(_, factor)| (grid, factor))
+    });
+    std::iter::once((stored, 1.0)).chain(others)
+}
+
 /// Every grid, the minifloats of all widths included.
 pub fn all() -> impl Iterator<Item = &'static dyn Grid> {
     GRIDS.iter().chain(float::MINIFLOATS).copied()
@@ -175,6 +197,8 @@ pub fn find(name: &str) -> Option<&'static dyn Grid> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::seed::uniform;
 
@@ -253,6 +277,31 @@ mod tests {
             let tie = grid.nearest(middle);
             assert!(same(tie, a) || same(tie, b), "{grid:?}: {middle} goes to {tie}");
         });
+    }
+
+    /// Times a power of two, what the wider float makes of a number is what the narrower one does.
+    #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "any f32 will do")]
+    fn codes_of_a_carrier_stand_for_the_same_numbers() {
+        let mut carried_ones = BTreeSet::new();
+        each_pair(|grid, a, b| {
+            let Some((wide, factor)) = carrier(grid) else { return };
+            carried_ones.insert(grid.info().about.name);
+            let beside = |x: f64| [(x as f32).next_down(), x as f32, (x as f32).next_up()];
+            let within = |x: &f32| f64::from(x.abs()) <= grid.range().1;
+            let mut narrow = [a, f64::midpoint(a, b), b].map(beside).concat();
+            narrow.retain(within);
+            let mut wider: Vec<f32> = narrow.iter().map(|x| x * factor).collect();
+            grid.snap(&mut narrow, 0.0);
+            wide.snap(&mut wider, 0.0);
+            let same = |(narrow, wider): (&f32, &f32)| (narrow * factor).to_bits() == wider.to_bits();
+            assert!(narrow.iter().zip(&wider).all(same), "{grid:?} in {wide:?}: {narrow:?}, {wider:?}");
+        });
+        assert!(carried_ones.contains("e2m3") && carried_ones.contains("e3m2"), "{carried_ones:?}");
+        for stored in all() {
+            let found: Vec<&str> = carried(stored).map(|(grid, _)| grid.info().about.name).collect();
+            assert_eq!(found[0], stored.info().about.name);
+        }
     }
 
     /// At points and at the middles between them, and one step of f32 beside; around 0 those steps are subnormal.

@@ -1,7 +1,8 @@
 //! Activations whose rows get their scales from each run: nodes that compute those, and a pair in blocks of a whole row each.
 //!
 //! Both nodes of a pair take scales that are computed (opset 21, measured in ONNX Runtime 1.22 and 1.31, on the CPU); a zero point is what
-//! a quantize node without one makes of the range below zero.
+//! a quantize node without one makes of the range below zero. Floats of fewer than eight bits are written as the lowest codes of one of eight
+//! (see [`grid::carrier`]).
 
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use super::blocks::block_attrs;
 use super::pairs::fills_storage;
 use super::qdq::Lowering;
 use crate::encoding::{Encoding, Granularity};
+use crate::grid::{self, Grid};
 use crate::id::{Name, Site, ValueId};
 use crate::ir::{Attr, Attrs, Dim, TensorType, Type};
 use crate::target::LowerError;
@@ -21,6 +23,9 @@ pub(super) struct Row<'a> {
     source: ValueId,
     axis: usize,
     encoding: &'a Encoding,
+    /// Whose codes are written, and what the numbers of the encoding's grid are multiplied by there.
+    grid: &'static dyn Grid,
+    factor: f32,
     /// The shape of its scales.
     scales: Option<Vec<Dim>>,
 }
@@ -36,7 +41,13 @@ impl<'a> Row<'a> {
     ) -> Self {
         let short = |(at, dim): (usize, &Dim)| if at == axis { Dim::Known(1) } else { dim.clone() };
         let scales = tensor.shape.as_ref().map(|dims| dims.iter().enumerate().map(short).collect());
-        Self { name, source, axis, encoding, scales }
+        let (grid, factor) = grid::carrier(encoding.grid).unwrap_or((encoding.grid, 1.0));
+        Self { name, source, axis, encoding, grid, factor, scales }
+    }
+
+    /// Whether codes of a wider format are written.
+    fn is_carried(&self) -> bool {
+        self.grid.info().about.name != self.encoding.grid.info().about.name
     }
 
     /// The share of a range that is not cut.
@@ -53,22 +64,24 @@ impl Lowering<'_> {
         let Granularity::DynamicRows { axis, size } = encoding.granularity else {
             return Err(fail("a bug in onnx-quant: no encoding of rows".into()));
         };
-        let grid = encoding.grid.info().about.name;
+        let what = encoding.grid.info().about.name;
         let unsigned = !encoding.grid.info().integer || encoding.grid.range().0 >= 0.0;
-        if !self.dialect.rows
-            || self.plan.encoding(Site::Value(value)).is_some()
-            || !super::is_native(encoding.grid)
-            || !unsigned
-        {
-            return Err(fail(format!(
-                "no quantize node writes `{grid}` by the ranges that each run has: take another --target or format"
-            )));
-        }
         let (asked, encoding) = (encoding, &self.loadable(value, encoding));
         let tensor = self.type_of(&self.graph.value(value).ty, false).tensor().cloned().unwrap_or_default();
         let row = Row::of(&name, self.raw[&value], axis, encoding, &tensor);
+        let encoded = self.plan.encoding(Site::Value(value)).is_some();
+        if !self.dialect.rows || encoded || !super::is_native(row.grid) || !unsigned {
+            return Err(fail(format!(
+                "no quantize node writes `{what}` by the ranges that each run has: take another --target or format"
+            )));
+        }
+        if row.is_carried() && row.reach() < 1.0 {
+            return Err(fail(format!(
+                "`{what}` is written in codes of 8 bits, which go on where its own end: leave reach at 1"
+            )));
+        }
         let (codes, scale, zero_point) = self.row_codes(&row, size, &tensor)?;
-        let storage = encoding.grid.info().storage;
+        let storage = row.grid.info().storage;
         let result = self.typed(&format!("{name}.dequantized"), Type::Tensor(tensor));
         let inputs: Vec<_> = [Some(codes), Some(scale)].into_iter().chain(zero_point.map(Some)).collect();
         self.call(("", "DequantizeLinear"), &format!("{name}.dequantize"), inputs, &[result], block_attrs(axis, size))?;
@@ -86,7 +99,7 @@ impl Lowering<'_> {
     ) -> Result<(ValueId, ValueId, Option<ValueId>), LowerError> {
         let (name, encoding) = (row.name, row.encoding);
         let (scale, zero_point) = self.row_parameters(row)?;
-        let storage = encoding.grid.info().storage;
+        let storage = row.grid.info().storage;
         let mut attrs = block_attrs(row.axis, size);
         if zero_point.is_none() {
             attrs.insert("output_dtype".into(), Attr::Int(i64::from(storage.code())));
@@ -95,7 +108,7 @@ impl Lowering<'_> {
         let codes = self.typed(&format!("{name}.codes"), codes);
         let inputs: Vec<_> = [Some(row.source), Some(scale)].into_iter().chain(zero_point.map(Some)).collect();
         self.call(("", "QuantizeLinear"), &format!("{name}.quantize"), inputs, &[codes], attrs)?;
-        let codes = if fills_storage(encoding.grid) { codes } else { self.clipped(name, codes, encoding)? };
+        let codes = if fills_storage(row.grid) { codes } else { self.clipped(name, codes, encoding)? };
         Ok((codes, scale, zero_point))
     }
 
@@ -121,7 +134,8 @@ impl Lowering<'_> {
             let sizes = self.step(row, "Abs", "magnitudes", vec![row.source])?;
             let most = self.reduced(row, "ReduceMax", "highest", sizes)?;
             let most = self.reached(row, "most", most)?;
-            return Ok((self.row_scale(row, most, high)?, None));
+            // The factor is a power of two: nothing is rounded by it.
+            return Ok((self.row_scale(row, most, high * row.factor)?, None));
         }
         let zero = self.named(&format!("{}.zero", row.name), Arc::new(Tensor::scalar(0.0_f32)))?;
         let from = self.reduced(row, "ReduceMin", "lowest", row.source)?;
@@ -153,14 +167,14 @@ impl Lowering<'_> {
         self.step(row, "Mul", &format!("{what}.reached"), vec![end, share])
     }
 
-    /// `range` in `levels` steps, which are normal numbers.
+    /// `range` in `levels` steps, which are normal numbers for the encoding's own grid.
     fn row_scale(&mut self, row: &Row<'_>, range: ValueId, levels: f32) -> Result<ValueId, LowerError> {
         let constant = |lowering: &mut Self, what: &str, number: f32| {
             lowering.named(&format!("{}.{what}", row.name), Arc::new(Tensor::scalar(number)))
         };
         let levels = constant(self, "levels", levels)?;
         let step = self.step(row, "Div", "step", vec![range, levels])?;
-        let least = constant(self, "least", f32::MIN_POSITIVE)?;
+        let least = constant(self, "least", f32::MIN_POSITIVE / row.factor)?;
         self.step(row, "Max", "scale", vec![step, least])
     }
 

@@ -1,7 +1,7 @@
 //! Activations whose rows get their scales from each run, back into the plan: what `lower/rows` writes.
 
 use crate::encoding::{Encoding, Granularity};
-use crate::grid::Grid;
+use crate::grid::{self, Grid};
 use crate::id::{NodeId, ValueId};
 use crate::ir::walk::Users;
 use crate::ir::{Graph, Node};
@@ -49,13 +49,14 @@ pub(super) fn of(graph: &Graph, quantize: &Node, grid: &'static dyn Grid) -> Opt
     // The axis that a product sums over; and what a quantize node makes of numbers below zero is only a zero point where codes start there.
     (axis + 1 == rank && (low == 0.0 || !grid.info().integer)).then_some(())?;
     let reach;
+    let mut found = grid;
     if grid.info().integer {
         let zeros = walk.node(quantize.input(2)?, "QuantizeLinear")?;
         let of_rows = zeros.int("block_size", 0) == 1 && positive_axis(zeros.int("axis", 1), rank) == Some(axis);
         let stored = DType::from_code(zeros.int("output_dtype", 0)) == Some(grid.info().storage);
         (of_rows && stored && zeros.input(1) == Some(scale) && zeros.input(2).is_none()).then_some(())?;
         let below = walk.node(zeros.input(0)?, "Neg")?.input(0)?;
-        let range = walk.scaled(scale, high - low)?;
+        let range = walk.scaled(scale, high - low, f32::MIN_POSITIVE)?;
         let range = walk.node(range, "Sub")?;
         let (to, from) = (range.input(0)?, range.input(1).filter(|from| *from == below)?);
         let (from, of_from) = walk.reached(from)?;
@@ -68,14 +69,19 @@ pub(super) fn of(graph: &Graph, quantize: &Node, grid: &'static dyn Grid) -> Opt
         (walk.reduced(highest, "ReduceMax", axis, rank)? == source).then_some(())?;
     } else {
         quantize.input(2).is_none().then_some(())?;
-        let most = walk.scaled(scale, high)?;
+        let own = |(own, factor): (&'static dyn Grid, f32)| {
+            let levels = own.range().1 * f64::from(factor);
+            Some((own, walk.scaled(scale, levels, f32::MIN_POSITIVE / factor)?))
+        };
+        let (own, most) = grid::carried(grid).find_map(own)?;
+        found = own;
         let (most, of_most) = walk.reached(most)?;
         reach = of_most;
         let sizes = walk.reduced(most, "ReduceMax", axis, rank)?;
         (walk.node(sizes, "Abs")?.input(0)? == source).then_some(())?;
     }
     let whole = known.is_none_or(|known| known == size);
-    whole.then(|| Rows { encoding: Encoding::dynamic_rows(grid, axis, size, reach), makers: walk.seen })
+    whole.then(|| Rows { encoding: Encoding::dynamic_rows(found, axis, size, reach), makers: walk.seen })
 }
 
 /// What stands behind the node `id`, which dequantizes rows, to keep it apart from its readers: a `Reshape` that changes nothing, with its
@@ -122,11 +128,11 @@ impl<'a> Walk<'a> {
         (share > 0.0 && share < 1.0).then_some((node.input(0)?, share))
     }
 
-    /// What is divided by `levels`, and kept above the smallest normal number, to give `scale`.
+    /// What is divided by `levels`, and kept above `least`, to give `scale`.
     #[expect(clippy::cast_possible_truncation, reason = "bounds of grids of up to 16 bits")]
-    fn scaled(&mut self, scale: ValueId, levels: f64) -> Option<ValueId> {
+    fn scaled(&mut self, scale: ValueId, levels: f64, least: f32) -> Option<ValueId> {
         let graph = self.graph;
-        let step = self.bounded(scale, "Max", f32::MIN_POSITIVE)?;
+        let step = self.bounded(scale, "Max", least)?;
         let node = self.node(step, "Div")?;
         let by = graph.constant_input(node, 1)?.floats()?[..] == [levels as f32];
         node.input(0).filter(|_| by)
