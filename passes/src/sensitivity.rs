@@ -1,15 +1,18 @@
 //! What a plan, or the part of it that is about one node, costs at the outputs of the model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::about::About;
+use crate::encoding::Encoding;
 use crate::exec::Executor;
+use crate::id::{NodeId, ValueId};
 use crate::ir::Graph;
-use crate::model::Plan;
+use crate::model::{Model, Plan};
 use crate::parallel;
-use crate::pass::{PassContext, PassError};
+use crate::pass::{PassContext, PassError, Wish};
 use crate::reconstruct::SALIENCIES;
 use crate::returned::{Returned, returned};
+use crate::rounding;
 use crate::simulate::Simulation;
 use crate::tensor::{DType, Tensor};
 
@@ -50,9 +53,64 @@ pub static METRICS: &[(Metric, About)] = &[
     ),
 ];
 
-/// What tells which weights need bits: the metrics, and what gradients say of all weights at once.
+/// What tells how much rounding a weight costs without gradients, and without a run of the model for every weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// The weight alone.
+    Weights,
+    /// What GPTQ leaves of what the layer returns.
+    Moments,
+    /// The same, expected before anything is rounded.
+    Pivots,
+}
+
+/// The forms by name.
+pub static FORMS: &[(Form, About)] = &[
+    (
+        Form::Weights,
+        About {
+            name: "weights",
+            doc: "Squared rounding errors of a weight over its square: of the weight alone, no data.",
+            source: "signal to noise of weights; as the cheapest of several sensitivities, ours",
+        },
+    ),
+    (
+        Form::Moments,
+        About {
+            name: "moments",
+            doc: "Squared error of what a layer returns over its square, its weight rounded by GPTQ: tr(Δ H Δᵀ) over tr(W H Wᵀ), with H the \
+                  second moments of what it reads. What follows a layer plays no part, so that it ranks layers of one kind.",
+            source: "the objective of Frantar et al. 2022 (GPTQ), arXiv:2210.17323; forward runs alone in place of the gradients of Xiao et \
+                     al. 2025 (TaCQ), arXiv:2504.07389",
+        },
+    ),
+    (
+        Form::Pivots,
+        About {
+            name: "pivots",
+            doc: "The same as expected before anything is rounded: Σ D s² / 12 over tr(W H Wᵀ), with s the steps and D the pivots of H = M D Mᵀ \
+                  in the order of GPTQ.",
+            source: "Chee et al. 2023 (QuIP), arXiv:2307.13304, section 3; as a sensitivity ours",
+        },
+    ),
+];
+
+impl Form {
+    /// What has to be measured for it.
+    pub(crate) fn wishes(self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
+        if self == Self::Weights { BTreeSet::new() } else { rounding::wished(model, cx) }
+    }
+
+    /// What the weight of `node` loses in each of `encodings`; `None` where only the weight tells.
+    pub(crate) fn losses(self, model: &Model, node: NodeId, encodings: &[Encoding]) -> Option<Vec<f64>> {
+        if self == Self::Weights { None } else { rounding::losses(model, node, encodings, self) }
+    }
+}
+
+/// What tells which weights need bits: the metrics, forms without gradients, and what gradients say of all weights at once.
 pub fn all() -> impl Iterator<Item = &'static About> {
-    METRICS.iter().map(|(_, about)| about).chain(SALIENCIES.iter().map(|saliency| &saliency.about))
+    let forms = FORMS.iter().map(|(_, about)| about);
+    METRICS.iter().map(|(_, about)| about).chain(forms).chain(SALIENCIES.iter().map(|saliency| &saliency.about))
 }
 
 /// A float model with its outputs for some samples.

@@ -104,7 +104,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BITS", value_parser = share)]
     budget: Option<f64>,
     /// What tells `--budget` which weights need bits, any of `list sensitivities`: error or kl-top, runs of the model with one weight
-    /// rounded after the other; fisher, tacq or gradient-l1, gradients of all weights at once [default: error]
+    /// rounded after the other; moments or pivots, what layers return; weights, those alone; fisher, tacq or gradient-l1, gradients of all
+    /// weights at once [default: error]
     #[arg(long, value_name = "METRIC", value_parser = PossibleValuesParser::new(sensitivity::all().map(|about| about.name)))]
     sensitivity: Option<String>,
     /// The loss allowed: squared error of the outputs over their square, 0.01 or 1% being 20 dB. Weights get more bits and nodes

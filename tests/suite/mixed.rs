@@ -111,10 +111,10 @@ fn gradients_find_the_layers_that_probes_find() {
     }
 }
 
-/// Gradients by size, with or without the weight: whatever a budget gives, a larger one gives too.
+/// Gradients by size, with or without the weight, and what layers return: whatever a budget gives, a larger one gives too.
 #[test]
 fn larger_budgets_never_give_a_weight_fewer_bits() {
-    for metric in ["tacq", "gradient-l1"] {
+    for metric in ["tacq", "gradient-l1", "weights", "moments", "pivots"] {
         let mut last = [0.0; WEIGHTS.len()];
         for budget in ["4", "4.6", "5.5", "7"] {
             let summary = done(&["--scheme", "w4a8", "--budget", budget, "--sensitivity", metric]);
@@ -131,6 +131,36 @@ fn larger_budgets_never_give_a_weight_fewer_bits() {
         let budget =
             |threads: &str| done(&["--scheme", "w4a8", "--budget", "5", "--sensitivity", metric, "--threads", threads]);
         assert_eq!(budget("1")["layers"], budget("3")["layers"], "{metric} on any number of threads");
+    }
+}
+
+/// Before anything is rounded, layers are expected to lose what they lose once GPTQ has rounded them; what runs tell falls by either.
+#[test]
+fn what_layers_return_tells_which_weights_need_bits() {
+    let by = |metric: &str| done(&["--scheme", "w4a8", "--budget", "5", "--sensitivity", metric]);
+    let (solved, expected) = (by("moments"), by("pivots"));
+    let four = decibels(&done(&["--scheme", "w4a8"]));
+    let ratio = |(name, _): &(&str, f64)| (share(&solved, name) / share(&expected, name)).ln();
+    let apart: Vec<f64> = WEIGHTS.iter().map(ratio).collect();
+    let mean_square = apart.iter().map(|ratio| ratio * ratio).sum::<f64>() / apart.len() as f64;
+    assert!(mean_square.sqrt() < 2.0_f64.ln(), "usually within a factor of 2: {apart:?}");
+    for mixed in [&solved, &expected] {
+        assert!(mean_bits(mixed) > 4.0 && decibels(mixed) > four, "{} {four}", decibels(mixed));
+    }
+    let pipeline = solved["pipeline"].as_str().unwrap();
+    for shares in ["squares", "moments", "pivots"] {
+        let text = pipeline.replace("metric=moments", &format!("metric=error, shares={shares}"));
+        let mixed = done(&["--scheme", "w4a8", "--pipeline", &text]);
+        assert!((4.0..=5.0).contains(&mean_bits(&mixed)) && decibels(&mixed) > four, "{shares}: {}", decibels(&mixed));
+    }
+    for (from, to, wanted) in [
+        ("metric=moments", "metric=error, shares=weights", "none of squares, moments, pivots"),
+        ("metric=moments", "metric=moments, shares=pivots", "leave it out"),
+        ("budget=5, metric=moments", "max-drop=0.01, metric=moments", "give a budget"),
+    ] {
+        assert!(pipeline.contains(from), "{pipeline}");
+        let (code, _, error) = run(&["--scheme", "w4a8", "--pipeline", &pipeline.replace(from, to)]);
+        assert!(code == Some(2) && error.contains(wanted), "{code:?} {error}");
     }
 }
 

@@ -7,12 +7,12 @@ use std::collections::BTreeSet;
 use super::assign::{WeightScale, reencode};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::Encoding;
-use crate::id::{NodeId, Site};
+use crate::id::{NodeId, Site, ValueId};
 use crate::ir::walk::Users;
 use crate::model::{Decision, Edit, Model, Patch, Plan};
-use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
+use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::reconstruct::{Gradient, SALIENCIES, Saliency};
-use crate::sensitivity::{METRICS, Metric, Probe};
+use crate::sensitivity::{FORMS, Form, METRICS, Metric, Probe};
 use crate::target::Scheme;
 use crate::{ops, parallel};
 
@@ -23,14 +23,16 @@ crate::declare_pass! {
     /// Every weight is rounded alone, to nearest in the fewest bits there are to choose, and what that does to the outputs of the model
     /// is measured on a few samples; more bits cost in proportion to the squared rounding error that they make. With `metric=fisher`,
     /// `tacq` or `gradient-l1` (`list sensitivities`) gradients tell it instead, of all weights at once: of the rounding errors e of every
-    /// choice Σ F e², Σ A |e| |w| or Σ A |e|, F being the mean square of the gradient by a weight w, A its mean size. Losses are taken to add
+    /// choice Σ F e², Σ A |e| |w| or Σ A |e|, F being the mean square of the gradient by a weight w, A its mean size. With `metric=moments`, `pivots`
+    /// or `weights` nothing follows a layer but what it returns, or its weight: the relative error of either, choice by choice. With
+    /// `shares=moments` or `pivots` a run per weight still tells what the fewest bits cost, and those how it falls with more. Losses are taken to add
     /// up; of each weight's choices those on the lower convex hull count, and steps between them are taken in the order of loss saved per
     /// bit, so that a larger budget never gives any weight fewer bits. Weights that `--set` names, or that several nodes read, keep theirs.
     INFO {
         name: "allocate-bits",
         source: "output probes and hull allocation as in Dong et al. 2019 (HAWQ), arXiv:1905.03696, and Xiao et al. 2025 (TaCQ), \
                  arXiv:2504.07389",
-        cost: "With probes: one forward pass of `samples` samples (4) for every weight. With metric=fisher, tacq or gradient-l1: one forward pass and one back of 32 samples in all, and 4 bytes per weight.",
+        cost: "With probes: one forward pass of `samples` samples (4) for every weight. With metric=fisher, tacq or gradient-l1: one forward pass and one back of 32 samples in all, and 4 bytes per weight. With moments or pivots: one forward pass of all samples, and a factorization of every second moment.",
         requires: Facts::ENCODED,
         establishes: Facts::NONE,
         preserves: Facts::ALL,
@@ -39,7 +41,8 @@ crate::declare_pass! {
             OptionInfo { name: "budget", doc: "the mean bits of a weight, scales not counted" },
             OptionInfo { name: "max-drop", doc: "the loss that all weights together may cost; bits only rise from those of the scheme" },
             OptionInfo { name: "bits", doc: "the bits to choose from, such as 2+3+4+8; those of the scheme, 4 and 8 by default" },
-            OptionInfo { name: "metric", doc: "error (default): squared error of the outputs over their square; kl-top: divergence of the likeliest classes; fisher, tacq, gradient-l1: by gradients of the outputs" },
+            OptionInfo { name: "metric", doc: "error (default): squared error of the outputs over their square; kl-top: divergence of the likeliest classes; moments, pivots, weights: by what the layer returns, or the weight alone; fisher, tacq, gradient-l1: by gradients of the outputs" },
+            OptionInfo { name: "shares", doc: "how what a run tells of the fewest bits falls with more: squares (default), as the squared rounding error; moments or pivots, as what the layer returns loses" },
             OptionInfo { name: "samples", doc: "so many samples are run for every weight, 4 by default; for gradients 32, once for all of them" },
             OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max, mse (default) or cfp" },
         ],
@@ -60,6 +63,8 @@ struct AllocateBits {
     metric: String,
     samples: usize,
     weights: WeightScale,
+    /// What tells how what probes find falls with more bits; squared errors where nothing is said.
+    shares: Option<Form>,
 }
 
 /// What tells how much the outputs lose.
@@ -67,6 +72,8 @@ struct AllocateBits {
 enum Judge {
     /// Runs of the model, one per weight.
     Probes(Metric),
+    /// What the layer returns, or its weight alone.
+    Forms(Form),
     /// Gradients of all weights at once.
     Gradients(&'static Saliency),
 }
@@ -76,7 +83,8 @@ impl Judge {
     fn of(name: &str) -> Result<Self, OptionError> {
         let probes = METRICS.iter().map(|(metric, about)| (Self::Probes(*metric), about));
         let gradients = SALIENCIES.iter().map(|saliency| (Self::Gradients(saliency), &saliency.about));
-        let all: Vec<_> = probes.chain(gradients).collect();
+        let forms = FORMS.iter().map(|(form, about)| (Self::Forms(*form), about));
+        let all: Vec<_> = probes.chain(forms).chain(gradients).collect();
         all.iter().find(|(_, about)| about.name == name).map(|(judge, _)| *judge).ok_or_else(|| {
             let names: Vec<&str> = all.iter().map(|(_, about)| about.name).collect();
             OptionError { option: "metric".into(), problem: format!("`{name}` is none of {}", names.join(", ")) }
@@ -107,13 +115,37 @@ impl AllocateBits {
         let name = options.text("metric", "error");
         let judge = Judge::of(name)?;
         let gradients = matches!(judge, Judge::Gradients(_));
-        if gradients && max_drop.is_some() {
+        let probes = matches!(judge, Judge::Probes(_));
+        if !probes && max_drop.is_some() {
             let problem = format!("{name} tells no squared errors of outputs, which max-drop is about: give a budget");
             return Err(OptionError { option: "metric".into(), problem });
         }
         let samples = options.count("samples", if gradients { 32 } else { 4 })?.max(1);
+        let shares = match options.text("shares", "squares") {
+            "squares" => None,
+            other => match FORMS.iter().find(|(form, about)| about.name == other && *form != Form::Weights) {
+                Some((form, _)) if probes => Some(*form),
+                Some(_) => {
+                    let problem = format!("`{name}` tells what every choice costs: leave it out");
+                    return Err(OptionError { option: "shares".into(), problem });
+                }
+                None => {
+                    let problem = format!("`{other}` is none of squares, moments, pivots");
+                    return Err(OptionError { option: "shares".into(), problem });
+                }
+            },
+        };
         let (metric, weights) = (name.to_owned(), WeightScale::of(options)?);
-        Ok(Self { budget, max_drop, bits, judge, metric, samples, weights })
+        Ok(Self { budget, max_drop, bits, judge, metric, samples, weights, shares })
+    }
+
+    /// What second moments are asked for: all that tells, or how what probes tell falls with bits.
+    fn form(&self) -> Option<Form> {
+        match self.judge {
+            Judge::Forms(form) => Some(form),
+            Judge::Probes(_) => self.shares,
+            Judge::Gradients(_) => None,
+        }
     }
 
     /// How much the outputs depend on weights, where gradients tell it.
@@ -161,8 +193,10 @@ struct Candidate {
     size: usize,
     /// Squared rounding errors, choice by choice; what they cost where gradients tell it.
     noise: Vec<f64>,
-    /// How it is written in the fewest bits.
-    lowest: Encoding,
+    /// How it is written, choice by choice.
+    encodings: Vec<Encoding>,
+    /// Its square.
+    energy: f64,
 }
 
 impl Candidate {
@@ -206,8 +240,8 @@ fn candidates(
                 Some(gradient) => Some((told.saliency, gradient)),
             },
         };
-        let noise = choices.iter().map(|&bits| {
-            let encoding = encoding(bits)?;
+        let encodings: Vec<Encoding> = choices.iter().map(|&bits| encoding(bits)).collect::<Option<_>>()?;
+        let noise = encodings.iter().map(|encoding| {
             let mut rounded = values.to_vec();
             encoding.simulate(&mut rounded, tensor.shape()).ok()?;
             let errors = rounded.iter().zip(values.iter()).map(|(a, b)| a - b);
@@ -217,9 +251,29 @@ fn candidates(
             })
         });
         let noise = noise.collect::<Option<_>>()?;
-        Some(Ok(Candidate { node, site, size: tensor.len(), noise, lowest: encoding(*choices.first()?)? }))
+        let energy = values.iter().map(|w| f64::from(*w).powi(2)).sum();
+        Some(Ok(Candidate { node, site, size: tensor.len(), noise, encodings, energy }))
     });
     found.into_iter().flatten().collect()
+}
+
+/// Puts what `form` tells in the place of squared errors. Of how many weights it could not, which count by squared errors over their square.
+fn by_form(form: Form, model: &Model, cx: &PassContext<'_>, candidates: &mut [Candidate]) -> Result<usize, PassError> {
+    cx.progress.begin(INFO.about.name, candidates.len() as u64);
+    let mut without = 0;
+    // One after the other: each takes the square of its columns, and is parallel inside.
+    for candidate in candidates {
+        if cx.progress.cancelled() {
+            return Err(PassError::Interrupted);
+        }
+        let told = form.losses(model, candidate.node, &candidate.encodings);
+        without += usize::from(told.is_none());
+        let energy = candidate.energy.max(f64::MIN_POSITIVE);
+        candidate.noise = told.unwrap_or_else(|| candidate.noise.iter().map(|noise| noise / energy).collect());
+        cx.progress.step();
+    }
+    cx.progress.end();
+    Ok(without)
 }
 
 fn unreached(node: &str) -> PassError {
@@ -238,6 +292,10 @@ impl Pass for AllocateBits {
         &INFO
     }
 
+    fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
+        self.form().map_or_else(BTreeSet::new, |form| form.wishes(model, cx))
+    }
+
     fn keeps_samples(&self) -> bool {
         matches!(self.judge, Judge::Gradients(_))
     }
@@ -251,17 +309,27 @@ impl Pass for AllocateBits {
         let choices = self.choices(cx);
         let Some(base) = choices.iter().position(|&bits| bits == cx.scheme.weight_bits) else { return Ok(patch) };
         let told = self.told(model, cx)?;
-        let candidates = candidates(model, cx, &choices, self.weights, told.as_ref())?;
+        let mut candidates = candidates(model, cx, &choices, self.weights, told.as_ref())?;
         if candidates.is_empty() {
             return Ok(patch);
+        }
+        if let Some(form) = self.form() {
+            let without = by_form(form, model, cx, &mut candidates)?;
+            if without > 0 && form != Form::Weights {
+                let message = format!(
+                    "of {without} of {} weights there are no second moments: their squared errors over their squares count",
+                    candidates.len()
+                );
+                patch.note(Diagnostic::new(diag::NO_MOMENTS, Severity::Note, Place::Model, message));
+            }
         }
         let losses = match self.judge {
             Judge::Probes(metric) => {
                 let probe = Probe::new(model.graph(), cx, self.samples, metric)?;
-                let alone: Vec<Plan> = candidates.iter().map(|c| Plan::of(c.site, c.lowest.clone())).collect();
+                let alone: Vec<Plan> = candidates.iter().map(|c| Plan::of(c.site, c.encodings[0].clone())).collect();
                 probe.losses(&alone, cx, INFO.about.name)?
             }
-            Judge::Gradients(_) => candidates.iter().map(|candidate| candidate.noise[0]).collect(),
+            Judge::Gradients(_) | Judge::Forms(_) => candidates.iter().map(|candidate| candidate.noise[0]).collect(),
         };
         let rows = rows(&candidates, &choices, &losses);
         let elements: f64 = candidates.iter().map(|candidate| candidate.size as f64).sum();

@@ -2,7 +2,7 @@
 
 #![expect(clippy::inline_always, reason = "what runs inside `vectorized` must be compiled into it")]
 
-use faer::{Mat, Side};
+use faer::{Mat, MatRef, Side};
 
 use super::tile::{LANES, Lanes, Panels, Quadratic, Tile, WIDE};
 use super::{Method, Prepared};
@@ -81,9 +81,34 @@ impl Factor {
     }
 }
 
-/// The factor of H, with columns in descending order of their diagonal; damped until it exists.
+/// The factor of H, with columns in descending order of their diagonal.
 #[expect(clippy::cast_possible_truncation, reason = "feedback is used as f32")]
 fn factor(q: &Quadratic) -> Option<Factor> {
+    let d = q.columns;
+    factored(q, |order, lower| {
+        let back = |at: usize| d - 1 - at;
+        let entry = |k: usize, j: usize| {
+            if k < j { (lower[(back(k), back(j))] / lower[(back(j), back(j))]) as f32 } else { 0.0 }
+        };
+        Factor { order: order.to_vec(), feedback: Panels::new(d, d, entry) }
+    })
+}
+
+/// D of H = M D Mᵀ, column by column as they are stored: what a squared error counts that is left when its column's turn comes.
+pub(super) fn column_pivots(q: &Quadratic) -> Option<Vec<f64>> {
+    factored(q, |order, lower| {
+        let mut pivots = vec![0.0; order.len()];
+        for (place, column) in order.iter().enumerate() {
+            let back = order.len() - 1 - place;
+            pivots[*column] = lower[(back, back)].powi(2);
+        }
+        pivots
+    })
+}
+
+/// What `make` makes of the columns, in descending order of their diagonal, and of the factor of H, both read backwards; damped until there
+/// is one.
+fn factored<T>(q: &Quadratic, make: impl Fn(&[usize], MatRef<'_, f64>) -> T) -> Option<T> {
     let d = q.columns;
     let diagonal = |j: usize| f64::from(q.h.at(j, j));
     let mut order: Vec<usize> = (0..d).collect();
@@ -100,12 +125,7 @@ fn factor(q: &Quadratic) -> Option<Factor> {
             if i == j { if value > 0.0 { value + damping * mean } else { mean } } else { value }
         };
         let Ok(factored) = Mat::from_fn(d, d, entry).llt(Side::Lower) else { continue };
-        let lower = factored.L();
-        let feedback = Panels::new(d, d, |k, j| {
-            let back = |at: usize| d - 1 - at;
-            if k < j { (lower[(back(k), back(j))] / lower[(back(j), back(j))]) as f32 } else { 0.0 }
-        });
-        return Some(Factor { order, feedback });
+        return Some(make(&order, factored.L()));
     }
     None
 }
@@ -172,6 +192,11 @@ mod tests {
             assert!(order.windows(2).all(|pair| q.h.at(pair[0], pair[0]) >= q.h.at(pair[1], pair[1])));
             let h = damped(&q, &order);
             let pivots = pivots(&h, d);
+            let by_column = column_pivots(&q).unwrap();
+            for (place, column) in order.iter().enumerate() {
+                let (got, want) = (by_column[*column], pivots[place]);
+                assert!((got / want - 1.0).abs() < 1e-6, "{d} columns, {column}: {got} {want}");
+            }
             let m = |i: usize, k: usize| if i == k { 1.0 } else { f64::from(feedback.at(i, k)) };
             for (at, want) in h.iter().enumerate() {
                 let (i, j) = (at / d, at % d);
