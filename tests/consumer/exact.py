@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from zoo import MODELS
 
-PASSES = [('smooth', 'w8a8'), ('equalize-layers', 'w4a8'), ('equalize-layers{clamps=1}', 'w4a8'), ('relax-clamps', 'w8a8'), ('absorb-high-bias', 'w8a8'), ('reparameterize-norms{strength=1}', 'w8a8'), ('awq', 'w4a16g32'), ('learn-scaling{sweeps=1}', 'w4a16g32'), ('learn-scaling{sweeps=1}', 'w4a4'), ('rotate', 'w4a16g32'), ('learn-rotation{sweeps=1}', 'w4a16g32'), ('rotate-heads', 'w4a16g32'), ('rotate-bottlenecks', 'w4a8'), ('pool-to-conv', 'w8a8'), ('rotate-inputs', 'w4a4'), ('reparameterize-norms{to=bare}', 'w4a4'), ('defer-softmax', 'w4a4')]
+PASSES = [('smooth', 'w8a8'), ('scale-outliers', 'w8a8'), ('equalize-layers', 'w4a8'), ('equalize-layers{clamps=1}', 'w4a8'), ('equalize-layers{from=weights}', 'w8a8'), ('equalize-layers{from=weights, clamps=exact}', 'w8a8'), ('relax-clamps', 'w8a8'), ('absorb-high-bias', 'w8a8'), ('reparameterize-norms{strength=1}', 'w8a8'), ('awq', 'w4a16g32'), ('learn-scaling{sweeps=1}', 'w4a16g32'), ('learn-scaling{sweeps=1}', 'w4a4'), ('rotate', 'w4a16g32'), ('learn-rotation{sweeps=1}', 'w4a16g32'), ('rotate-heads', 'w4a16g32'), ('rotate-bottlenecks', 'w4a8'), ('pool-to-conv', 'w8a8'), ('rotate-inputs', 'w4a4'), ('reparameterize-norms{to=bare}', 'w4a4'), ('defer-softmax', 'w4a4')]
 # The function stays what it was on samples only.
 ON_SAMPLES = {'equalize-layers{clamps=1}', 'relax-clamps', 'absorb-high-bias'}
 # Found in decoders alone.

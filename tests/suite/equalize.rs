@@ -70,7 +70,7 @@ pub(super) fn check_same(before: &Model, after: &Model, executor: &dyn Executor,
 }
 
 /// The same where calibration never looked: at zeros, at a hundred times `sample`, and at other numbers.
-fn check_unseen(before: &Model, after: &Model, executor: &dyn Executor, sample: &[Tensor], what: &str) {
+pub(super) fn check_unseen(before: &Model, after: &Model, executor: &dyn Executor, sample: &[Tensor], what: &str) {
     let others: [fn(usize, f32) -> f32; 3] =
         [|_, _| 0.0, |_, value| 100.0 * value, |i, _| ((i * 6427 + 11) % 1999) as f32 / 999.5 - 1.0];
     for other in others {
@@ -117,6 +117,27 @@ fn a_division_folds_through_a_product_into_the_linear_before_it() {
     assert!(counts.contains("weights"), "{counts}");
     // The input itself can only be divided by a node of its own.
     assert!(after.graph().nodes().filter(|(_, node)| node.op.is("Mul")).count() <= 2);
+}
+
+/// The one channel that is an outlier is divided, and the weights that read the others stay what they are to the bit.
+#[test]
+fn an_outlier_among_channels_is_scaled_alone() {
+    let source =
+        format!("opset 21\ngraph (%x: f32[512,32]) -> (%y) {{\n{}  %y = MatMul(%x, %w)\n}}\n", matrix("w", 32, 16));
+    let data = Rows { channels: 32, samples: 4 };
+    let (before, after, counts) = divided(&source, &data, "scale-outliers", "w8a8");
+    assert!(counts.contains("inserted") && counts.contains("weights\": 1"), "{counts}");
+    let [old, new] = [&before, &after].map(|model| {
+        let graph = model.graph();
+        let product = graph.nodes().find(|(_, node)| node.op.is("MatMul")).unwrap().1;
+        graph.constant_input(product, 1).unwrap().floats().unwrap().into_owned()
+    });
+    for (row, (old, new)) in old.chunks(16).zip(new.chunks(16)).enumerate() {
+        let grown = new[0] / old[0];
+        assert!(if row == 3 { (7.0..8.5).contains(&grown) } else { old == new }, "{row}: {grown}");
+    }
+    let (_, _, counts) = divided(&source, &data, "scale-outliers", "w8a16");
+    assert_eq!(counts, "{}", "activations stay in float");
 }
 
 /// The loud channel's weights grow, so that they are rounded in finer steps of the block that they share.

@@ -165,6 +165,17 @@ fn a_division_is_folded_into_whatever_takes_it() {
     }
 }
 
+/// Between two layers ranges of weights are balanced along all these ways; one weight that two nodes read stays.
+#[test]
+fn ranges_of_weights_are_balanced_along_the_same_ways() {
+    for (name, (shape, data), nodes) in cases() {
+        let (_, _, counts) = divided(&model(shape, &nodes, "%y"), data, "equalize-layers{from=weights}", "w8a8");
+        let linear = ["MatMul(", "Gemm(", "Conv(", "ConvTranspose("];
+        let writes = nodes.iter().any(|node| linear.iter().any(|op| node.contains(op)));
+        assert_eq!(counts.contains("channels"), writes && name != "tensors one behind the other", "{name}: {counts}");
+    }
+}
+
 #[test]
 fn weights_alone_are_scaled_along_the_same_ways() {
     for (name, (shape, data), nodes) in cases().into_iter().step_by(3) {

@@ -3,6 +3,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, reason = "test binary")]
 
 mod attention;
+mod balanced;
 mod boundaries;
 mod caches;
 mod cli;

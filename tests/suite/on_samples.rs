@@ -339,6 +339,22 @@ fn layers_are_equalized_through_clamps_when_that_is_asked_for() {
     assert!(error.contains("less than 1"), "{error}");
 }
 
+/// Every channel ends where it did, for whatever is read.
+#[test]
+fn from_weights_clamps_end_channel_by_channel() {
+    let data = Pictures { spike: -2.0 };
+    for high in [0.5, 6.0, 60.0] {
+        let source = uneven(high);
+        let text = "infer-shapes, equalize-layers{from=weights, clamps=exact}";
+        let made = made(&source, &data, text, ("onnx-qdq", "w8a4"), &[]).same(&data, &source);
+        assert!(made.counts.contains("\"channels\": 4") && made.notes.is_empty(), "{} {}", made.counts, made.notes);
+        assert_eq!((made.count("Clip"), made.count("Min")), (1, 1), "{}", made.counts);
+        let ends = made.constants("Min", 1).concat();
+        assert_eq!(made.constants("Clip", 2).concat(), [ends.iter().copied().fold(0.0, f32::max)]);
+        assert!(ends.iter().any(|end| (end / ends[0] - 1.0).abs() > 0.1), "{ends:?}");
+    }
+}
+
 const FORCED: &str = "infer-shapes, calibrate, reparameterize-norms{strength=1}, drop-dead";
 
 /// A norm as `norm` writes it, whose result `%n` is read by `readers`.

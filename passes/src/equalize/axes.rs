@@ -63,6 +63,20 @@ fn reshaped_from(graph: &Graph, from: ValueId, to: ValueId, axis: usize) -> Opti
     (0..old.len()).find(alike)
 }
 
+/// The axis of `to` that holds the indices of `axis` of `from`, which has the same numbers in the same order, and the run of each: index i
+/// there holds what index `i / run % extent` does here.
+pub(super) fn merged_into(graph: &Graph, from: ValueId, to: ValueId, axis: usize) -> Option<(usize, usize)> {
+    let [old, new] = [from, to].map(|value| Some(&**graph.value(value).ty.tensor()?.shape.as_ref()?));
+    let (old, new): (&[Dim], &[Dim]) = (old?, new?);
+    let count = |dims: &[Dim]| dims.iter().try_fold(1_usize, |n, dim| n.checked_mul(dim.known()?));
+    let (extent, inner) = (old.get(axis)?.known().filter(|n| *n > 0)?, count(&old[axis + 1..])?);
+    (0..new.len()).find_map(|at| {
+        let behind = count(&new[at + 1..])?;
+        let run = inner.checked_div(behind).filter(|run| *run > 0 && run * behind == inner)?;
+        new[at].known()?.is_multiple_of(extent.checked_mul(run)?).then_some((at, run))
+    })
+}
+
 /// The axis of input `input` of `node` that is broadcast from the back to `axis` of `rank`.
 pub(super) fn aligned(graph: &Graph, node: &Node, input: usize, (rank, axis): (usize, usize)) -> Option<usize> {
     (graph.value(node.input(input)?).ty.rank()? + axis).checked_sub(rank)
@@ -88,6 +102,21 @@ pub(super) fn joins_along(node: &Node, axis: usize, rank: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_of_a_channel_are_found_where_axes_are_merged() {
+        let at = |from: &str, to: &str, axis: usize| {
+            let source = format!("graph (%a: f32[{from}], %b: f32[{to}]) -> (%a) {{\n}}");
+            let model = crate::text::parse(&source).unwrap();
+            let [a, b] = ["a", "b"].map(|name| model.graph().find(name).unwrap());
+            merged_into(model.graph(), a, b, axis)
+        };
+        assert_eq!(at("2,16,2,2", "2,64", 1), Some((1, 4)));
+        assert_eq!(at("N,16,2,2", "N,64", 1), Some((1, 4)));
+        assert_eq!(at("4,8,16", "32,16", 2), Some((1, 1)));
+        assert_eq!(at("N,2,2,16", "N,64", 3), Some((1, 1)), "channels that repeat");
+        assert_eq!(at("2,16,H,W", "2,L", 1), None);
+    }
 
     #[test]
     fn an_axis_is_found_where_numbers_keep_their_order() {

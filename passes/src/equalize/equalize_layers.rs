@@ -1,9 +1,12 @@
-//! Cross-layer equalization of convolutions.
+//! Cross-layer equalization.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::balance;
+use super::lanes::Lanes;
 use super::region::{Region, free_regions};
+use super::rescaled::rescale;
 use super::smooth::divisors;
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::id::{NodeId, ValueId};
@@ -32,18 +35,26 @@ crate::declare_pass! {
     /// s\[j\] = peak(x\[j\])^a / peak(w\[j\])^(1−a) with the exponent a that gives the smallest expected error of what is computed from the region at the scheme's bits; doing nothing
     /// is among the candidates. Dead channels keep s = 1, and so does every region of which
     /// something was not measured or the user wants something in float. Exact over the reals where no clamps are passed.
+    ///
+    /// With `from=weights` no samples are asked: s\[j\] = √(r₁ / r₂), with r₁ the largest weight that writes a channel and r₂ the largest that
+    /// reads it, so that both become one. That goes channel by channel, through products, `Gemm` and transposed convolutions as well, `PRelu`,
+    /// factors, joins (`Concat`), and what moves or cuts axes anew, runs of a channel among it; a channel that anything else writes or reads
+    /// stays, and no other. With `clamps=exact` every channel of a clamp ends where it did, by a `Min` behind it.
     INFO {
         name: "equalize-layers",
-        source: "Nagel et al. 2019, arXiv:1906.04721, section 4.1; regions after Brevitas; choice by expected error ours",
-        cost: "One forward pass for peaks; then every weight of a region is measured once per candidate exponent. No more data.",
+        source: "Nagel et al. 2019, arXiv:1906.04721, section 4.1; regions after Brevitas; choice by expected error, and channel by channel, ours",
+        cost: "One forward pass for peaks; then every weight of a region is measured once per candidate exponent. No more data. From weights: no data, and up to 50 looks at every kernel's largest weight.",
         requires: Facts::SHAPES,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,
         fidelity: UpToRounding,
-        options: &[OptionInfo {
-            name: "clamps",
-            doc: "regions with clamps too, channels growing until so many times their peak would be clamped, from 1 on; by default such regions are left alone",
-        }],
+        options: &[
+            OptionInfo {
+                name: "clamps",
+                doc: "regions with clamps too, channels growing until so many times their peak would be clamped, from 1 on; or, from weights, exact: a `Min` behind the clamp; by default such regions are left alone",
+            },
+            OptionInfo { name: "from", doc: "peaks (default): by peaks of samples and expected error; weights: by ranges of weights alone" },
+        ],
     }
 }
 
@@ -55,16 +66,42 @@ pub(super) const ENTRY: PassEntry =
 struct EqualizeLayers {
     /// How many times the peak of a channel its clamp lets pass.
     clamps: Option<f64>,
+    /// Whether ranges of weights decide alone; with clamps that end per channel, or without clamps.
+    by_weights: Option<bool>,
 }
 
 impl EqualizeLayers {
     fn new(options: &Options) -> Result<Self, OptionError> {
+        let refused = |option: &str, problem: String| Err(OptionError { option: option.into(), problem });
+        let by_weights = match options.text("from", "peaks") {
+            "peaks" => false,
+            "weights" => true,
+            other => return refused("from", format!("`{other}` is neither peaks nor weights")),
+        };
+        match (options.text("clamps", ""), by_weights) {
+            ("exact", true) => return Ok(Self { clamps: None, by_weights: Some(true) }),
+            ("", true) => return Ok(Self { clamps: None, by_weights: Some(false) }),
+            ("exact", false) => return refused("clamps", "`exact` goes with from=weights".into()),
+            (_, true) => return refused("clamps", "with from=weights it is exact, or left out".into()),
+            (_, false) => {}
+        }
         let clamps = options.number("clamps")?;
         match clamps.filter(|margin| *margin < 1.0) {
-            Some(margin) => Err(OptionError { option: "clamps".into(), problem: format!("`{margin}` is less than 1") }),
-            None => Ok(Self { clamps }),
+            Some(margin) => refused("clamps", format!("`{margin}` is less than 1")),
+            None => Ok(Self { clamps, by_weights: None }),
         }
     }
+}
+
+/// `model` with channels divided by what ranges of weights say; with `clamps`, through clamps that end somewhere too.
+fn balanced(model: &Model, cx: &PassContext<'_>, clamps: bool) -> Patch {
+    let (mut patch, lanes) = (Patch::on(model), Lanes::of(model, cx, clamps));
+    let Some(s) = balance::factors(&lanes) else { return patch };
+    if rescale(model, &lanes, &s, &mut patch).is_none() {
+        return Patch::on(model);
+    }
+    patch.count("channels", s.iter().filter(|s| (**s - 1.0).abs() > f64::EPSILON).count() as u64);
+    patch
 }
 
 impl Pass for EqualizeLayers {
@@ -77,7 +114,7 @@ impl Pass for EqualizeLayers {
     }
 
     fn wishes(&self, model: &Model, cx: &PassContext<'_>) -> BTreeSet<(ValueId, Wish)> {
-        if !cx.scheme.fixes_ranges() {
+        if !cx.scheme.fixes_ranges() || self.by_weights.is_some() {
             return BTreeSet::new();
         }
         let graph = model.graph();
@@ -90,6 +127,9 @@ impl Pass for EqualizeLayers {
     }
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
+        if let Some(clamps) = self.by_weights {
+            return Ok(balanced(model, cx, clamps));
+        }
         let mut patch = Patch::on(model);
         if !cx.scheme.fixes_ranges() {
             return Ok(patch);

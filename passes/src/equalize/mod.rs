@@ -5,12 +5,14 @@ mod affine_norm;
 mod annealing;
 mod awq;
 mod axes;
+mod balance;
 mod defer_softmax;
 mod divided;
 mod equalize_layers;
 mod factors;
 mod fit_clamps;
 mod hadamard;
+mod lanes;
 mod learn_rotation;
 mod learn_scaling;
 mod orthogonal;
@@ -19,11 +21,13 @@ mod pool_to_conv;
 mod region;
 mod relax_clamps;
 mod reparameterize_norms;
+mod rescaled;
 mod rotate;
 mod rotate_bottlenecks;
 mod rotate_heads;
 mod rotate_inputs;
 mod rounding_loss;
+mod scale_outliers;
 mod scaled;
 mod scaled_loss;
 mod shifted;
@@ -31,6 +35,7 @@ mod smooth;
 mod smooth_caches;
 mod stream;
 mod stream_weights;
+mod taps;
 mod turned_loss;
 mod utilization;
 mod value_path;
@@ -40,6 +45,7 @@ use crate::pass::PassEntry;
 /// Order is the order of the manual, not of the pipeline.
 pub static PASSES: &[PassEntry] = &[
     smooth::ENTRY,
+    scale_outliers::ENTRY,
     equalize_layers::ENTRY,
     relax_clamps::ENTRY,
     absorb_high_bias::ENTRY,

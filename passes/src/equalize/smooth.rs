@@ -45,7 +45,7 @@ pub(super) const ENTRY: PassEntry = PassEntry { info: &INFO, build: |_| Ok(Box::
 struct Smooth;
 
 /// A node is worth it where it takes two thirds of the error away.
-const INSERTED: f64 = 1.0 / 3.0;
+pub(super) const INSERTED: f64 = 1.0 / 3.0;
 
 impl Pass for Smooth {
     fn info(&self) -> &'static PassInfo {
@@ -63,7 +63,7 @@ impl Pass for Smooth {
 }
 
 /// Tensors that matrix products with a constant read, where the scheme rounds activations.
-fn wanted(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
+pub(super) fn wanted(graph: &Graph, cx: &PassContext<'_>) -> Vec<Group> {
     if cx.scheme.activation_bits.is_none() { Vec::new() } else { groups(graph, cx) }
 }
 
@@ -138,7 +138,7 @@ pub(super) fn divisors(peaks: &[f32], weights: &[f64], alpha: f64, reach: f64) -
 
 /// The expected squared error of all outputs: rounding noise of the activation through the weights, and of the weights under
 /// the activation's power, both uniform within a step.
-fn expected_error(peaks: &Peaks, sinks: &[Sink], divisor: &[f64], cx: &PassContext<'_>) -> f64 {
+pub(super) fn expected_error(peaks: &Peaks, sinks: &[Sink], divisor: &[f64], cx: &PassContext<'_>) -> f64 {
     let top = peaks.values().iter().zip(divisor).map(|(&p, s)| f64::from(p) / s).fold(0.0, f64::max);
     let levels = 2.0_f64.powi(i32::try_from(cx.scheme.activation_bits.unwrap_or(8)).unwrap_or(8)) - 1.0;
     // One bit has no steps of its own: it counts as two.
