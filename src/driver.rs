@@ -22,7 +22,7 @@ use crate::recipe::{pipeline_text, pipelines};
 pub(crate) use crate::refusals::guard_inputs;
 use crate::refusals::{check_budget, check_request};
 pub use crate::request::{Error, Kept, Request, Rest, Select};
-use crate::resume::{keep_budget, open_journal, paused, resumed};
+use crate::resume::{keep_budgets, open_journal, paused, resumed};
 use crate::stages::{Clock, StageTimes, outcome_notes};
 use crate::verify::{self, Fidelity, Verdict};
 use crate::{exec, import, lint, samples, stats};
@@ -137,7 +137,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     if let Some(journal) = &journal {
         notes.extend(resumed(journal));
         cx.journal = journal;
-        keep_budget(journal, &mut cx.pair_budget)?;
+        keep_budgets(journal, &mut cx)?;
     }
     let judge = samples::all(None, held_out.as_ref().or(dataset.as_ref()));
     let mut planned = manager.run(&rest, model, &mut cx).map_err(|error| paused(error.into(), journal.as_ref()))?;

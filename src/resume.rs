@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use passes::diag::{self, Diagnostic, Place, Severity};
 use passes::journal::Journal as _;
+use passes::pass::PassContext;
 
 use crate::driver::{Error, Kept, Request};
 use crate::journal::{self, FileJournal};
@@ -43,12 +44,17 @@ pub(crate) fn resumed(journal: &FileJournal) -> Option<Diagnostic> {
     (blocks > 0 || stands).then(|| Diagnostic::new(diag::RESUMED, Severity::Note, Place::Model, message))
 }
 
-/// Samples that wait between stages take as much memory as in the run that began: how many fit decides what is learned from.
-pub(crate) fn keep_budget(journal: &FileJournal, budget: &mut u64) -> Result<(), Error> {
-    let key = "pair budget";
-    match journal.get(key).and_then(|bytes| Some(u64::from_le_bytes(bytes.try_into().ok()?))) {
-        Some(kept) => *budget = kept,
-        None => journal.put(key, &budget.to_le_bytes()).map_err(Error::Resources)?,
+/// Samples that wait between stages, and what is kept of all weights beside them, take as much memory as in the run that began: how many
+/// samples fit decides what is learned from.
+pub(crate) fn keep_budgets(journal: &FileJournal, cx: &mut PassContext<'_>) -> Result<(), Error> {
+    let key = "budgets";
+    let number = |bytes: &[u8]| bytes.try_into().ok().map(u64::from_le_bytes);
+    let kept = journal.get(key);
+    if let Some((pair, lone)) = kept.and_then(|bytes| Some((number(bytes.get(..8)?)?, number(bytes.get(8..)?)?))) {
+        (cx.pair_budget, cx.lone_budget) = (pair, lone);
+    } else {
+        let both = [cx.pair_budget.to_le_bytes(), cx.lone_budget.to_le_bytes()].concat();
+        journal.put(key, &both).map_err(Error::Resources)?;
     }
     Ok(())
 }

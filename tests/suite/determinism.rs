@@ -22,7 +22,8 @@ fn rounding_by_data_is_as_reproducible() {
     let model = fixture("models/digits-resnet.onnx");
     let coupled = "infer-shapes, fold-batch-norm, infer-shapes, drop-dead, calibrate, assign-encodings{weights=mse}, \
                    round-in-order{refit=3, coupled=1}";
-    for how in [["--recipe", "best"], ["--pipeline", coupled]] {
+    let adaptive = &coupled.replace("coupled=1", "adaptive=0.5");
+    for how in [["--recipe", "best"], ["--pipeline", coupled], ["--pipeline", adaptive]] {
         let results: Vec<Vec<u8>> = [("1", 1_usize, 1_usize), ("2", 8, 37), ("3", 32, 11)]
             .iter()
             .map(|&(threads, batch, stride)| {

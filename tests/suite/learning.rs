@@ -72,7 +72,7 @@ fn the_whole_model_is_learned_block_by_block() {
 /// What is learned of all weights at once is refused where memory does not hold it, with what takes less; that runs.
 #[test]
 fn learning_more_than_memory_holds_is_refused() {
-    let run = |options: &str| {
+    let run = |options: &str, bytes: u64| {
         let imported = import::file(&fixture("models/digits-resnet.onnx")).unwrap();
         let executor = (exec::find("rten").unwrap().build)(&imported.model.meta).unwrap();
         let slots = onnx_quant::dataset::Slot::of(imported.model.graph());
@@ -80,11 +80,11 @@ fn learning_more_than_memory_holds_is_refused() {
         data.keep(&(0..16).collect::<Vec<_>>());
         let mut cx = PassContext::new(onnx_quant::targets::TARGETS[0], executor.as_ref());
         cx.dataset = Some(&data);
-        (cx.lone_budget, cx.pair_budget) = (100_000, 100_000);
+        (cx.lone_budget, cx.pair_budget) = (bytes, bytes);
         let catalogue = passes::catalogue::passes();
         let text = format!(
             "infer-shapes, *(fold-batch-norm, fold-constants, drop-dead), infer-shapes, calibrate, assign-encodings, round, \
-             distill{{iterations=2, batch=4{options}}}"
+             distill{{iterations=2, batch=1{options}}}"
         );
         let pipeline = Pipeline::parse(&text, &catalogue).unwrap();
         PassManager::new(Vec::new(), true)
@@ -92,9 +92,12 @@ fn learning_more_than_memory_holds_is_refused() {
             .map(|_| ())
             .map_err(|e| e.to_string())
     };
-    let refused = run("").unwrap_err();
+    let refused = run("", 800_000).unwrap_err();
     assert!(refused.contains("0 MB are left") && refused.contains("codes=0"), "{refused}");
-    run(", codes=0").unwrap();
+    // Not even a tape that is cut is nothing.
+    let refused = run(", codes=0", 100_000).unwrap_err();
+    assert!(refused.contains("layers=1") && refused.contains("--max-memory"), "{refused}");
+    run(", codes=0, layers=1", 4_000_000).unwrap();
 }
 
 #[test]
@@ -115,7 +118,7 @@ fn windows_of_blocks_overlap() {
 fn what_the_rest_of_the_model_makes_of_a_block_counts() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("q.onnx");
-    for loss in ["pd", "kl", "fitting", "fisher-each"] {
+    for loss in ["pd", "kl", "fitting", "fisher-each", "hidden"] {
         let learn = format!("brecq{{iterations=30, batch=8, loss={loss}}}");
         let summary = quantize(&out, &["--learn", &learn, "--samples", "64"]);
         assert!(decibels(&summary) > 10.0, "{loss}: {summary}");

@@ -51,6 +51,12 @@ impl Sizes {
     fn is_depthwise(&self) -> bool {
         self.below == 1
     }
+
+    /// Numbers of the windows that are gathered for a product.
+    fn gathered(&self) -> usize {
+        let nothing = self.is_depthwise() || self.geometry.is_pointwise();
+        if nothing { 0 } else { self.columns() * self.geometry.count() }
+    }
 }
 
 impl Conv {
@@ -109,8 +115,7 @@ fn correlate<T: Real>(below: &[T], w: &[T], s: &Sizes) -> Vec<T> {
     let g = &s.geometry;
     let (low, high) = s.per_group();
     let mut above = vec![T::zero(); s.n * s.groups * high];
-    let mut columns =
-        if s.is_depthwise() || g.is_pointwise() { Vec::new() } else { vec![T::zero(); s.columns() * g.count()] };
+    let mut columns = vec![T::zero(); s.gathered()];
     for (i, out) in above.chunks_exact_mut(high.max(1)).enumerate() {
         let (planes, group) = (&below[i * low..][..low], i % s.groups);
         if s.is_depthwise() {
@@ -200,8 +205,7 @@ fn spread<T: Real>(above: &[T], w: &[T], s: &Sizes) -> Vec<T> {
     let g = &s.geometry;
     let (low, high) = s.per_group();
     let mut below = vec![T::zero(); s.n * s.groups * low];
-    let mut columns =
-        if s.is_depthwise() || g.is_pointwise() { Vec::new() } else { vec![T::zero(); s.columns() * g.count()] };
+    let mut columns = vec![T::zero(); s.gathered()];
     for (i, out) in below.chunks_exact_mut(low.max(1)).enumerate() {
         let (rows, group) = (&above[i * high..][..high], i % s.groups);
         if s.is_depthwise() {
@@ -224,8 +228,7 @@ fn outer<T: Real>(below: &[T], above: &[T], s: &Sizes) -> Vec<T> {
     let g = &s.geometry;
     let (low, high) = s.per_group();
     let mut w = vec![T::zero(); s.groups * s.above * s.columns()];
-    let mut columns =
-        if s.is_depthwise() || g.is_pointwise() { Vec::new() } else { vec![T::zero(); s.columns() * g.count()] };
+    let mut columns = vec![T::zero(); s.gathered()];
     for i in 0..s.n * s.groups {
         let (planes, rows, group) = (&below[i * low..][..low], &above[i * high..][..high], i % s.groups);
         let size = s.above * s.columns();
@@ -322,5 +325,10 @@ impl<T: Real> Rule<T> for Conv {
             call.wants(1).then(|| filled(w.shape(), of_w())).transpose()?,
             call.wants(2).then(|| filled(&[channels], channel_sums(&gs, channels, size))).transpose()?,
         ])
+    }
+
+    fn aside(&self, inputs: &Inputs<'_, T>) -> u64 {
+        let (Ok(x), Ok(w)) = (inputs.real(0), inputs.real(1)) else { return 0 };
+        self.sizes(x.shape(), w.shape()).map_or(0, |sizes| (sizes.gathered() * size_of::<T>()) as u64)
     }
 }

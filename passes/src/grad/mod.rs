@@ -35,7 +35,7 @@ pub(crate) use real::map_two;
 pub use real::{Array, Real};
 #[cfg(test)]
 pub(crate) use tape::tests::tape_of_sums;
-pub use tape::{Slot, Tape, Values};
+pub use tape::{Sizes, Slot, Tape, Values};
 
 /// What flows through a tape: numbers that have gradients, or whole numbers (shapes, indices, conditions) that have none.
 #[derive(Clone, Debug)]
@@ -144,6 +144,10 @@ pub trait Rule<T: Real>: Debug + Send + Sync {
     /// # Errors
     /// [`GradError`], as for [`Self::forward`].
     fn backward(&self, call: &Call<'_, T>) -> Result<Grads<T>, GradError>;
+    /// The most bytes that a call takes for itself, beside what it reads and returns.
+    fn aside(&self, _inputs: &Inputs<'_, T>) -> u64 {
+        0
+    }
 }
 
 /// A rule for every number type.

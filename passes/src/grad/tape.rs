@@ -8,6 +8,29 @@ use super::{AnyRule, Array, Call, GradError, Inputs, Real, Value};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Slot(usize);
 
+/// The bytes that a run takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Of every slot that a step makes; 0 of leaves.
+    pub(crate) slots: Vec<u64>,
+    /// The most that a step takes for itself while it runs.
+    pub(crate) aside: u64,
+}
+
+impl Sizes {
+    /// Those of `slot`.
+    pub fn of(&self, slot: Slot) -> u64 {
+        self.slots[slot.0]
+    }
+
+    /// The same of a sample that is so many times as large.
+    #[must_use]
+    pub fn times(mut self, n: u64) -> Self {
+        self.slots.iter_mut().chain([&mut self.aside]).for_each(|bytes| *bytes = bytes.saturating_mul(n));
+        self
+    }
+}
+
 #[derive(Debug)]
 struct Step {
     /// For messages.
@@ -84,45 +107,51 @@ impl Tape {
         Ok(Values(values))
     }
 
-    /// The bytes of every slot that a step makes, with the leaves at what `leaves` says; 0 of leaves. Nothing is kept longer than it is read.
+    /// The bytes that a run takes with the leaves at what `leaves` says, and what it gives at `ends`. Nothing else is kept longer than it is
+    /// read.
     ///
     /// # Errors
     /// [`GradError`] with the name of the step that does not run.
-    pub fn sizes<T: Real>(&self, leaves: impl IntoIterator<Item = (Slot, Value<T>)>) -> Result<Vec<u64>, GradError> {
-        let (mut values, mut sizes) = (self.filled(leaves), vec![0; self.slots]);
-        let last = self.last_readers(&[]);
+    pub fn sizes<T: Real>(
+        &self,
+        leaves: impl IntoIterator<Item = (Slot, Value<T>)>,
+        ends: &[Slot],
+    ) -> Result<(Sizes, Values<T>), GradError> {
+        let (mut values, mut sizes) = (self.filled(leaves), Sizes { slots: vec![0; self.slots], aside: 0 });
+        let last = self.last_readers(ends);
         for (at, step) in self.steps.iter().enumerate() {
+            sizes.aside = sizes.aside.max(T::rule(&*step.rule).aside(&inputs(step, &values)));
             self.run_steps(at..at + 1, &mut values)?;
             for slot in &step.outputs {
                 if let Some(Value::Real(array)) = &values[slot.0] {
-                    sizes[slot.0] = (array.len() * size_of::<T>()) as u64;
+                    sizes.slots[slot.0] = (array.len() * size_of::<T>()) as u64;
                 }
             }
             let read = step.inputs.iter().flatten().chain(&step.outputs);
             read.filter(|slot| last[slot.0] <= at).for_each(|slot| values[slot.0] = None);
         }
-        Ok(sizes)
+        Ok((sizes, Values(values)))
     }
 
     /// The most bytes that a run forward and back takes with these `cuts`, by the `sizes` of slots: of every part what later ones read, of one
-    /// part all, and as much again for gradients. What a step takes for itself alone is not counted.
-    pub fn bytes(&self, cuts: &[usize], ends: &[Slot], sizes: &[u64]) -> u64 {
+    /// part all, and as much again for gradients; and what one step takes for itself.
+    pub fn bytes(&self, cuts: &[usize], ends: &[Slot], sizes: &Sizes) -> u64 {
         let last = self.last_readers(ends);
         let (mut across, mut largest, mut last_part) = (0_u64, 0, 0);
         for part in self.parts(cuts) {
             let made = || self.steps[part.clone()].iter().flat_map(|step| &step.outputs);
             let kept = made().filter(|slot| part.end < self.steps.len() && last[slot.0] >= part.end);
-            across += kept.map(|slot| sizes[slot.0]).sum::<u64>();
-            last_part = made().map(|slot| sizes[slot.0]).sum::<u64>();
+            across += kept.map(|slot| sizes.of(*slot)).sum::<u64>();
+            last_part = made().map(|slot| sizes.of(*slot)).sum::<u64>();
             largest = last_part.max(largest);
         }
         // The last part stays while the others run again.
-        2 * (across + largest) + if cuts.is_empty() { 0 } else { last_part }
+        2 * (across + largest) + if cuts.is_empty() { 0 } else { last_part } + sizes.aside
     }
 
     /// Where to cut for so many `parts` of about as many bytes each.
-    pub fn cut_in(&self, parts: usize, sizes: &[u64]) -> Vec<usize> {
-        let of = |step: &Step| step.outputs.iter().map(|slot| sizes[slot.0]).sum::<u64>();
+    pub fn cut_in(&self, parts: usize, sizes: &Sizes) -> Vec<usize> {
+        let of = |step: &Step| step.outputs.iter().map(|slot| sizes.of(*slot)).sum::<u64>();
         let all: u64 = self.steps.iter().map(of).sum();
         let (mut cuts, mut so_far) = (Vec::new(), 0_u64);
         for (at, step) in self.steps.iter().enumerate() {
@@ -330,8 +359,9 @@ pub(crate) mod tests {
         };
         let whole = tape.forward(leaves()).unwrap();
         let want = tape.backward(&whole, seeds(), &[a, b]).unwrap();
-        let sizes = tape.sizes(leaves()).unwrap();
-        assert_eq!(sizes, [vec![0, 0], vec![24; 8]].concat());
+        let (sizes, at_ends) = tape.sizes(leaves(), &ends).unwrap();
+        assert_eq!(sizes, Sizes { slots: [vec![0, 0], vec![24; 8]].concat(), aside: 0 });
+        assert!(ends.iter().all(|end| at_ends.real(*end) == whole.real(*end)));
         for cuts in [vec![], vec![1], vec![4], vec![2, 5], vec![1, 2, 3, 4, 5, 6, 7]] {
             let values = tape.forward_in(leaves(), &cuts, &ends).unwrap();
             assert!(ends.iter().all(|end| values.real(*end) == whole.real(*end)), "{cuts:?}");
@@ -341,14 +371,33 @@ pub(crate) mod tests {
         assert!(tape.forward_in(leaves(), &[4], &ends).unwrap().real(made[2]).is_none());
     }
 
+    /// Windows that are gathered are counted, one convolution at a time; a kernel of one element gathers none.
+    #[test]
+    fn what_a_convolution_gathers_is_counted() {
+        let aside = |kernel: usize| {
+            let mut tape = Tape::default();
+            let (x, w) = (tape.leaf(true), tape.leaf(true));
+            let y = tape.push("conv", rule("Conv"), vec![Some(x), Some(w)], 1)[0];
+            let real = |shape: Vec<usize>| Value::Real(Array::<f32>::zeros(shape));
+            let leaves = [(x, real(vec![1, 2, 5, 5])), (w, real(vec![4, 2, kernel, kernel]))];
+            tape.sizes(leaves, &[y]).unwrap().0.aside
+        };
+        // Nine windows of two channels of nine elements.
+        assert_eq!((aside(3), aside(1)), (4 * 2 * 9 * 9, 0));
+    }
+
     #[test]
     fn parts_take_less_and_have_about_as_many_bytes_each() {
         let (tape, end) = tape_of_sums(8);
-        let sizes = [vec![0, 0], vec![100; 8]].concat();
+        let sizes = Sizes { slots: [vec![0, 0], vec![100; 8]].concat(), aside: 0 };
         assert_eq!([2, 4, 8, 20].map(|parts| tape.cut_in(parts, &sizes).len()), [1, 3, 7, 7]);
         assert_eq!(tape.cut_in(2, &sizes), [4]);
         // By hand: all eight and their gradients; four, the one that is read across, as much again, and the last four.
         assert_eq!(tape.bytes(&[], &[end], &sizes), 1600);
         assert_eq!(tape.bytes(&[4], &[end], &sizes), 1400);
+        // One step runs at a time.
+        let aside = Sizes { aside: 70, ..sizes.clone() };
+        assert_eq!(tape.bytes(&[4], &[end], &aside), 1470);
+        assert_eq!(aside.times(3), Sizes { slots: [vec![0, 0], vec![300; 8]].concat(), aside: 210 });
     }
 }

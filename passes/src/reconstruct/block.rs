@@ -41,6 +41,8 @@ pub(super) struct Program {
     /// Which share of the activations stays in float, with a seed.
     pub(super) drop: Slot,
     pub(super) float_biases: Vec<(Slot, Site, Arc<Tensor>)>,
+    /// Of every bias, whether it stays as it is; empty where none does.
+    pub(super) held: Vec<bool>,
     pub(super) outputs: Vec<(Slot, ValueId)>,
     /// How much of it memory holds at once.
     pub(super) room: Room,
@@ -118,6 +120,7 @@ impl Program {
             biases: Vec::new(),
             drop,
             float_biases: Vec::new(),
+            held: Vec::new(),
             outputs: Vec::new(),
             room: Room::ALL,
             roundings: Vec::new(),

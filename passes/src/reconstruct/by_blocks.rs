@@ -25,6 +25,7 @@ use crate::lockstep::{Lockstep, Span};
 use crate::model::{Edit, Model, Plan, bias, record};
 use crate::pass::{OptionError, Options, PassContext, PassError};
 use crate::returned::returned;
+use crate::rounding;
 
 /// What is usual where options say nothing.
 const USUAL: Usual = Usual { learn: "none", iterations: 200, batch: 8, norms: false, loss: "mse", warmup: 0.0 };
@@ -247,6 +248,10 @@ impl Learner {
             Ok(program) => program,
             Err(reason) => return Ok(Err(reason)),
         };
+        if !settings.learns(Part::Biases) {
+            let norms: BTreeSet<Site> = rounding::norm_sites(model.graph(), &plan, &block.nodes).into_iter().collect();
+            program.held = program.biases.iter().map(|(_, site, _)| !norms.contains(site)).collect();
+        }
         let dead = program.outputs.iter().find(|(_, value)| stakes.is_some_and(|stakes| !stakes.tell(*value)));
         if let Some((_, value)) = dead {
             let name = &model.graph().value(*value).name;
@@ -398,7 +403,9 @@ pub(super) fn edits(
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{Drawn, NoTarget, Tapes, two_products_around};
     use super::*;
+    use crate::pass::{PassManager, Pipeline};
 
     #[test]
     fn other_options_are_another_question() {
@@ -420,5 +427,38 @@ mod tests {
         let keys: BTreeSet<String> = options.iter().map(|(name, value)| key(name, value)).collect();
         assert_eq!(keys.len(), options.len(), "{keys:?}");
         assert!(!keys.contains(&key("learn", "latent")));
+    }
+
+    /// Where a norm stands between two layers, its scale is learned by what channels are like, and all else stays as it was rounded.
+    #[test]
+    fn norms_alone_are_learned_and_nothing_else() {
+        let data = Drawn(24);
+        let between = "%s = const f32[5] [1.0, 1.0, 1.0, 1.0, 1.0] %h = LayerNormalization(%p, %s)";
+        let run = |learn: &str| {
+            let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
+            let pass = format!("round-in-order{{{learn}}}");
+            let pipeline = Pipeline::parse(&pass, &crate::catalogue::passes()).unwrap();
+            let model = two_products_around(between, 5, 0.7);
+            PassManager::default().run(&pipeline, model, &mut { cx }).unwrap().0
+        };
+        let codes = |model: &Model| -> Vec<Vec<u8>> {
+            let codes = model.plan().encodings().filter_map(|(site, _)| model.plan().codes(site));
+            codes.map(|codes| codes.bytes().to_vec()).collect()
+        };
+        let alone = run("learn=none");
+        assert_eq!(alone.plan().substitutes().count(), 0);
+        let norms =
+            "learn=latent, codes=0, scales=0, biases=0, norms=2, loss=channels, layers=4, iterations=40, batch=4";
+        let still = run(&format!("{norms}, rate=0"));
+        assert_eq!(record::digest(still.plan()), record::digest(alone.plan()));
+        let learned = run(&format!("{norms}, rate=30"));
+        assert_eq!(codes(&learned), codes(&alone));
+        let moved: Vec<_> = learned.plan().substitutes().collect();
+        let [(Site::Use { node, input: 1 }, scale)] = moved[..] else { panic!("{moved:?}") };
+        assert!(learned.graph().node(node).is_some_and(|node| node.op.is("LayerNormalization")));
+        assert!(scale.floats().unwrap().iter().any(|s| (s - 1.0).abs() > 1e-4), "{scale:?}");
+        // Without biases, but with norms where they are asked for, and without those where they are not.
+        let none = run("learn=latent, codes=0, scales=0, biases=0, layers=4, iterations=40, batch=4, rate=30");
+        assert_eq!(record::digest(none.plan()), record::digest(alone.plan()));
     }
 }

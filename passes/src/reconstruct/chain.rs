@@ -7,6 +7,7 @@
 //! Source: Chen et al. 2016, arXiv:1604.06174, section 4, with segments that are the blocks.
 
 mod back;
+mod bounds;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -33,6 +34,7 @@ use crate::returned::returned;
 use back::Carried;
 pub(crate) use back::Moment;
 pub(super) use back::{Arrived, FLOAT, Pull};
+pub(super) use bounds::Budget;
 
 /// One block of the chain.
 pub(super) struct Link {
@@ -142,24 +144,39 @@ impl Chain {
         }))
     }
 
-    /// With all samples, or `most` of them, or as many, spread over all, as `room` bytes hold; or why gradients do not pass the chain.
+    /// With all samples, or as many, spread over all, as the `budget` holds beside the tapes of a few; or why gradients do not pass the chain.
+    ///
+    /// # Errors
+    /// [`PassError`] where the model does not run, and where memory does not hold the tapes of one sample.
     pub(super) fn with_samples(
         mut self,
         graph: &Graph,
         cx: &PassContext<'_>,
-        (most, room): (usize, u64),
+        budget: Budget,
         wish: Wish,
     ) -> Result<Result<Self, String>, PassError> {
         let giver = self.giver(graph, cx, &self.teacher.reads)?;
-        let first = giver.sample(0)?;
+        let mut first = giver.sample(0)?;
         let targets = self.teacher.says(&first.reads, first.mask.as_ref())?;
-        let own = giver.bytes(&first);
+        let (own, numbers) = (giver.bytes(&first), first.numbers());
         let of_targets: u64 = targets.targets.iter().map(|target| 4 * target.len() as u64).sum();
-        let most = most.clamp(1, giver.samples());
+        first.reads.clear();
+        self.given.push(first);
+        let takes = match self.takes(0) {
+            Ok(takes) => takes,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let all = budget.all.saturating_sub(giver.shared_bytes());
+        let room = budget.samples.min(all.saturating_sub(self.reserve(&takes, &Budget { all, ..budget })));
+        let most = giver.samples();
         let keeps = most as u64 * (own + of_targets) <= room;
         tracing::debug!(most, kept_targets = keeps, own, of_targets, "chain");
         let fitting = usize::try_from(room / own.max(1)).unwrap_or(usize::MAX);
         self.take_samples(cx, &giver, most.min(fitting), keeps)?;
+        // Tensors of a longer sample are larger.
+        let longest = self.given.iter().map(Given::numbers).max().unwrap_or(0).div_ceil(numbers.max(1)).max(1) as u64;
+        let of_samples = self.given.len() as u64 * longest * (own + if keeps { of_targets } else { 0 });
+        self.fit(&takes.times(longest), all.saturating_sub(of_samples), budget.batch)?;
         self.measure(graph, wish, &targets);
         let agrees = self.agrees(0, &targets).map_err(|error| error.to_string());
         Ok(agrees.map(|()| self))
@@ -283,7 +300,7 @@ impl Chain {
                 };
                 self.returned(link).map(error).collect::<Result<Errors, GradError>>()
             };
-            for errors in parallel::few(states.iter_mut().zip(samples), run) {
+            for errors in parallel::few_of(link.program.room.forward(), states.iter_mut().zip(samples), run) {
                 for (place, (error, count)) in errors? {
                     sums[place] = (sums[place].0 + error, sums[place].1 + count);
                 }

@@ -2,8 +2,7 @@
 
 use super::block::Also;
 use super::by_blocks::{edits, written};
-use super::chain::{Chain, Pull};
-use super::measure::Wish;
+use super::chain::{Budget, Chain, Pull};
 use super::run::{Leaves, Outcome};
 use super::settings::{Part, Settings, Usual};
 use super::standing::Standing;
@@ -70,7 +69,7 @@ impl Distill {
     fn new(options: &Options) -> Result<Self, OptionError> {
         let nothing = || OptionError { option: "learn".into(), problem: "the pass does nothing else".into() };
         let settings = Settings::of(options, &USUAL)?.ok_or_else(nothing)?;
-        if settings.loss == Wish::Prediction || settings.loss.weighs() {
+        if settings.loss.is_of_blocks() {
             let name = options.text("loss", USUAL.loss);
             let problem = format!("`{name}` is about blocks, and here the whole model is learned: fitting, kl or mse");
             return Err(OptionError { option: "loss".into(), problem });
@@ -266,7 +265,8 @@ impl Distill {
         let chain = Chain::linked(model.graph(), model.plan(), cx, self.layers, also)?;
         let chain = chain.map_err(|reason| refused(&reason))?;
         let (for_samples, left) = split(&settings, &chain, cx)?;
-        let chain = chain.with_samples(model.graph(), cx, (usize::MAX, for_samples), settings.loss)?;
+        let budget = Budget { samples: for_samples, all: for_samples.saturating_add(left), batch: settings.batch };
+        let chain = chain.with_samples(model.graph(), cx, budget, settings.loss)?;
         let chain = chain.map_err(|reason| refused(&reason))?;
         let given = cx.dataset.map_or(0, Dataset::len);
         if chain.samples() < given {
@@ -354,6 +354,7 @@ fn split(settings: &Settings, chain: &Chain, cx: &PassContext<'_>) -> Result<(u6
 
 #[cfg(test)]
 mod tests {
+    use super::super::measure::Wish;
     use super::super::testing::{Drawn, Memory, NoTarget, Tapes, two_products, two_products_around};
     use super::*;
     use crate::journal::{Journal, NoJournal};
@@ -476,7 +477,7 @@ mod tests {
         let loss = |model: &Model| {
             let also = Also { steps: false, norms: true, inputs: true, rest: 0 };
             let chain = Chain::linked(model.graph(), model.plan(), &cx, 4, also).unwrap().unwrap();
-            let all = (usize::MAX, cx.pair_budget);
+            let all = Budget { samples: cx.pair_budget, all: cx.lone_budget, batch: 4 };
             start_loss(model, &chain.with_samples(model.graph(), &cx, all, Wish::Fitting).unwrap().unwrap()).unwrap()
         };
         for method in super::super::PARAMETERIZATIONS {
@@ -505,9 +506,9 @@ mod tests {
     fn samples_that_do_not_fit_are_counted_in_a_note() {
         let data = Drawn(9);
         let pipeline = Pipeline::parse("distill{iterations=2}", &crate::catalogue::passes()).unwrap();
-        for (budget, noted) in [(u64::MAX, false), (460, true)] {
+        for (budget, noted) in [(u64::MAX, false), (40, true)] {
             let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
-            let mut cx = PassContext { lone_budget: budget, pair_budget: budget, ..cx };
+            let mut cx = PassContext { lone_budget: budget.saturating_add(1 << 16), pair_budget: budget, ..cx };
             let model = rounding::in_nearest(&two_products(0.7)).unwrap();
             let (_, trace) = PassManager::default().run(&pipeline, model, &mut cx).unwrap();
             let notes: Vec<&str> = trace.notes.iter().map(|note| &*note.message).collect();
@@ -526,16 +527,46 @@ mod tests {
             let chain = Chain::linked(model.graph(), model.plan(), &cx, 1, also).unwrap().unwrap();
             let settings = Settings::of(&Options::default(), &USUAL).unwrap().unwrap();
             let (for_samples, left) = split(&settings, &chain, &cx).map_err(|error| error.to_string())?;
-            let chain = chain.with_samples(model.graph(), &cx, (usize::MAX, for_samples), settings.loss).unwrap();
-            Ok::<_, String>((for_samples, left, chain.unwrap().samples()))
+            let budget = Budget { samples: for_samples, all: for_samples.saturating_add(left), batch: settings.batch };
+            let chain = chain.with_samples(model.graph(), &cx, budget, settings.loss);
+            let chain = chain.map_err(|error| error.to_string())?.unwrap();
+            Ok::<_, String>((for_samples, left, chain.samples()))
         };
         // Latent takes 12 bytes for each of 4 · 5 + 5 · 3 weights: 420.
-        assert_eq!(learned(2000, 1000), Ok((1000, 580, 9)));
-        assert_eq!(learned(1020, 1000), Ok((600, 0, 9)));
-        let (for_samples, left, samples) = learned(460, 460).unwrap();
-        assert_eq!((for_samples, left), (40, 0));
+        assert_eq!(learned(1 << 16, 1000), Ok((1000, (1 << 16) - 1420, 9)));
+        assert_eq!(learned(u64::MAX, 1000), Ok((1000, u64::MAX - 1420, 9)));
+        let (for_samples, left, samples) = learned(1 << 16, 40).unwrap();
+        assert_eq!((for_samples, left), (40, (1 << 16) - 460));
         assert!((1..9).contains(&samples), "{samples}");
+        // What is left is too little for a step.
+        let said = learned(460, 460).unwrap_err();
+        assert!(["layers=1", "codes=0", "--max-memory"].iter().all(|fix| said.contains(fix)), "{said}");
         let said = learned(400, 400).unwrap_err();
         assert!(said.contains("q-galore") && said.contains("more memory"), "{said}");
+    }
+
+    /// Fewer lanes side by side, and tapes in parts, come to the same; where not even that fits, the fix is named.
+    #[test]
+    fn memory_decides_how_the_chain_runs_and_not_what_is_learned() {
+        let data = Drawn(9);
+        let before =
+            rounding::in_nearest(&two_products_around("%q = Tanh(%p) %r = Sigmoid(%q) %h = Tanh(%r)", 40, 0.7))
+                .unwrap();
+        let pipeline =
+            Pipeline::parse("distill{iterations=8, batch=8, rate=3, layers=2}", &crate::catalogue::passes()).unwrap();
+        let learned = |room: u64| {
+            let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
+            // What 280 weights take, and samples.
+            let mut cx = PassContext { lone_budget: 12 * 280 + 2000 + room, pair_budget: 2000, ..cx };
+            let planned = PassManager::default().run(&pipeline, before.clone(), &mut cx);
+            planned.map(|(model, _)| record::digest(model.plan())).map_err(|error| error.to_string())
+        };
+        let plenty = learned(1 << 30).unwrap();
+        assert_ne!(plenty, record::digest(before.plan()));
+        let all: Vec<_> = (0..60).map(|step| learned(step * 512)).collect();
+        let fits = all.iter().position(Result::is_ok).unwrap();
+        assert!(fits > 0 && all[fits..].iter().all(|found| *found == Ok(plenty)), "{fits} {all:?}");
+        let refused = all[0].as_ref().unwrap_err();
+        assert!(["--max-memory", "layers=1", "batch="].iter().all(|fix| refused.contains(fix)), "{refused}");
     }
 }

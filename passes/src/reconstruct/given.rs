@@ -26,6 +26,13 @@ pub(super) struct Given {
     pub(super) key: u64,
 }
 
+impl Given {
+    /// How many numbers it brings to blocks.
+    pub(super) fn numbers(&self) -> usize {
+        self.values.values().map(|value| value.shape().iter().product::<usize>()).sum()
+    }
+}
+
 /// Computes it, in float. What does not depend on the sample (a table that is turned over, say) is computed once, and held once.
 pub(super) struct Giver<'a> {
     graph: &'a Graph,
@@ -87,6 +94,15 @@ impl<'a> Giver<'a> {
         let missing = || PassError::Model("a bug in onnx-quant: a block reads what is not there".into());
         let (values, reads) = values.zip(reads).ok_or_else(missing)?;
         Ok(Given { values, reads, targets: None, mask: Mask::of(self.graph, &feeds), key: lockstep::key(&feeds) })
+    }
+
+    /// The bytes of what all samples share.
+    pub(super) fn shared_bytes(&self) -> u64 {
+        let of = |(tensor, value): &(Option<Tensor>, Option<Value<f32>>)| {
+            let numbers = value.as_ref().map_or(0, |value| value.shape().iter().product::<usize>());
+            4 * (tensor.as_ref().map_or(0, Tensor::len) + numbers) as u64
+        };
+        self.same.values().map(of).sum()
     }
 
     /// The bytes that `given` takes, what all samples share left out: an upper bound, as whole numbers take eight.

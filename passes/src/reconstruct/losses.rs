@@ -18,6 +18,10 @@ pub(super) enum Wish {
     Fisher,
     /// The same with every sample counting as much as any other.
     FisherEach,
+    /// Means and variances of channels.
+    Channels,
+    /// Squares, and what softmaxes along the hidden axis of words lose.
+    Hidden,
 }
 
 /// The losses that `loss` names.
@@ -78,6 +82,26 @@ pub(super) static LOSSES: &[(Wish, About)] = &[
             source: "Li et al. 2021 (BRECQ), arXiv:2102.05426, section 3; samples alike ours",
         },
     ),
+    (
+        Wish::Channels,
+        About {
+            name: "channels",
+            doc: "How far means and variances of the channels of what a block returns are from those of the float model, sample by sample, \
+                  over the output's root mean square and its square: channels lie along the last axis, of tensors of four dimensions along \
+                  the second. Meant for norms alone (codes=0, scales=0, biases=0, norms=2).",
+            source: "Li et al. 2023 (Norm Tweaking), arXiv:2309.02784; behind the float model's own blocks, and in units of the output, ours",
+        },
+    ),
+    (
+        Wish::Hidden,
+        About {
+            name: "hidden",
+            doc: "mse of what a block returns, and the divergence of the softmax along the hidden axis of every word from that of the float \
+                  model's, words divided by their root mean square; as much of one as of the other for small errors. Outputs of the \
+                  graph that are logits or probabilities as by fitting; mse alone for tensors of four dimensions.",
+            source: "Ding et al. 2023 (CBQ), arXiv:2312.07950, section 3.2; units and equal parts ours",
+        },
+    ),
 ];
 
 /// How errors can be measured where something is learned, in the order of the manual.
@@ -91,12 +115,19 @@ impl Wish {
         matches!(self, Self::Fisher | Self::FisherEach)
     }
 
+    /// Whether it is about what blocks return, and not about the whole model.
+    pub(super) fn is_of_blocks(self) -> bool {
+        self.weighs() || matches!(self, Self::Prediction | Self::Channels | Self::Hidden)
+    }
+
     /// What an output that is `returned` so is compared as, where its shape allows.
     pub(super) fn kind(self, returned: Returned) -> Kind {
         match (self, returned) {
-            (Self::Divergence | Self::Fitting | Self::Prediction, Returned::Probabilities) => Kind::Probabilities,
+            (Self::Divergence | Self::Fitting | Self::Prediction | Self::Hidden, Returned::Probabilities) => {
+                Kind::Probabilities
+            }
             (Self::Divergence, Returned::Logits | Returned::Other)
-            | (Self::Fitting | Self::Prediction, Returned::Logits) => Kind::Logits,
+            | (Self::Fitting | Self::Prediction | Self::Hidden, Returned::Logits) => Kind::Logits,
             _ => Kind::Numbers,
         }
     }

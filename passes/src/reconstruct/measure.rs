@@ -1,5 +1,6 @@
 //! How far an output is from its target.
 
+use super::channels;
 use super::samples::Sample;
 use crate::grad::{Array, GradError, Real as _};
 use crate::seed;
@@ -16,6 +17,10 @@ pub(super) enum Measure {
     Rows(f64),
     /// Σ w (z − t)² over this: the mean square of all targets times the mean weight.
     Weighed(f64),
+    /// How far means and variances of channels are apart, in units of this power.
+    Channels(f64),
+    /// As [`Self::Rows`], and twice the length of each row times Σ p ln (p / q) of the softmax of rows over their root mean square.
+    Hidden(f64),
     /// Σ p ln (p / q) of the softmax of each row.
     Divergence,
     /// Σ p ln (p / q) − p + q of each row, which need not sum to 1 once it is in codes.
@@ -45,6 +50,8 @@ impl Measure {
             Wish::Fisher | Wish::FisherEach => {
                 Self::Weighed((power * mean_weight(samples, output)).max(f64::MIN_POSITIVE))
             }
+            Wish::Channels => Self::Channels(power),
+            Wish::Hidden if classes > 1 && matches!(rank, 2 | 3) => Self::Hidden(power * FLOOR),
             _ if rank == 3 => Self::Rows(power * FLOOR),
             _ => Self::Square(power),
         }
@@ -58,6 +65,9 @@ impl Measure {
     /// How many errors an output of `shape` has.
     pub(super) fn count(self, shape: &[usize]) -> usize {
         let all: usize = shape.iter().product();
+        if matches!(self, Self::Channels(_)) {
+            return channels::count(shape);
+        }
         if self.counts_rows() { all / shape.last().copied().unwrap_or(1).max(1) } else { all }
     }
 
@@ -70,7 +80,12 @@ impl Measure {
     ) -> Result<(f64, usize), GradError> {
         let mut sum = (0.0, 0);
         let weights = sample.weights(output);
+        let place = (sample.targets[output].shape(), sample.words[output].as_deref());
         self.each_row(sample, output, got, |target, got, range| {
+            if let Self::Channels(power) = self {
+                sum = (channels::error(target, got, place, power), channels::count(place.0));
+                return;
+            }
             sum.0 += self.row_error(target, got, weights.get(range).unwrap_or_default());
             sum.1 += if self.counts_rows() { 1 } else { got.len() };
         })?;
@@ -87,7 +102,12 @@ impl Measure {
         let shape = sample.targets[output].raw_dim();
         let mut grad = vec![0.0; sample.targets[output].len()];
         let weights = sample.weights(output);
+        let place = (sample.targets[output].shape(), sample.words[output].as_deref());
         self.each_row(sample, output, got, |target, got, range| {
+            if let Self::Channels(power) = self {
+                channels::gradient(target, got, place, power, &mut grad[range]);
+                return;
+            }
             let weights = weights.get(range.clone()).unwrap_or_default();
             self.row_gradient(target, got, weights, &mut grad[range]);
         })?;
@@ -128,8 +148,9 @@ impl Measure {
             grad.iter_mut().enumerate().for_each(|(at, g)| *g = if draw(at) < 0.5 { -size } else { size });
         };
         match self {
-            Self::Square(power) | Self::Weighed(power) => signs(power),
-            Self::Rows(floor) => signs(mean_square(target).max(floor)),
+            // Nothing is drawn where errors are means of many numbers, or compared twice: both are about blocks, and gradients of outputs.
+            Self::Square(power) | Self::Weighed(power) | Self::Channels(power) => signs(power),
+            Self::Rows(floor) | Self::Hidden(floor) => signs(mean_square(target).max(floor)),
             Self::OfProbabilities => {
                 for (at, (g, q)) in grad.iter_mut().zip(got).enumerate() {
                     // Half of the square is the divergence.
@@ -164,6 +185,17 @@ impl Measure {
         match self {
             Self::Square(power) => plain(power),
             Self::Rows(floor) => plain(mean_square(target).max(floor)),
+            Self::Hidden(floor) => {
+                let power = mean_square(target).max(floor);
+                plain(power);
+                let (target, got) = (over_root(target, power), over_root(got, power));
+                let mut of_softmax = vec![0.0; grad.len()];
+                Self::Divergence.row_gradient(&target, &got, &[], &mut of_softmax);
+                let share = (2.0 * grad.len() as f64 / power.sqrt()) as f32;
+                grad.iter_mut().zip(of_softmax).for_each(|(g, own)| *g += share * own);
+            }
+            // Not by rows: see `gradient`.
+            Self::Channels(_) => {}
             Self::Weighed(power) => {
                 // Weights may be far from 1, all of them.
                 let pairs = got.iter().zip(target).zip(weights);
@@ -188,6 +220,14 @@ impl Measure {
         match self {
             Self::Square(power) => square() / power,
             Self::Rows(floor) => square() / mean_square(target).max(floor),
+            Self::Hidden(floor) => {
+                // Of small errors e that do not depend on p, the divergence is half the mean of e².
+                let power = mean_square(target).max(floor);
+                let (of_target, of_got) = (over_root(target, power), over_root(got, power));
+                square() / power + 2.0 * target.len() as f64 * Self::Divergence.row_error(&of_target, &of_got, &[])
+            }
+            // Not by rows: see `error`.
+            Self::Channels(_) => 0.0,
             Self::Weighed(power) => {
                 let squares = got.iter().zip(target).zip(weights);
                 squares.map(|((q, t), w)| f64::from(*w) * f64::from(q - t) * f64::from(q - t)).sum::<f64>() / power
@@ -230,10 +270,10 @@ impl Measure {
             return Err(GradError("a bug in onnx-quant: errors do not have a weight each".into()));
         }
         let last = sample.targets[output].shape().last().copied().unwrap_or(1).max(1);
-        let words = sample.words[output].as_deref();
+        let words = sample.words[output].as_deref().filter(|_| !matches!(self, Self::Channels(_)));
         let width = match (words, self) {
             (Some(words), _) => (target.len() / words.len().max(1)).max(1),
-            (None, Self::Square(_) | Self::Weighed(_)) => target.len().max(1),
+            (None, Self::Square(_) | Self::Weighed(_) | Self::Channels(_)) => target.len().max(1),
             (None, _) => last,
         };
         for (at, (target, got)) in target.chunks_exact(width).zip(got.chunks_exact(width)).enumerate() {
@@ -249,6 +289,13 @@ impl Measure {
 fn sums_to_one(sample: &Sample, output: usize) -> bool {
     let rows = sample.targets[output].rows();
     rows.into_iter().all(|row| row.iter().all(|p| *p >= 0.0) && (row.sum() - 1.0).abs() < 1e-3)
+}
+
+/// `row` over the root of `power`.
+#[expect(clippy::cast_possible_truncation, reason = "a factor in f32")]
+fn over_root(row: &[f32], power: f64) -> Vec<f32> {
+    let by = power.sqrt().recip() as f32;
+    row.iter().map(|v| v * by).collect()
 }
 
 fn mean_square(row: &[f32]) -> f64 {
@@ -302,7 +349,7 @@ fn mean_weight(samples: &[Sample], output: usize) -> f64 {
 mod tests {
     use super::*;
 
-    const ALL: [Measure; 4] = [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Weighed(0.8), Measure::Divergence];
+    const DRAWN: [Measure; 4] = [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Weighed(0.8), Measure::Divergence];
 
     /// Central differences of the summed error.
     #[test]
@@ -311,7 +358,7 @@ mod tests {
         let weights = vec![vec![0.5, 2.0, 0.0, 1.0, 0.25, 3.0]];
         let sample = Sample { feeds: Vec::new(), targets: vec![target], words: vec![None], weights };
         let got = vec![0.1_f32, -1.0, 0.9, 1.5, 0.4, -0.1];
-        for measure in ALL {
+        for measure in DRAWN.into_iter().chain([Measure::Channels(1.7), Measure::Hidden(1e-9)]) {
             let shaped = |values: Vec<f32>| Array::from_shape_vec(vec![1, 2, 3], values).unwrap();
             let gradient = measure.gradient(&sample, 0, Some(&shaped(got.clone()))).unwrap();
             for (i, g) in gradient.iter().enumerate() {
@@ -334,7 +381,7 @@ mod tests {
         let moved: Vec<f32> = target.iter().zip(&change).map(|(t, c)| t + c).collect();
         let weights = vec![vec![0.5, 2.0, 0.0, 1.0, 0.25, 3.0]];
         let sample = Sample { feeds: Vec::new(), targets: vec![of(&target)], words: vec![None], weights };
-        for measure in ALL {
+        for measure in DRAWN {
             let (sum, count) = measure.error(&sample, 0, Some(&of(&moved))).unwrap();
             let draws = 4000_u64;
             let square = |seed: u64| {
@@ -487,7 +534,9 @@ mod tests {
             weights: Vec::new(),
         };
         let got = Array::from_shape_vec(vec![1, 2, 2], vec![1.0, 1.0, 0.0, 0.0]).unwrap();
-        assert!(Measure::Rows(1e-9).error(&sample, 0, Some(&got)).unwrap().0 < 1e-12);
+        for measure in [Measure::Rows(1e-9), Measure::Channels(1.0), Measure::Hidden(1e-9)] {
+            assert!(measure.error(&sample, 0, Some(&got)).unwrap().0 < 1e-12, "{measure:?}");
+        }
         assert!(Measure::Square(1.0).gradient(&sample, 0, Some(&got)).unwrap().iter().all(|g| *g == 0.0));
     }
 
@@ -511,6 +560,24 @@ mod tests {
         logarithms(target).iter().zip(logarithms(got)).map(|(p, q)| p.exp() * (p - q)).sum()
     }
 
+    /// Half of it is mse, whatever the units are.
+    #[test]
+    fn of_small_errors_both_halves_of_the_hidden_loss_are_alike() {
+        for scale in [1.0_f32, 40.0] {
+            let flat: Vec<f32> = (0..256_u16).map(|at| scale * if at % 2 == 0 { 1.0 } else { -1.0 }).collect();
+            let moved = flat.iter().enumerate().map(|(at, v)| v + scale * if at % 4 < 2 { 0.02 } else { -0.02 });
+            let got = Array::from_shape_vec(vec![1, 1, 256], moved.collect()).unwrap();
+            let target = Array::from_shape_vec(vec![1, 1, 256], flat).unwrap();
+            let sample = Sample { feeds: Vec::new(), targets: vec![target], words: vec![None], weights: Vec::new() };
+            let error = |measure: Measure| measure.error(&sample, 0, Some(&got)).unwrap().0;
+            let (both, squares) = (error(Measure::Hidden(1e-9)), error(Measure::Rows(1e-9)));
+            assert!((both / squares - 2.0).abs() < 0.1, "{both} {squares}");
+        }
+        let map = weighed([1.0; 6]).targets[0].clone().into_shape_with_order(vec![1, 2, 3, 1]).unwrap();
+        let sample = [Sample { targets: vec![map], ..weighed([1.0; 6]) }];
+        assert!(matches!(Measure::of(Wish::Hidden, &sample, 0, Kind::Numbers), Measure::Square(_)));
+    }
+
     #[test]
     fn what_hits_the_target_has_no_error_and_nothing_has_less() {
         for seed in 0..200 {
@@ -521,7 +588,9 @@ mod tests {
                 words: vec![None],
                 weights: Vec::new(),
             };
-            for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Divergence] {
+            let of_blocks = [Measure::Channels(1.7), Measure::Hidden(1e-9)];
+            for measure in [Measure::Square(1.7), Measure::Rows(1e-9), Measure::Divergence].into_iter().chain(of_blocks)
+            {
                 let error = |got: &[f32]| measure.error(&sample, 0, Some(&of_rows(got.to_vec()))).unwrap().0;
                 assert!(error(&target).abs() < 1e-9, "{measure:?}: {}", error(&target));
                 assert!(error(&got) >= 0.0, "{measure:?}: {}", error(&got));

@@ -14,6 +14,7 @@ mod block_stakes;
 mod blocks;
 mod by_blocks;
 mod chain;
+mod channels;
 #[cfg(test)]
 mod differences;
 mod distill;
@@ -43,6 +44,8 @@ mod teacher;
 #[cfg(test)]
 pub(crate) mod testing;
 mod train;
+mod triangle;
+mod weight_moments;
 
 pub(crate) use adam::Adam;
 pub use blocks::{Block, all_weights, blocks, boundary, matches};
@@ -59,3 +62,4 @@ pub(crate) use room::reserved;
 pub(crate) use saliency::Gradient;
 pub(crate) use search_scales::ENTRY as SEARCH_SCALES;
 pub(crate) use stakes::{Stakes, stakes};
+pub(crate) use weight_moments::{WeightMoments, weight_moments};

@@ -10,13 +10,13 @@
 
 use std::collections::BTreeMap;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::MatRef;
 
 use super::block::Also;
 use super::chain::{Arrived, Chain, Link};
 use super::measure::Wish;
 use super::objective::LANES;
+use super::triangle::Triangle;
 use crate::exec::Dataset;
 use crate::grad::{Array, Slot, Values};
 use crate::id::{NodeId, Site};
@@ -37,16 +37,13 @@ const MAX_CHANNELS: usize = 4096;
 /// as much oftener where more is asked for.
 const ROWS: usize = 1 << 13;
 const DRAWS: usize = 4;
-/// Rows of a matrix that are stored together.
-const PANEL: usize = 128;
 
 /// Σ g gᵀ / ‖g‖ over the rows g of what arrives at the channels of a layer's result, group after group.
 #[derive(Debug)]
 pub(crate) struct OutputMoments {
     /// Channels of a group.
     pub(crate) channels: usize,
-    /// Per group and panel of rows, these up to the diagonal, row-major.
-    panels: Vec<Vec<Vec<f32>>>,
+    groups: Vec<Triangle>,
     /// Σ ‖g‖ and Σ ‖g‖² of rows of gradients.
     norms: (f64, f64),
 }
@@ -54,29 +51,25 @@ pub(crate) struct OutputMoments {
 impl OutputMoments {
     /// Nothing yet; `None` where channels are alone in their group, or too many.
     pub(crate) fn new(channels: usize, groups: usize) -> Option<Self> {
-        let panel = |start: usize| {
-            let end = channels.min(start + PANEL);
-            vec![0.0; (end - start) * end]
-        };
-        let panels = || (0..channels).step_by(PANEL).map(panel).collect();
         let is_fitting = (2..=MAX_CHANNELS).contains(&channels);
-        is_fitting.then(|| Self { channels, panels: (0..groups).map(|_| panels()).collect(), norms: (0.0, 0.0) })
+        let groups = || (0..groups).map(|_| Triangle::new(channels)).collect();
+        is_fitting.then(|| Self { channels, groups: groups(), norms: (0.0, 0.0) })
     }
 
     /// The bytes that it holds.
     pub(crate) fn held(&self) -> u64 {
-        Self::bytes(self.channels, self.panels.len())
+        Self::bytes(self.channels, self.groups.len())
     }
 
     /// The bytes that so many take.
     fn bytes(channels: usize, groups: usize) -> u64 {
-        4 * (channels * (channels + PANEL) / 2 * groups) as u64
+        Triangle::bytes(channels) * groups as u64
     }
 
     /// Adds `gradient`: `outer` times all channels of all groups, each over `inner` places.
     pub(crate) fn see(&mut self, gradient: &[f32], (outer, inner): (usize, usize)) {
         let m = self.channels;
-        let size = self.panels.len() * m * inner;
+        let size = self.groups.len() * m * inner;
         if size == 0 {
             return;
         }
@@ -88,8 +81,8 @@ impl OutputMoments {
             let roots = self.roots(&squares);
             let weighed: Vec<f32> =
                 sample.chunks_exact(inner).flat_map(|g| g.iter().zip(&roots).map(|(g, root)| g * root)).collect();
-            for (panels, rows) in self.panels.iter_mut().zip(weighed.chunks_exact(m * inner)) {
-                add_square(panels, MatRef::from_row_major_slice(rows, m, inner));
+            for (group, rows) in self.groups.iter_mut().zip(weighed.chunks_exact(m * inner)) {
+                group.add(MatRef::from_row_major_slice(rows, m, inner));
             }
         }
     }
@@ -102,7 +95,7 @@ impl OutputMoments {
         let weighed: Vec<f32> =
             gradient.chunks_exact(m).zip(&roots).flat_map(|(row, root)| row.iter().map(move |g| g * root)).collect();
         let rows = MatRef::from_row_major_slice(&weighed, roots.len(), m);
-        self.panels.iter_mut().for_each(|panels| add_square(panels, rows.transpose()));
+        self.groups.iter_mut().for_each(|group| group.add(rows.transpose()));
     }
 
     /// Counts rows of gradients with these `squares`, and returns the roots of what they weigh: one over their size.
@@ -120,28 +113,12 @@ impl OutputMoments {
 
     /// The moment of channels `a` and `b` of `group`, up to a factor that all share.
     pub(crate) fn at(&self, group: usize, a: usize, b: usize) -> f32 {
-        let (row, column) = (a.max(b), a.min(b));
-        let end = self.channels.min((row / PANEL + 1) * PANEL);
-        self.panels[group][row / PANEL][row % PANEL * end + column]
+        self.groups[group].at(a, b)
     }
 
     /// Whether there is something for every group, all of it numbers.
     fn tells(&self) -> bool {
-        let any = |panels: &Vec<Vec<f32>>| panels.iter().flatten().any(|g| *g != 0.0);
-        let is_finite = |panel: &Vec<f32>| panel.iter().all(|g| g.is_finite());
-        self.effective().is_finite() && self.panels.iter().all(any) && self.panels.iter().flatten().all(is_finite)
-    }
-}
-
-/// Adds `rows rowsᵀ`, up to its diagonal.
-fn add_square(panels: &mut [Vec<f32>], rows: MatRef<'_, f32>) {
-    let mut start = 0;
-    for panel in panels {
-        let end = rows.nrows().min(start + PANEL);
-        let into = MatMut::from_row_major_slice_mut(panel, end - start, end);
-        let (own, before) = (rows.subrows(start, end - start), rows.subrows(0, end));
-        matmul(into, Accum::Add, own, before.transpose(), 1.0, Par::Seq);
-        start = end;
+        self.effective().is_finite() && self.groups.iter().all(Triangle::tells)
     }
 }
 

@@ -4,7 +4,7 @@ use super::block::Program;
 use super::objective::LANES;
 use super::samples::{Sample, Samples};
 use super::settings::Settings;
-use crate::grad::{GradError, Slot, Tape};
+use crate::grad::{GradError, Sizes, Slot, Tape};
 use crate::pass::{PassContext, PassError};
 
 /// How many tapes run side by side, and where a tape is cut: what lies before a cut is run once more on the way back.
@@ -21,8 +21,13 @@ impl Room {
     /// All there is.
     pub(super) const ALL: Self = Self { at_once: usize::MAX, cuts: Vec::new() };
 
+    /// How many run side by side where nothing goes back.
+    pub(super) fn forward(&self) -> usize {
+        self.at_once.saturating_mul(2)
+    }
+
     /// What `bytes` allow for `tape`, whose slots have these `sizes`; the least that it takes where they do not hold even that.
-    pub(super) fn of(tape: &Tape, ends: &[Slot], sizes: &[u64], bytes: u64) -> Result<Self, u64> {
+    pub(super) fn of(tape: &Tape, ends: &[Slot], sizes: &Sizes, bytes: u64) -> Result<Self, u64> {
         let whole = tape.bytes(&[], ends, sizes).max(1);
         if let Some(at_once) = usize::try_from(bytes / whole).ok().filter(|n| *n > 0) {
             return Ok(Self { at_once, cuts: Vec::new() });
@@ -40,11 +45,18 @@ impl Room {
     }
 }
 
+fn weights(program: &Program) -> u64 {
+    program.weights.iter().map(|(.., tensor)| tensor.len() as u64).sum()
+}
+
+/// The bytes that a step takes for the weights of `program`: gradients of so many `lanes` and of all; points, leaves, and the best so far.
+pub(super) fn stepped(program: &Program, lanes: usize) -> u64 {
+    weights(program).saturating_mul(4 * (lanes as u64 + 4))
+}
+
 /// The bytes of what is learned of the weights of a block, and of their gradients.
 fn learned(settings: &Settings, program: &Program) -> u64 {
-    let weights: u64 = program.weights.iter().map(|(.., tensor)| tensor.len() as u64).sum();
-    // Gradients of every lane and of all; points, leaves, and the best so far.
-    weights.saturating_mul(settings.method.bytes_per_weight() + 4 * (LANES as u64 + 4))
+    weights(program).saturating_mul(settings.method.bytes_per_weight()).saturating_add(stepped(program, LANES))
 }
 
 /// What of the bytes of samples that wait a walk leaves to the samples of blocks that are learned on the way.
@@ -66,8 +78,8 @@ pub(super) fn room(
 ) -> Result<Result<Room, GradError>, PassError> {
     // Tensors of a longer sample are larger.
     let longest = samples.all.iter().map(Sample::numbers).max().unwrap_or(0).div_ceil(samples.float.numbers().max(1));
-    let sizes: Vec<u64> = match program.sizes(&samples.float) {
-        Ok(sizes) => sizes.into_iter().map(|bytes| bytes.saturating_mul(longest.max(1) as u64)).collect(),
+    let sizes = match program.sizes(&samples.float.feeds) {
+        Ok((sizes, _)) => sizes.times(longest.max(1) as u64),
         Err(error) => return Ok(Err(error)),
     };
     let ends: Vec<Slot> = program.outputs.iter().map(|(slot, _)| *slot).collect();
@@ -95,8 +107,7 @@ mod tests {
     fn less_memory_is_fewer_at_once_then_cuts_then_a_refusal() {
         // Twelve sums of a hundred numbers each, one behind the other.
         let (tape, end) = tape_of_sums(12);
-        let mut sizes = vec![0_u64; 2];
-        sizes.extend([400; 12]);
+        let sizes = Sizes { slots: [vec![0; 2], vec![400; 12]].concat(), aside: 0 };
         let whole = tape.bytes(&[], &[end], &sizes);
         let of = |bytes: u64| Room::of(&tape, &[end], &sizes, bytes);
         assert_eq!(of(whole * 100), Ok(Room { at_once: 100, cuts: Vec::new() }));
@@ -106,5 +117,8 @@ mod tests {
         assert!(cut.at_once == 1 && cut.cuts.len() == 1, "{cut:?}");
         let least = of(0).unwrap_err();
         assert!(least < whole * 2 / 3 && of(least).is_ok() && of(least - 1) == Err(least), "{least} of {whole}");
+        // What a step takes for itself comes on top.
+        let aside = Sizes { aside: 90, ..sizes.clone() };
+        assert_eq!(Room::of(&tape, &[end], &aside, 0), Err(least + 90));
     }
 }

@@ -3,9 +3,8 @@
 use super::block::Program;
 use super::fake_quant::rescaled;
 use super::parameterization::Weight;
-use super::samples::Sample;
 use crate::encoding::Encoding;
-use crate::grad::{Array, GradError, Slot, Value, Values};
+use crate::grad::{Array, GradError, Sizes, Slot, Value, Values};
 use crate::model::Plan;
 use crate::parallel;
 
@@ -81,6 +80,8 @@ impl Program {
     pub(super) fn gradients(&self, mut weights: Vec<Vec<f32>>) -> Gradients {
         let mut biases = weights.split_off(self.weights.len());
         let steps = biases.split_off(self.biases.len());
+        // What gets no gradient is not stepped.
+        biases.iter_mut().zip(&self.held).filter(|(_, held)| **held).for_each(|(grad, _)| grad.clear());
         let steps = steps.into_iter().map(|step| step.first().copied().unwrap_or(0.0)).collect();
         Gradients { weights, biases, steps }
     }
@@ -153,9 +154,10 @@ impl Program {
         self.tape.backward_in(values, seeds, wanted, &self.room.cuts)
     }
 
-    /// The bytes of every slot for a sample like `float`.
-    pub(super) fn sizes(&self, float: &Sample) -> Result<Vec<u64>, GradError> {
-        self.tape.sizes(self.filled(&self.float_leaves(), &float.feeds, (0, 0))?)
+    /// The bytes that a run on a sample with these `feeds` takes, and what the float block returns of it.
+    pub(super) fn sizes(&self, feeds: &[Value<f32>]) -> Result<(Sizes, Values<f32>), GradError> {
+        let ends: Vec<Slot> = self.outputs.iter().map(|(slot, _)| *slot).collect();
+        self.tape.sizes(self.filled(&self.float_leaves(), feeds, (0, 0))?, &ends)
     }
 
     fn filled(

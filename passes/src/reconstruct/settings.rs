@@ -88,6 +88,9 @@ impl Settings {
             let default = if *part == Part::Norms { usize::from(usual.norms) } else { *default };
             parts.extend((options.count(name, default)? > 0).then_some(*part));
         }
+        if usual.norms && !parts.contains(&Part::Biases) {
+            parts.remove(&Part::Norms);
+        }
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked just above")]
         let settings = Self {
             method,

@@ -111,6 +111,7 @@ fn most_edits(program: &Program, plan: &Plan) -> u64 {
 mod tests {
     use super::super::block::Also;
     use super::super::by_blocks::edits;
+    use super::super::chain::Budget;
     use super::super::measure::Wish;
     use super::super::settings::Usual;
     use super::super::testing::{Drawn, NoTarget, Tapes, two_products};
@@ -126,7 +127,7 @@ mod tests {
         let model = rounding::in_nearest(&two_products(0.7)).unwrap();
         let also = Also { steps: true, norms: true, inputs: true, rest: 0 };
         let chain = Chain::linked(model.graph(), model.plan(), &cx, 1, also).unwrap().unwrap();
-        let all = (usize::MAX, cx.pair_budget);
+        let all = Budget { samples: cx.pair_budget, all: cx.lone_budget, batch: 4 };
         let chain = chain.with_samples(model.graph(), &cx, all, Wish::Fitting).unwrap().unwrap();
         let usual = Usual { learn: "latent", iterations: 9, batch: 4, norms: true, loss: "fitting", warmup: 0.2 };
         let settings = Settings::of(&Options::default(), &usual).unwrap().unwrap();

@@ -108,9 +108,9 @@ impl<'a> Course<'a> {
             },
         );
         self.steps.step(&mut self.at.steps, &grads.steps, STEP_RATE * decay);
-        for (i, grad) in
-            grads.biases.iter().enumerate().filter(|(_, grad)| settings.learns(Part::Biases) && !grad.is_empty())
-        {
+        // Of biases and norms those that are not learned have no gradients.
+        let learns_rows = settings.learns(Part::Biases) || settings.learns(Part::Norms);
+        for (i, grad) in grads.biases.iter().enumerate().filter(|(_, grad)| learns_rows && !grad.is_empty()) {
             self.biases.step(i, &mut self.at.biases[i], grad, decay);
         }
     }

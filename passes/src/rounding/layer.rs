@@ -10,6 +10,7 @@ use crate::ir::{Graph, Node};
 use crate::model::Model;
 use crate::observe::{Gram, Rows, Window};
 use crate::ops::{self, Linear};
+use crate::reconstruct::WeightMoments;
 use crate::tensor::Tensor;
 
 /// Gram matrices of all groups of a weight together have at most so many entries, half a gibibyte: 11,585 columns, or many groups of large
@@ -191,6 +192,14 @@ impl<'a> Layer<'a> {
         Self { gram: Some(gram).filter(|gram| gram.columns == self.columns), centered, ..self }
     }
 
+    /// The same layer with its weight in another encoding, which cuts it alike.
+    pub(super) fn written<'e>(&self, encoding: &'e Encoding) -> Layer<'e>
+    where
+        'a: 'e,
+    {
+        Layer { encoding, ..self.clone() }
+    }
+
     /// The same layer with another weight to imitate.
     pub(super) fn towards(self, target: Option<Vec<f32>>) -> Self {
         Self { target: target.map(Arc::from), ..self }
@@ -199,6 +208,41 @@ impl<'a> Layer<'a> {
     /// The same layer with other moments of what it reads.
     pub(super) fn measured_by(&self, gram: Arc<Gram>) -> Self {
         Self { gram: Some(gram).filter(|gram| gram.columns == self.columns), ..self.clone() }
+    }
+
+    /// The same layer with H = (1 − η) C + η A tr C / tr A for the share η, C being the moments of what it reads and A those of the
+    /// gradients of its weight; as it is where either tells nothing.
+    ///
+    /// Source: Edalati et al. 2024 (OAC), arXiv:2405.15025; the mix ours.
+    #[expect(clippy::cast_possible_truncation, reason = "moments are f32")]
+    pub(super) fn adapted(&self, moments: &WeightMoments, share: f64) -> Self {
+        let fits = moments.columns == self.columns && moments.groups() == self.groups;
+        let Some(gram) = self.gram.as_ref().filter(|_| fits && share > 0.0) else { return self.clone() };
+        let d = self.columns;
+        // `shrunk` keeps off the diagonal what C is worth: of A less is kept, where it is worth less.
+        let usual = gram.effective / (gram.effective + d as f64);
+        let keep = (moments.kept() / usual.max(f64::MIN_POSITIVE)).min(1.0);
+        let mut mixed = Gram::clone(gram);
+        for group in 0..self.groups {
+            let (h, means) = (gram.group(group), gram.group_means(group));
+            let mean = |j: usize| if self.centered { f64::from(means[j]) } else { 0.0 };
+            let own = |i: usize, j: usize| f64::from(h[i * d + j]) - mean(i) * mean(j);
+            let other = |i: usize, j: usize| {
+                moments.centered(group, (i, j), (mean(i), mean(j))) * if i == j { 1.0 } else { keep }
+            };
+            let trace = |of: &dyn Fn(usize, usize) -> f64| (0..d).map(|j| of(j, j).max(0.0)).sum::<f64>();
+            let (of_own, of_other) = (trace(&own), trace(&other));
+            let share = if of_own > 0.0 && of_other > 0.0 { share } else { 0.0 };
+            let scale = if share > 0.0 { share * of_own / of_other } else { 0.0 };
+            let into = mixed.moments[group * d * d..][..d * d].chunks_exact_mut(d).enumerate();
+            into.for_each(|(i, row)| {
+                let entry = |j: usize| ((1.0 - share) * own(i, j) + scale * other(i, j)) as f32;
+                row.iter_mut().enumerate().for_each(|(j, v)| *v = entry(j));
+            });
+            // They are taken away already.
+            mixed.means[group * d..][..d].fill(0.0);
+        }
+        Self { gram: Some(Arc::new(mixed)), ..self.clone() }
     }
 
     /// The same layer, its moments being trusted so far.

@@ -16,6 +16,7 @@ mod layer;
 mod leanings;
 mod learned;
 mod lrq;
+mod moments;
 mod nearest;
 mod norms;
 mod prefix;
@@ -24,10 +25,12 @@ mod round;
 mod round_in_order;
 mod stochastic;
 mod tile;
+mod told;
 mod work;
 
 use std::fmt::Debug;
 
+pub(crate) use moments::{losses, wished};
 pub(crate) use norms::sites as norm_sites;
 pub(crate) use round::in_nearest;
 

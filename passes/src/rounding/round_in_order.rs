@@ -11,23 +11,23 @@ use super::layer::Layer;
 use super::leanings::leanings;
 use super::learned::Learning;
 use super::norms::{self, Norm};
-use super::prefix::{self, Halves, Inputs, Measured, Roots};
+use super::prefix::{self, Halves, Inputs, Measured};
 use super::refit_scales::refit;
 use super::tile::{Quadratic, Tile};
+use super::told::{Asks, OfLayer};
 use super::{Method, Prepared, round, work};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::exec::Dataset;
 use crate::grid::Grid;
 use crate::id::{NodeId, Site};
 use crate::ir::walk::Users;
-use crate::judges;
 use crate::lockstep::{self, Lockstep};
 use crate::model::{Edit, Model, Patch};
 use crate::observe::Gram;
 use crate::ops;
 use crate::parallel;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
-use crate::reconstruct::{Learner, OutputMoments, output_moments, reserved, stakes};
+use crate::reconstruct::{Learner, reserved};
 use crate::target::Scheme;
 
 crate::declare_pass! {
@@ -50,15 +50,18 @@ crate::declare_pass! {
     /// With `coupled`, rows of a weight make up for one another where the outputs of the model add up their errors: each block of rows aims at
     /// W* less what the errors of the rows before it bring there. Where no gradients come back from the outputs, a note says so.
     ///
+    /// With `adaptive=η` H is (1 − η) E\[x̃ x̃ᵀ\] + η Σ Gᵀ G at the size of the former, with G the gradient of a weight by what the outputs lose on one
+    /// sample: inputs count by what the outputs make of them.
+    ///
     /// Two runs of the model where memory holds the tensors between stages; samples for which it does not run again from their inputs.
     /// Everything that is no such layer goes to nearest, and so does everything where there are no
     /// samples. With `norms=1` the scales and shifts of norms that compute in float are fitted too, where they stand in the order.
     INFO {
         name: "round-in-order",
         source: "order: Frantar et al. 2022, arXiv:2210.17323, section 5; target: Zhong et al. 2024 (ERQ), arXiv:2407.06794, \
-                 section 3.2; rows that make up for one another: Tseng et al. 2025 (YAQA), arXiv:2505.22988, section 3; norms: Li et \
+                 section 3.2; rows that make up for one another: Tseng et al. 2025 (YAQA), arXiv:2505.22988, section 3; moments of gradients of weights: Edalati et al. 2024 (OAC), arXiv:2405.15025; norms: Li et \
                  al. 2023, arXiv:2309.02784, in closed form; the sum's error ours",
-        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size; for layers that are asked on held-out samples four to ten more factors, and the method for a few rows. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `coupled` adds the float model forward twice and back once for some 8,192 rows of what layers compute (32 texts of 256 words), and as many times that as it says, m² / 2 numbers per weight until it is rounded, and m³ / 3 and m² d multiply-adds. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs, `loss=fisher` four such sweeps before, and 8 bytes per element that blocks return, for every sample.",
+        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size; for layers that are asked on held-out samples four to ten more factors, and the method for a few rows. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `coupled` adds the float model forward twice and back once for some 8,192 rows of what layers compute (32 texts of 256 words), and as many times that as it says, m² / 2 numbers per weight until it is rounded, and m³ / 3 and m² d multiply-adds. `adaptive` adds the same runs for 64 gradients of samples or more, d² / 2 numbers per weight until it is rounded, and m d² / 2 multiply-adds per gradient. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs, `loss=fisher` four such sweeps before, and 8 bytes per element that blocks return, for every sample.",
         requires: Facts::ENCODED,
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,
@@ -78,7 +81,11 @@ crate::declare_pass! {
                 name: "coupled",
                 doc: "1: rows of a weight make up for one another where the outputs add up their errors, by some 8,000 gradients of the float model at every layer; other numbers by so many times as many; 0 by default",
             },
-            OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers, and learned where blocks are; 0 by default" },
+            OptionInfo {
+                name: "adaptive",
+                doc: "the share of the second moments of gradients of the weight itself, squared sample by sample, in the matrix that rounding goes by (OAC: 1); from 0 (default) to 1",
+            },
+            OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers, and learned where blocks are; 2: only learned; 0 by default" },
             OptionInfo {
                 name: "spare",
                 doc: "1: moments leave out every eighth sample, with its variants, which judges what is learned here or after; by its number, so that the order of samples matters; 0 by default",
@@ -117,19 +124,13 @@ crate::declare_pass! {
             OptionInfo { name: "biases", doc: "learning: 0 leaves biases as they are; 1 by default" },
             OptionInfo { name: "scales", doc: "learning: 0 leaves scales of weights as they are; 1 by default" },
             OptionInfo { name: "steps", doc: "learning: 1 learns scales of activations too; 0 by default" },
-            OptionInfo { name: "loss", doc: "learning: one of `list losses`: mse (default); kl for the outputs of the graph, where they are logits or probabilities; fitting, which tells those by how they are computed; pd, which adds what the rest of the model makes of a block; fisher, which weighs every element by what the outputs depend on it; fisher-each, the same with all samples alike" },
+            OptionInfo { name: "loss", doc: "learning: one of `list losses`: mse (default); kl for the outputs of the graph, where they are logits or probabilities; fitting, which tells those by how they are computed; pd, which adds what the rest of the model makes of a block; fisher, which weighs every element by what the outputs depend on it; fisher-each, the same with all samples alike; channels, by means and variances of channels; hidden, which adds what softmaxes along the hidden axis lose" },
         ],
     }
 }
 
 pub(super) const ENTRY: PassEntry =
     PassEntry { info: &INFO, build: |options| Ok(Box::new(RoundInOrder::new(options)?)) };
-
-/// How errors of output channels of layers add up.
-type Outputs = std::collections::BTreeMap<NodeId, OutputMoments>;
-
-/// So many draws of gradients tell what is at stake.
-const DRAWS: usize = 2;
 
 /// What a layer should imitate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,8 +150,7 @@ struct RoundInOrder {
     sweeps: usize,
     refit: usize,
     clips: bool,
-    stakes: f64,
-    coupled: f64,
+    asks: Asks,
     norms: bool,
     spares: bool,
     leans: bool,
@@ -168,6 +168,7 @@ impl RoundInOrder {
                 return Err(OptionError { option: "target".into(), problem });
             }
         };
+        let spares = options.count("spare", 0)? > 0;
         Ok(Self {
             method: round::method(options, "gptq")?,
             target,
@@ -182,78 +183,12 @@ impl RoundInOrder {
             sweeps: options.count("sweeps", 0)?,
             refit: options.count("refit", 0)?,
             clips: options.count("clip", 0)? > 0,
-            stakes: match options.number("stakes")?.unwrap_or(0.0) {
-                share if (0.0..=1.0).contains(&share) => share,
-                _ => {
-                    let problem = "it must be from 0 to 1".to_owned();
-                    return Err(OptionError { option: "stakes".into(), problem });
-                }
-            },
-            coupled: match options.number("coupled")?.unwrap_or(0.0) {
-                times if (0.0..=1000.0).contains(&times) => times,
-                _ => {
-                    let problem = "it must be from 0 to 1000".to_owned();
-                    return Err(OptionError { option: "coupled".into(), problem });
-                }
-            },
-            norms: options.count("norms", 0)? > 0,
-            spares: options.count("spare", 0)? > 0,
+            asks: Asks::of(options, spares)?,
+            norms: options.count("norms", 0)? == 1,
+            spares,
             leans: options.count("lean", 0)? > 0,
             learner: Learner::of(options)?,
         })
-    }
-
-    /// What rows weigh.
-    fn roots(
-        &self,
-        model: &Model,
-        layers: &[Inputs],
-        cx: &PassContext<'_>,
-        patch: &mut Patch,
-    ) -> Result<Roots, PassError> {
-        if self.stakes <= 0.0 {
-            return Ok(Roots::default());
-        }
-        match stakes(model, cx, DRAWS, "stakes")? {
-            Ok(stakes) => {
-                patch.count("layers weighed by what is at stake", stakes.len() as u64);
-                let without = layers.iter().filter(|layer| !stakes.contains_key(&layer.node));
-                for node in without.filter_map(|layer| model.graph().node(layer.node)) {
-                    let message =
-                        "no gradients arrive from the outputs, or they are no numbers: its rows weigh the same";
-                    let place = Place::Node(Arc::clone(&node.name));
-                    patch.note(Diagnostic::new(diag::NO_MOMENTS, Severity::Note, place, message));
-                }
-                let spared =
-                    |at: usize| self.spares && cx.dataset.is_some_and(|data| judges::is_judge(data.origin(at)));
-                Ok(Roots::of_stakes(stakes, self.stakes, spared))
-            }
-            Err(reason) => Err(PassError::Model(format!("stakes={}: gradients do not tell: {reason}", self.stakes))),
-        }
-    }
-
-    /// How errors of output channels add up, layer by layer.
-    fn outputs(&self, model: &Model, cx: &PassContext<'_>, patch: &mut Patch) -> Result<Outputs, PassError> {
-        if self.coupled <= 0.0 {
-            return Ok(Outputs::new());
-        }
-        let spared = |at: usize| self.spares && cx.dataset.is_some_and(|data| judges::is_judge(data.origin(at)));
-        let found = if self.method.learns_together() {
-            Ok(Err(format!("rows learn together with {}", self.method.about().name)))
-        } else {
-            output_moments(model, cx, (spared, self.coupled), "gradients")
-        };
-        let reason = match found {
-            Ok(Ok(outputs)) => {
-                patch.count("layers whose rows make up for one another", outputs.len() as u64);
-                return Ok(outputs);
-            }
-            Ok(Err(reason)) | Err(PassError::Model(reason)) => reason,
-            Err(error) => return Err(error),
-        };
-        let message = format!("every row of a weight is rounded as if the others were exact: {reason}");
-        patch.note(Diagnostic::new(diag::NO_GRADIENTS, Severity::Note, Place::Model, message));
-        Ok(Outputs::new())
     }
 
     /// The edits that round `layer` and correct its bias.
@@ -261,7 +196,7 @@ impl RoundInOrder {
         &self,
         model: &Model,
         inputs: &Inputs,
-        (measured, outputs): (&Measured, Option<&OutputMoments>),
+        (measured, told): (&Measured, &OfLayer),
         bias: Option<Site>,
         scheme: &Scheme,
         asked: &mut Asked,
@@ -271,7 +206,7 @@ impl RoundInOrder {
         let layer = Layer::of(model, inputs.node)?.behind(Arc::clone(&moments.gram), bias.is_some());
         layer.has_gram().then_some(())?;
         let drift = moments.drift.as_ref().filter(|_| self.target != Target::Weight);
-        let outputs = outputs.filter(|outputs| outputs.channels == layer.rows / layer.groups);
+        let outputs = told.outputs.as_ref().filter(|outputs| outputs.channels == layer.rows / layer.groups);
         let (goal, couplings) = parallel::both(
             || prefix::target(&layer, drift, sum, self.damping),
             || outputs.map(|outputs| Couplings::of(outputs, layer.groups)),
@@ -286,6 +221,7 @@ impl RoundInOrder {
         if let Some(chosen) = chosen {
             asked.keep(inputs.node, chosen);
         }
+        let layer = told.adapted(layer);
         let rounded = |free: bool| match &couplings {
             Some(couplings) => self.together(&layer, couplings, (grid, free)),
             None => work::over_tiles(
@@ -421,17 +357,16 @@ impl Pass for RoundInOrder {
         let mut work = model.clone();
         let users = Users::of(model.graph());
         let mut layers = Inputs::all(model, &users);
-        let roots = self.roots(model, &layers, cx, &mut patch)?;
-        let mut outputs = self.outputs(model, cx, &mut patch)?;
+        let mut told = self.asks.tell((model, &layers), self.method, cx, &mut patch)?;
         for layer in &mut layers {
-            layer.reading.weighed_for = Some(layer.node).filter(|node| roots.weigh(*node));
+            layer.reading.weighed_for = Some(layer.node).filter(|node| told.roots.weigh(*node));
         }
         let norms = if self.norms { norms::find(model.graph(), model.plan()) } else { Vec::new() };
         let stops: BTreeSet<NodeId> =
             layers.iter().map(|layer| layer.node).chain(norms.iter().map(|norm| norm.node)).collect();
         let stage_of = lockstep::stages(model.graph(), &stops);
         let learning = Learning::new(self.learner.as_ref(), model, &stage_of, cx)?;
-        let held: u64 = outputs.values().map(OutputMoments::held).sum();
+        let held = told.held();
         let walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &learning.spans())?.sparing(self.spares);
         let learns = if self.learner.is_some() { reserved(cx) } else { 0 };
         let mut walk = walk.beside(held.saturating_sub(cx.state_budget).saturating_add(learns));
@@ -449,16 +384,15 @@ impl Pass for RoundInOrder {
             let few = |inputs: &Inputs| Layer::of(&work, inputs.node).is_some_and(|layer| held_out::tells(&layer));
             let apart = asked.goes_on() && here.iter().any(few);
             let halves = if apart { Halves::Apart } else { Halves::Together };
-            let measured = prefix::measure(&walk, model.graph(), work.plan(), &here, samples, (&roots, halves))?;
+            let measured = prefix::measure(&walk, model.graph(), work.plan(), &here, samples, (&told.roots, halves))?;
             measured
                 .nonfinite
                 .iter()
                 .for_each(|(value, count)| patch.note(diag::nonfinite(&model.graph().value(*value).name, *count)));
             for inputs in &here {
                 let bias = ops::bias_site(model.graph(), &users, inputs.node);
-                let own = outputs.remove(&inputs.node);
-                let measured = (&measured, own.as_ref());
-                let edits = self.layer(&work, inputs, measured, bias, &cx.scheme, &mut asked).unwrap_or_default();
+                let own = (&measured, &told.take(inputs.node));
+                let edits = self.layer(&work, inputs, own, bias, &cx.scheme, &mut asked).unwrap_or_default();
                 patch.count("rounded in order", u64::from(!edits.is_empty()));
                 patch.and_on(&mut work, edits)?;
                 cx.progress.step();
@@ -499,7 +433,9 @@ mod tests {
         let bias = ops::bias_site(model.graph(), &users, node);
         let scheme = Scheme::parse("w4a8").unwrap();
         let pass = RoundInOrder::new(&options).unwrap();
-        let edits = pass.layer(&model, &inputs, (&measured, None), bias, &scheme, &mut Asked::default()).unwrap();
+        let edits = pass
+            .layer(&model, &inputs, (&measured, &OfLayer::default()), bias, &scheme, &mut Asked::default())
+            .unwrap();
         let scales = edits.iter().find_map(|edit| match edit {
             Edit::Encode { site, encoding } if Some(*site) != bias => Some(encoding.scale.to_vec()),
             _ => None,
@@ -530,6 +466,26 @@ mod tests {
         let options = |coupled: &str| Options([("coupled".to_owned(), coupled.to_owned())].into());
         assert!(["-1", "nan", "1e9"].iter().all(|odd| RoundInOrder::new(&options(odd)).is_err()));
         assert!(notes[0].contains("--max-memory"), "{notes:?}");
+    }
+
+    /// What gradients of weights tell changes codes where it is asked for, and is the same every time.
+    #[test]
+    fn gradients_of_weights_have_their_share() {
+        let (alone, _) = rounded("adaptive=0", u64::MAX);
+        let (half, notes) = rounded("adaptive=0.5", u64::MAX);
+        let (whole, _) = rounded("adaptive=1", u64::MAX);
+        assert!(alone != half && half != whole && alone == rounded("sweeps=0", u64::MAX).0);
+        assert!(notes.is_empty(), "{notes:?}");
+        assert_eq!(rounded("adaptive=0.5", u64::MAX).0, half, "the same every time");
+        let (tight, notes) = rounded("adaptive=1", 50);
+        assert_eq!((tight, notes.len()), (rounded("adaptive=0", 50).0, 1));
+        assert!(notes[0].contains("--max-memory"), "{notes:?}");
+        let refused = |given: &[(&str, &str)]| {
+            let options = given.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            RoundInOrder::new(&Options(options)).err().map(|error| error.problem)
+        };
+        assert!(refused(&[("adaptive", "2")]).unwrap().contains("from 0 to 1"));
+        assert!(refused(&[("adaptive", "0.5"), ("stakes", "0.5")]).unwrap().contains("one of both"));
     }
 
     /// Fewer tapes side by side, and tapes in parts, come to the same codes; where not even that fits, the fix is named.

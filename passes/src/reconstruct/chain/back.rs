@@ -85,13 +85,17 @@ impl Chain {
         carried: &Carried,
         drop: (i64, u64),
     ) -> Result<Values<f32>, GradError> {
+        link.program.run(leaves, &self.feeds(link, i, carried)?, drop)
+    }
+
+    /// What `link` reads of sample `i`.
+    pub(super) fn feeds(&self, link: &Link, i: usize, carried: &Carried) -> Result<Vec<Value<f32>>, GradError> {
         let missing = || GradError("a bug in onnx-quant: a block reads what is not there".into());
         let feed = |(_, value): &(Slot, ValueId)| match carried.values.get(value) {
             Some(array) => Ok(Value::Real(array.clone())),
             None => self.given[i].values.get(value).cloned().ok_or_else(missing),
         };
-        let feeds = link.program.feeds.iter().map(feed).collect::<Result<Vec<_>, _>>()?;
-        link.program.run(leaves, &feeds, drop)
+        link.program.feeds.iter().map(feed).collect()
     }
 
     /// Keeps what `link` hands on.
@@ -144,7 +148,8 @@ impl Chain {
                 Ok::<_, GradError>(sums)
             };
             let mut total: Vec<Vec<f32>> = vec![Vec::new(); link.program.learned().len()];
-            for lane in parallel::few(states.chunks_mut(lane).zip(batch.chunks(lane)), back) {
+            let lanes = states.chunks_mut(lane).zip(batch.chunks(lane));
+            for lane in parallel::few_of(link.program.room.at_once, lanes, back) {
                 let sums = total.iter_mut().zip(lane?).filter(|(_, sum)| !sum.is_empty());
                 match pull {
                     Pull::Errors => sums.for_each(|(total, sum)| add(total, sum.into_iter())),
@@ -174,7 +179,8 @@ impl Chain {
                 self.hand_on(link, &self.run(link, &leaves, *i, state, seeded(drop, at, *i))?, state);
                 Ok(())
             };
-            parallel::few(states.iter_mut().zip(batch), run).collect::<Result<(), GradError>>()?;
+            let most = link.program.room.forward();
+            parallel::few_of(most, states.iter_mut().zip(batch), run).collect::<Result<(), GradError>>()?;
         }
         Ok(states)
     }

@@ -8,7 +8,7 @@ use crate::lockstep::Pair;
 use crate::reconstruct::Stakes;
 
 /// Of the rows that layers read, per layer and sample, the roots of what they weigh, the largest of a layer 1; padding and all.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(in crate::rounding) struct Roots(BTreeMap<NodeId, Vec<Vec<f32>>>);
 
 /// No row counts more than so many average ones.
