@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Quantizes the zoo's models and scores them against what they must reach.
 
-    zoo.py --tool target/release/onnx-quant --zoo ../shared/zoo [--quick] [--only NAME] [--keep DIR] [--all]
+    zoo.py --tool target/release/onnx-quant --zoo ../shared/zoo [--quick] [--only NAME] [--keep DIR] [--all] [--also PYTHON]
 
 `--quick` leaves out the slow ones (ppocr-rec, minilm). The language model runs where its weights were made:
---lm DIR (see the zoo's smollm2.py). `--all` adds rows that are known to fall short of what they should reach. Prints one line per model: float
+--lm DIR (see the zoo's smollm2.py). With `--also`, the Python of another version of ONNX Runtime, every file runs there too, and what is asked of it holds there as well. `--all` adds rows that are known to fall short of what they should reach. Prints one line per model: float
 metric, ours, SQNR, bytes, wall time and peak memory of the run.
 """
 import argparse, json, os, subprocess, sys, tempfile, time
@@ -68,7 +68,7 @@ def said(ok, row, score, taken):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--tool', required=True); p.add_argument('--zoo', required=True); p.add_argument('--quick', action='store_true')
-    p.add_argument('--only'); p.add_argument('--keep'); p.add_argument('--lm'); p.add_argument('--all', action='store_true'); p.add_argument('--extra', nargs=argparse.REMAINDER, default=[])
+    p.add_argument('--only'); p.add_argument('--keep'); p.add_argument('--lm'); p.add_argument('--all', action='store_true'); p.add_argument('--also'); p.add_argument('--extra', nargs=argparse.REMAINDER, default=[])
     o = p.parse_args(); zoo = Path(o.zoo).resolve(); script = zoo / 'zoo.py'; failed = []
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(o.keep or tmp); folder.mkdir(parents=True, exist_ok=True)
@@ -79,10 +79,11 @@ def main():
             if not feeds.exists(): subprocess.run([sys.executable, script, 'feeds', name, '--out', feeds], check=True, stdout=subprocess.DEVNULL)
             options = ['--scheme', scheme, '--recipe', recipe, '--progress', 'none', *o.extra]
             wall, cpu, peak = measured([o.tool, 'quantize', zoo / 'models' / MODELS[name][0], '--data', feeds, '-o', out, *options])
-            score = json.loads(subprocess.run([sys.executable, PROCESSOR, script, 'score', name, out, '--json'], check=True, capture_output=True, text=True).stdout)
-            score.pop('seconds'); ok = good(score)
-            said(ok, (name, scheme, recipe), score, (wall, cpu, peak))
-            if not ok: failed.append(f'{name} {scheme} {recipe}')
+            for python in [sys.executable, *([o.also] if o.also else [])]:
+                score = json.loads(subprocess.run([python, PROCESSOR, script, 'score', name, out, '--json'], check=True, capture_output=True, text=True).stdout)
+                score.pop('seconds'); ok = good(score)
+                said(ok, (name, scheme, recipe if python == sys.executable else 'also'), score, (wall, cpu, peak))
+                if not ok: failed.append(f'{name} {scheme} {recipe}, by {python}')
         silero(o.tool, zoo, folder)
         if o.lm: failed += language_model(o, zoo, folder)
     if failed: sys.exit(f'below the line: {", ".join(failed)}')
