@@ -44,17 +44,21 @@ pub(crate) fn resumed(journal: &FileJournal) -> Option<Diagnostic> {
     (blocks > 0 || stands).then(|| Diagnostic::new(diag::RESUMED, Severity::Note, Place::Model, message))
 }
 
-/// Samples that wait between stages, and what is kept of all weights beside them, take as much memory as in the run that began: how many
-/// samples fit decides what is learned from.
+/// Where anything has been learned, samples that wait between stages, and what is kept of all weights, take as much memory as in the run that
+/// began: how many samples fit, and whether gradients' moments do, decides what is learned.
 pub(crate) fn keep_budgets(journal: &FileJournal, cx: &mut PassContext<'_>) -> Result<(), Error> {
     let key = "budgets";
-    let number = |bytes: &[u8]| bytes.try_into().ok().map(u64::from_le_bytes);
-    let kept = journal.get(key);
-    if let Some((pair, lone)) = kept.and_then(|bytes| Some((number(bytes.get(..8)?)?, number(bytes.get(8..)?)?))) {
-        (cx.pair_budget, cx.lone_budget) = (pair, lone);
+    let numbers = |bytes: Vec<u8>| -> Option<[u64; 3]> {
+        let number = |at: usize| Some(u64::from_le_bytes(bytes.get(8 * at..8 * at + 8)?.try_into().ok()?));
+        Some([number(0)?, number(1)?, number(2)?])
+    };
+    // Nothing is bound by a run that came to nothing.
+    let kept = journal.get(key).filter(|_| journal.len() > 1 || journal.stands());
+    if let Some([pair, lone, state]) = kept.and_then(numbers) {
+        (cx.pair_budget, cx.lone_budget, cx.state_budget) = (pair, lone, state);
     } else {
-        let both = [cx.pair_budget.to_le_bytes(), cx.lone_budget.to_le_bytes()].concat();
-        journal.put(key, &both).map_err(Error::Resources)?;
+        let all = [cx.pair_budget, cx.lone_budget, cx.state_budget].map(u64::to_le_bytes).concat();
+        journal.put(key, &all).map_err(Error::Resources)?;
     }
     Ok(())
 }

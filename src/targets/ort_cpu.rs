@@ -217,7 +217,7 @@ pub(super) fn refuses(scheme: &Scheme, bits: &[u32]) -> Option<String> {
     (!(weights && activations && in_blocks && blocks && zero_points && dynamic)).then(|| {
         "it takes weights of 2 to 8 bits or any of `list formats`, activations of 4 or 8 bits or in float (a16), onnx-qdq also of other \
          numbers of bits and in 8-bit floats (afp8, afp8e5m2), and there zero points (w4a8asym) of weights of up to 4 bits; activations with the range of each run \
-         (w8a8dyn) are of 8 bits, beside weights of 5 to 8; with that of each token (w4a4tok) only onnx-qdq, there also in floats of fewer bits (wfp4ae3m2tok); with float activations also blocks of 16, 32, 64, 128 or 256 inputs (g32), zero points \
+         (w8a8dyn) are of 8 bits, beside weights of 5 to 8; with that of each token (w4a4tok) only onnx-qdq, there also in small floats with 2 or 3 bits of mantissa (wfp4ae3m2tok); with float activations also blocks of 16, 32, 64, 128 or 256 inputs (g32), zero points \
          (asym) and block formats (wmxfp4a16)"
             .to_owned()
     })

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What every way to learn takes of memory on the language model, within --max-memory and without a bound: one line per run.
 
-    memory.py --tool target/release/onnx-quant --zoo ../shared/zoo --language-model DIR [--max-memory 4G] [--methods brecq,latent] [--free brecq,latent] [--ways model] [--others "gptq;cbq"]
+    memory.py --tool target/release/onnx-quant --zoo ../shared/zoo --language-model DIR [--max-memory 4G] [--methods brecq,latent] [--free "brecq;latent"] [--ways model] [--others "gptq;cbq"]
 
 DIR is what smollm2.py wrote. Few samples and steps: what is held does not depend on how many steps there are; more
 samples may take more, up to the bound. What does not fit, or fails, says why in its row. `blocks` learns block after block (--learn), `model` from what the whole model returns (--distill), holding one block's tape at
@@ -72,7 +72,7 @@ def main():
         rows += [(way, method, [*best, option, method + settings]) for way, (option, settings) in WAYS.items() for method in o.methods.split(',')]
         for way, name, options in rows:
             if way not in o.ways.split(','): continue
-            for bound in [o.max_memory, *([None] if name in o.free.split(',') else [])]:
+            for bound in [o.max_memory, *([None] if name in o.free.split(';') else [])]:
                 took = run([*common, *options, *(['--max-memory', bound] if bound else [])], Path(tmp) / 'said')
                 print(f'| {way} | {name} | {bound or "none"} | {took}', flush=True)
 

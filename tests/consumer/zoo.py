@@ -4,7 +4,7 @@
     zoo.py --tool target/release/onnx-quant --zoo ../shared/zoo [--quick] [--only NAME] [--keep DIR] [--all] [--also PYTHON]
 
 `--quick` leaves out the slow ones (ppocr-rec, minilm). The language model runs where its weights were made:
---lm DIR (see the zoo's smollm2.py). With `--also`, the Python of another version of ONNX Runtime, every file runs there too, and what is asked of it holds there as well. `--all` adds rows that are known to fall short of what they should reach. Prints one line per model: float
+--lm DIR (see the zoo's smollm2.py). With `--also`, the Python of another version of ONNX Runtime, the files of these rows run there too (said as `also`), and what is asked of them holds there as well. `--all` adds rows that are known to fall short of what they should reach. Prints one line per model: float
 metric, ours, SQNR, bytes, wall time and peak memory of the run.
 """
 import argparse, json, os, subprocess, sys, tempfile, time
@@ -57,7 +57,7 @@ def measured(command):
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     if status != 0: raise SystemExit(f'{command} failed: {status}')
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1.024 / 1000
 
 
 def said(ok, row, score, taken):
@@ -82,7 +82,7 @@ def main():
             for python in [sys.executable, *([o.also] if o.also else [])]:
                 score = json.loads(subprocess.run([python, PROCESSOR, script, 'score', name, out, '--json'], check=True, capture_output=True, text=True).stdout)
                 score.pop('seconds'); ok = good(score)
-                said(ok, (name, scheme, recipe if python == sys.executable else 'also'), score, (wall, cpu, peak))
+                said(ok, (name, scheme, recipe if python == sys.executable else f'{recipe}, also'), score, (wall, cpu, peak))
                 if not ok: failed.append(f'{name} {scheme} {recipe}, by {python}')
         silero(o.tool, zoo, folder)
         if o.lm: failed += language_model(o, zoo, folder)

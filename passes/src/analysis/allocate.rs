@@ -257,23 +257,32 @@ fn candidates(
     found.into_iter().flatten().collect()
 }
 
-/// Puts what `form` tells in the place of squared errors. Of how many weights it could not, which count by squared errors over their square.
+/// Puts what `form` tells in the place of squared errors. Of how many weights it could not: they count by squared errors over their square,
+/// times what usually comes of those where it could.
 fn by_form(form: Form, model: &Model, cx: &PassContext<'_>, candidates: &mut [Candidate]) -> Result<usize, PassError> {
     cx.progress.begin(INFO.about.name, candidates.len() as u64);
-    let mut without = 0;
+    let (mut untold, mut ratios) = (Vec::new(), Vec::new());
     // One after the other: each takes the square of its columns, and is parallel inside.
-    for candidate in candidates {
+    for (at, candidate) in candidates.iter_mut().enumerate() {
         if cx.progress.cancelled() {
             return Err(PassError::Interrupted);
         }
-        let told = form.losses(model, candidate.node, &candidate.encodings);
-        without += usize::from(told.is_none());
         let energy = candidate.energy.max(f64::MIN_POSITIVE);
-        candidate.noise = told.unwrap_or_else(|| candidate.noise.iter().map(|noise| noise / energy).collect());
+        candidate.noise.iter_mut().for_each(|noise| *noise /= energy);
+        match form.losses(model, candidate.node, &candidate.encodings) {
+            Some(told) => {
+                ratios.extend(Some(told[0] / candidate.noise[0]).filter(|ratio| ratio.is_finite()));
+                candidate.noise = told;
+            }
+            None => untold.push(at),
+        }
         cx.progress.step();
     }
     cx.progress.end();
-    Ok(without)
+    ratios.sort_by(f64::total_cmp);
+    let usual = ratios.get(ratios.len() / 2).copied().unwrap_or(1.0);
+    untold.iter().for_each(|at| candidates[*at].noise.iter_mut().for_each(|noise| *noise *= usual));
+    Ok(untold.len())
 }
 
 fn unreached(node: &str) -> PassError {
@@ -317,7 +326,7 @@ impl Pass for AllocateBits {
             let without = by_form(form, model, cx, &mut candidates)?;
             if without > 0 && form != Form::Weights {
                 let message = format!(
-                    "of {without} of {} weights there are no second moments: their squared errors over their squares count",
+                    "of {without} of {} weights there are no second moments: their own squared errors count, as those of the others do",
                     candidates.len()
                 );
                 patch.note(Diagnostic::new(diag::NO_MOMENTS, Severity::Note, Place::Model, message));
@@ -344,10 +353,11 @@ impl Pass for AllocateBits {
         })?;
         let total: f64 = chosen.iter().zip(&rows).map(|(&at, row)| row.0[at].1).sum();
         let spent: f64 = chosen.iter().zip(&rows).map(|(&at, row)| row.0[at].0).sum::<f64>() / elements;
-        let message = format!(
-            "its weights take {spent:.3} bits each; rounded to nearest they should cost {total:.3e} by {}",
-            self.metric
-        );
+        let cost = match self.judge {
+            Judge::Forms(_) => "the relative errors of all of them should sum to",
+            _ => "rounded to nearest they should cost",
+        };
+        let message = format!("its weights take {spent:.3} bits each; {cost} {total:.3e} by {}", self.metric);
         patch.note(Diagnostic::new(diag::ALLOCATED, Severity::Note, Place::Model, message));
         for ((candidate, &at), loss) in candidates.iter().zip(&chosen).zip(&losses) {
             if at != base {

@@ -37,13 +37,14 @@ crate::declare_pass! {
     /// something was not measured or the user wants something in float. Exact over the reals where no clamps are passed.
     ///
     /// With `from=weights` no samples are asked: s\[j\] = √(r₁ / r₂), with r₁ the largest weight that writes a channel and r₂ the largest that
-    /// reads it, so that both become one. That goes channel by channel, through products, `Gemm` and transposed convolutions as well, `PRelu`,
+    /// reads it, so that both come to one. That goes channel by channel, through products, `Gemm` and transposed convolutions as well, `PRelu`,
     /// factors, joins (`Concat`), and what moves or cuts axes anew, runs of a channel among it; a channel that anything else writes or reads
-    /// stays, and no other. With `clamps=exact` every channel of a clamp ends where it did, by a `Min` behind it.
+    /// stays, and no other. With `clamps=exact` every channel of a clamp ends where it did, by a `Min` behind it, which kernels on bytes do not take in as they do a
+    /// clamp. In place of `smooth` and the form by peaks, not behind them: it would undo their choice.
     INFO {
         name: "equalize-layers",
         source: "Nagel et al. 2019, arXiv:1906.04721, section 4.1; regions after Brevitas; choice by expected error, and channel by channel, ours",
-        cost: "One forward pass for peaks; then every weight of a region is measured once per candidate exponent. No more data. From weights: no data, and up to 50 looks at every kernel's largest weight.",
+        cost: "One forward pass for peaks; then every weight of a region is measured once per candidate exponent. No more data. From weights: no data; sweeps over every kernel's largest weight, 50 of them where there are many, and more where few.",
         requires: Facts::SHAPES,
         establishes: Facts::NONE,
         preserves: Facts::SHAPES,
@@ -94,14 +95,14 @@ impl EqualizeLayers {
 }
 
 /// `model` with channels divided by what ranges of weights say; with `clamps`, through clamps that end somewhere too.
-fn balanced(model: &Model, cx: &PassContext<'_>, clamps: bool) -> Patch {
+fn balanced(model: &Model, cx: &PassContext<'_>, clamps: bool) -> Result<Patch, PassError> {
     let (mut patch, lanes) = (Patch::on(model), Lanes::of(model, cx, clamps));
-    let Some(s) = balance::factors(&lanes) else { return patch };
+    let Some(s) = balance::factors(&lanes, cx, INFO.about.name)? else { return Ok(patch) };
     if rescale(model, &lanes, &s, &mut patch).is_none() {
-        return Patch::on(model);
+        return Ok(Patch::on(model));
     }
     patch.count("channels", s.iter().filter(|s| (**s - 1.0).abs() > f64::EPSILON).count() as u64);
-    patch
+    Ok(patch)
 }
 
 impl Pass for EqualizeLayers {
@@ -128,7 +129,7 @@ impl Pass for EqualizeLayers {
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         if let Some(clamps) = self.by_weights {
-            return Ok(balanced(model, cx, clamps));
+            return balanced(model, cx, clamps);
         }
         let mut patch = Patch::on(model);
         if !cx.scheme.fixes_ranges() {

@@ -4,6 +4,7 @@
 //! channel that anything else writes or reads is pinned with its class, and no other.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::axes::{divided_row, joins_along, merged_into, moved_from};
 use super::region::{clamp_end, is_kept_in_float};
@@ -17,9 +18,9 @@ use crate::pass::PassContext;
 
 /// The axis of the channels of a tensor, and the class of each.
 #[derive(Clone, Debug)]
-pub(super) struct Lane {
-    pub(super) axis: usize,
-    pub(super) classes: Vec<usize>,
+struct Lane {
+    axis: usize,
+    classes: Arc<[usize]>,
 }
 
 /// The channels of a graph in classes: dividing all channels of one class changes nothing but the weights around them.
@@ -32,6 +33,9 @@ pub(super) struct Lanes<'a> {
     parent: Vec<usize>,
     pinned: Vec<bool>,
 }
+
+/// Tensors have no more channels than this; shapes may say anything.
+const MOST_CHANNELS: usize = 1 << 22;
 
 /// The class that stands for all that were united with `class`.
 fn root(parent: &[usize], mut class: usize) -> usize {
@@ -63,9 +67,10 @@ impl<'a> Lanes<'a> {
                 _ => walk::reads(node).for_each(|value| all.pin(value)),
             }
         }
-        let parent = &all.parent;
-        let classes = all.of.values_mut().flat_map(|lane| &mut lane.classes);
-        classes.for_each(|class| *class = root(parent, *class));
+        // Those that stand for others come before them.
+        for class in 0..all.parent.len() {
+            all.parent[class] = all.parent[all.parent[class]];
+        }
         all
     }
 
@@ -79,23 +84,26 @@ impl<'a> Lanes<'a> {
         !self.pinned[class]
     }
 
-    /// The lane of `value`, where any of its channels can be divided.
-    pub(super) fn free(&self, value: ValueId) -> Option<&Lane> {
-        self.of.get(&value).filter(|lane| lane.classes.iter().any(|class| self.is_free(*class)))
+    /// The axis of the channels of `value` and their classes, where any can be divided.
+    pub(super) fn free(&self, value: ValueId) -> Option<(usize, Vec<usize>)> {
+        let lane = self.of.get(&value)?;
+        let classes: Vec<usize> = lane.classes.iter().map(|class| self.parent[*class]).collect();
+        classes.iter().any(|class| self.is_free(*class)).then_some((lane.axis, classes))
     }
 
     /// The axis of the channels of `value`, and what each is divided by when classes are by `s`; `None` where all stay.
     pub(super) fn divisor(&self, value: ValueId, s: &[f64]) -> Option<(usize, Vec<f64>)> {
-        let lane = self.free(value)?;
-        let divisor: Vec<f64> = lane.classes.iter().map(|class| s[*class]).collect();
-        divisor.iter().any(|s| (s - 1.0).abs() > f64::EPSILON).then_some((lane.axis, divisor))
+        let (axis, classes) = self.free(value)?;
+        let divisor: Vec<f64> = classes.iter().map(|class| s[*class]).collect();
+        divisor.iter().any(|s| (s - 1.0).abs() > f64::EPSILON).then_some((axis, divisor))
     }
 
     fn extent(&self, value: Option<ValueId>, axis: usize) -> Option<usize> {
-        self.graph.value(value?).ty.tensor()?.shape.as_ref()?.get(axis)?.known()
+        let extent = self.graph.value(value?).ty.tensor()?.shape.as_ref()?.get(axis)?.known();
+        extent.filter(|extent| *extent <= MOST_CHANNELS)
     }
 
-    fn fresh(&mut self, n: usize, pinned: bool) -> Vec<usize> {
+    fn fresh(&mut self, n: usize, pinned: bool) -> Arc<[usize]> {
         let new = self.parent.len()..self.parent.len() + n;
         self.parent.extend(new.clone());
         self.pinned.resize(new.end, pinned);
@@ -104,13 +112,19 @@ impl<'a> Lanes<'a> {
 
     fn pin(&mut self, value: ValueId) {
         let Some(lane) = self.of.get(&value) else { return };
-        for class in &lane.classes {
+        for class in lane.classes.iter() {
             self.pinned[root(&self.parent, *class)] = true;
         }
     }
 
     fn unite(&mut self, a: usize, b: usize) {
-        let (a, b) = (root(&self.parent, a), root(&self.parent, b));
+        let [a, b] = [a, b].map(|mut class| {
+            while self.parent[class] != class {
+                self.parent[class] = self.parent[self.parent[class]];
+                class = self.parent[class];
+            }
+            class
+        });
         self.parent[a.max(b)] = a.min(b);
         self.pinned[a.min(b)] |= self.pinned[a.max(b)];
     }
@@ -190,7 +204,7 @@ impl<'a> Lanes<'a> {
             match &found {
                 None => found = Some(lane),
                 Some(first) if first.axis == lane.axis && first.classes.len() == lane.classes.len() => {
-                    first.classes.iter().zip(&lane.classes).for_each(|(a, b)| self.unite(*a, *b));
+                    first.classes.iter().zip(lane.classes.iter()).for_each(|(a, b)| self.unite(*a, *b));
                 }
                 Some(_) => return None,
             }
@@ -220,17 +234,18 @@ impl<'a> Lanes<'a> {
             let all = values.iter().all(|value| self.of.contains_key(value));
             return if all { self.joined(node, result) } else { None };
         }
+        self.extent(Some(result), axis)?;
         let mut classes = Vec::new();
         for value in values {
             match self.of.get(&value) {
-                Some(lane) if lane.axis == axis => classes.extend(&lane.classes),
+                Some(lane) if lane.axis == axis => classes.extend(lane.classes.iter()),
                 _ => {
                     self.pin(value);
                     let extent = self.extent(Some(value), axis)?;
-                    classes.extend(self.fresh(extent, true));
+                    classes.extend(self.fresh(extent, true).iter());
                 }
             }
         }
-        Some(Lane { axis, classes })
+        Some(Lane { axis, classes: classes.into() })
     }
 }

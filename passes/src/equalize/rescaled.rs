@@ -6,9 +6,9 @@ use std::sync::Arc;
 use super::axes::divided_row;
 use super::lanes::Lanes;
 use super::region::clamp_end;
-use super::taps::{Taps, divided_bias};
+use super::taps::{Taps, divided_bias, is_finite};
 use crate::id::{NodeId, ValueId};
-use crate::ir::{Attrs, Graph, Node, OpKey};
+use crate::ir::{Attrs, Node, OpKey};
 use crate::model::{Edit, Model, Patch, Statistic};
 use crate::tensor::Tensor;
 
@@ -37,7 +37,7 @@ pub(super) fn rescale(model: &Model, lanes: &Lanes<'_>, s: &[f64], patch: &mut P
         let value = graph.value(output);
         patch.erase(id);
         let new = if clamp_end(graph, node).is_some_and(f64::is_finite) {
-            bounded(graph, (id, copy), (axis, &divisor), patch)?
+            bounded(lanes, (id, copy), (axis, &divisor), patch)?
         } else {
             patch.node(copy, &format!("{}.equalized", value.name), value.ty.clone(), Some(id))
         };
@@ -74,13 +74,17 @@ fn constants(
         let values: Vec<f32> = weight.floats()?.iter().enumerate().map(scaled).collect();
         values.iter().all(|v| v.is_finite()).then_some(())?;
         let bias = own.and_then(|(_, divisor)| Some((2, divided_bias(graph, node, divisor)?)));
+        bias.iter().all(|(_, bias)| is_finite(bias)).then_some(())?;
         return Some([(1, Tensor::of(weight.shape(), values))].into_iter().chain(bias).collect());
     }
     let joins = ["Add", "Sub", "Sum", "Min", "Max"].iter().any(|op| node.op.is(op));
     let Some((axis, divisor)) = own.filter(|_| joins) else { return Some(Vec::new()) };
     let place = (graph.value(node.output(0)?).ty.rank()?, *axis);
     let constant = |input: usize| Some((input, graph.constant_input(node, input)?));
-    let divided = |(input, constant): (usize, &Arc<Tensor>)| Some((input, divided_row(constant, place, divisor)?));
+    let divided = |(input, constant): (usize, &Arc<Tensor>)| {
+        let divided = divided_row(constant, place, divisor)?;
+        (is_finite(&divided) || !is_finite(constant)).then_some((input, divided))
+    };
     (0..node.inputs.len()).filter_map(constant).map(divided).collect()
 }
 
@@ -88,16 +92,26 @@ fn constants(
 /// has all of them.
 #[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
 fn bounded(
-    graph: &Graph,
+    lanes: &Lanes<'_>,
     (id, mut clamp): (NodeId, Node),
     (axis, divisor): (usize, &[f64]),
     patch: &mut Patch,
 ) -> Option<ValueId> {
+    let graph = lanes.graph;
     let node = graph.node(id)?;
     let (high, value) = (clamp_end(graph, node)?, graph.value(node.output(0)?));
     let ends = divided_row(&Tensor::scalar(high as f32), (value.ty.rank()?, axis), divisor)?;
     let top = ends.floats()?.iter().copied().fold(0.0_f32, f32::max);
     clamp.inputs[2] = Some(patch.constant(&format!("{}.high", clamp.name), Tensor::scalar(top)));
+    // One `Min` is enough: where each of its ends lies within the clamp's, it does so once both are divided.
+    let ended = lanes.users.only_input(node.output(0)?).and_then(|(reader, input)| {
+        let least = graph.node(reader).filter(|reader| reader.op.is("Min") && reader.inputs.len() == 2)?;
+        let ends = graph.constant_input(least, 1_usize.checked_sub(input.into())?)?;
+        ends.floats()?.iter().all(|end| f64::from(*end) <= high).then_some(())
+    });
+    if ended.is_some() {
+        return Some(patch.node(clamp, &format!("{}.equalized", value.name), value.ty.clone(), Some(id)));
+    }
     let op = OpKey { name: "Min".into(), ..clamp.op.clone() };
     let name = format!("{}.ends", clamp.name);
     let clamped = patch.node(clamp, &format!("{}.clamped", value.name), value.ty.clone(), Some(id));

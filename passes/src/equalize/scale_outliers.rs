@@ -16,7 +16,7 @@ crate::declare_pass! {
     /// s[j] = sqrt(peak(x[j]) / t) where peak(x[j]) > t,  1 elsewhere,    x'[j] = x[j] / s[j],    w'[j] = s[j] · w[j]
     /// ```
     ///
-    /// t is the largest peak that is no outlier, found coarse to fine as the observer `cfp` does. Few columns of weights grow, whatever
+    /// once, or as often as `rounds` says, by no more than 1000 in all. t is the largest peak that is no outlier, found coarse to fine as the observer `cfp` does. Few columns of weights grow, whatever
     /// the weights are: for weights of few bits, where `smooth` moves all of them; in its place, not behind it. `weights=cfp` of
     /// `assign-encodings` belongs behind it, with `calibrate` between. Folded as `smooth` folds; an explicit `Mul` stands before the products
     /// only where it takes two thirds of the expected error away, and nothing is done where that error would rise. Tensors of fewer than 16
@@ -59,13 +59,15 @@ impl ScaleOutliers {
     fn choose(&self, model: &Model, group: &Group, cx: &PassContext<'_>) -> Option<Choice> {
         let graph = model.graph();
         let peaks = model.stats().peaks(group.value, last_axis(graph, group.value)?)?;
-        let sinks: Vec<Sink> = group.sinks.iter().map(|&id| sink(graph, id)).collect::<Option<_>>()?;
         let channels = peaks.values().len();
-        let fits = sinks.iter().all(|sink| sink.energy.len() == channels);
-        if peaks.count() < LEAST_ROWS || channels < FEWEST || !fits {
+        if peaks.count() < LEAST_ROWS || channels < FEWEST {
             return None;
         }
         let divisor = group.tied(divisors(peaks.values(), self.rounds)?);
+        let sinks: Vec<Sink> = group.sinks.iter().map(|&id| sink(graph, id)).collect::<Option<_>>()?;
+        if sinks.iter().any(|sink| sink.energy.len() != channels) {
+            return None;
+        }
         let error = |divisor: &[f64]| expected_error(peaks, &sinks, divisor, cx);
         let left = error(&divisor) / error(&vec![1.0; channels]);
         (left < 1.0).then_some(Choice { divisor, left })

@@ -1,5 +1,7 @@
 //! Between which channels the elements of a weight stand.
 
+use std::borrow::Cow;
+
 use super::axes::divided_row;
 use crate::id::NodeId;
 use crate::ir::walk::Users;
@@ -37,8 +39,9 @@ impl Taps {
         (plain && sound && weight.floats()?.iter().all(|w| w.is_finite())).then_some(())?;
         let (outer, inner, kernel) = (*outer, *inner, rest.iter().product());
         let taps = Self { outer, inner, kernel, groups, outputs_first: roles.out_axis == 0, spatial };
-        let bias = node.input(2).is_none() || divided_bias(graph, node, &vec![1.0; taps.outputs()]).is_some();
-        bias.then_some(taps)
+        let bias = || divided_bias(graph, node, &vec![1.0; taps.outputs()]);
+        let sound = node.input(2).is_none() || bias().is_some_and(|bias| is_finite(&bias));
+        sound.then_some(taps)
     }
 
     /// Output channels.
@@ -72,11 +75,20 @@ impl Taps {
         })
     }
 
-    /// The largest weight of every kernel.
-    pub(super) fn tops(&self, weight: &Tensor) -> Option<Vec<f64>> {
-        let top = |kernel: &[f32]| f64::from(kernel.iter().fold(0.0_f32, |most, w| most.max(w.abs())));
-        Some(weight.floats()?.chunks(self.kernel.max(1)).map(top).collect())
+    /// The weight of every kernel that is largest, its sign left out where a kernel has several.
+    pub(super) fn tops<'a>(&self, weight: &'a Tensor) -> Option<Cow<'a, [f32]>> {
+        let values = weight.floats()?;
+        if self.kernel <= 1 {
+            return Some(values);
+        }
+        let top = |kernel: &[f32]| kernel.iter().fold(0.0_f32, |most, w| most.max(w.abs()));
+        Some(values.chunks(self.kernel).map(top).collect())
     }
+}
+
+/// Whether all that `tensor` holds are numbers.
+pub(super) fn is_finite(tensor: &Tensor) -> bool {
+    tensor.floats().is_some_and(|values| values.iter().all(|v| v.is_finite()))
 }
 
 /// The bias of `node`, with that of output o divided by `divisor[o]`.

@@ -2,7 +2,7 @@
 //!
 //! Both nodes of a pair take scales that are computed (opset 21, measured in ONNX Runtime 1.22 and 1.31, on the CPU); a zero point is what
 //! a quantize node without one makes of the range below zero. Floats of fewer than eight bits are written as the lowest codes of one of eight
-//! (see [`grid::carrier`]).
+//! (see [`grid::carrier`]): in units that are some powers of two larger, so that rows of more than 1e34 overflow there.
 
 use std::sync::Arc;
 

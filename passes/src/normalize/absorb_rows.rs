@@ -77,6 +77,8 @@ pub(super) fn of(graph: &Graph, quantize: &Node, grid: &'static dyn Grid) -> Opt
         found = own;
         let (most, of_most) = walk.reached(most)?;
         reach = of_most;
+        // Codes go on where a carried format ends.
+        (of_most.to_bits() == 1.0_f32.to_bits() || own.info().about.name == grid.info().about.name).then_some(())?;
         let sizes = walk.reduced(most, "ReduceMax", axis, rank)?;
         (walk.node(sizes, "Abs")?.input(0)? == source).then_some(())?;
     }

@@ -97,6 +97,12 @@ struct Maker<'a> {
 }
 
 impl Program {
+    /// Leaves biases as they are, and not norms.
+    pub(super) fn hold_biases(&mut self, graph: &Graph, plan: &Plan, block: &Block) {
+        let norms: BTreeSet<Site> = rounding::norm_sites(graph, plan, &block.nodes).into_iter().collect();
+        self.held = self.biases.iter().map(|(_, site, _)| !norms.contains(site)).collect();
+    }
+
     /// The program of `block`, or why gradients do not pass it. Weights that had codes in the `given` plan keep them.
     pub(super) fn of(graph: &Graph, plan: &Plan, given: &Plan, block: &Block, also: Also) -> Result<Self, String> {
         let touched = lockstep::touched(graph, plan);

@@ -25,7 +25,6 @@ use crate::lockstep::{Lockstep, Span};
 use crate::model::{Edit, Model, Plan, bias, record};
 use crate::pass::{OptionError, Options, PassContext, PassError};
 use crate::returned::returned;
-use crate::rounding;
 
 /// What is usual where options say nothing.
 const USUAL: Usual = Usual { learn: "none", iterations: 200, batch: 8, norms: false, loss: "mse", warmup: 0.0 };
@@ -249,8 +248,7 @@ impl Learner {
             Err(reason) => return Ok(Err(reason)),
         };
         if !settings.learns(Part::Biases) {
-            let norms: BTreeSet<Site> = rounding::norm_sites(model.graph(), &plan, &block.nodes).into_iter().collect();
-            program.held = program.biases.iter().map(|(_, site, _)| !norms.contains(site)).collect();
+            program.hold_biases(model.graph(), &plan, block);
         }
         let dead = program.outputs.iter().find(|(_, value)| stakes.is_some_and(|stakes| !stakes.tell(*value)));
         if let Some((_, value)) = dead {

@@ -158,7 +158,7 @@ impl Chain {
         let giver = self.giver(graph, cx, &self.teacher.reads)?;
         let mut first = giver.sample(0)?;
         let targets = self.teacher.says(&first.reads, first.mask.as_ref())?;
-        let (own, numbers) = (giver.bytes(&first), first.numbers());
+        let own = giver.bytes(&first);
         let of_targets: u64 = targets.targets.iter().map(|target| 4 * target.len() as u64).sum();
         first.reads.clear();
         self.given.push(first);
@@ -167,19 +167,38 @@ impl Chain {
             Err(error) => return Ok(Err(error.to_string())),
         };
         let all = budget.all.saturating_sub(giver.shared_bytes());
-        let room = budget.samples.min(all.saturating_sub(self.reserve(&takes, &Budget { all, ..budget })));
         let most = giver.samples();
+        let reserved = self.reserve(&takes, &Budget { all, batch: budget.batch.min(most), ..budget });
+        let room = budget.samples.min(all.saturating_sub(reserved));
         let keeps = most as u64 * (own + of_targets) <= room;
         tracing::debug!(most, kept_targets = keeps, own, of_targets, "chain");
         let fitting = usize::try_from(room / own.max(1)).unwrap_or(usize::MAX);
         self.take_samples(cx, &giver, most.min(fitting), keeps)?;
-        // Tensors of a longer sample are larger.
-        let longest = self.given.iter().map(Given::numbers).max().unwrap_or(0).div_ceil(numbers.max(1)).max(1) as u64;
-        let of_samples = self.given.len() as u64 * longest * (own + if keeps { of_targets } else { 0 });
-        self.fit(&takes.times(longest), all.saturating_sub(of_samples), budget.batch)?;
+        // Others may be larger than the first.
+        if self.held(&giver) > room && self.given.len() > 1 {
+            let share = room as f64 / self.held(&giver) as f64;
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "fewer than there are")]
+            let fewer = (self.given.len() as f64 * share) as usize;
+            self.take_samples(cx, &giver, fewer.max(1), keeps)?;
+        }
+        let longest = (0..self.given.len()).max_by_key(|at| giver.bytes(&self.given[*at])).unwrap_or(0);
+        let takes = match self.takes(longest) {
+            Ok(takes) => takes,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let left = all.saturating_sub(self.held(&giver));
+        self.fit(&takes, left, budget.batch.min(self.fitted.len()))?;
         self.measure(graph, wish, &targets);
         let agrees = self.agrees(0, &targets).map_err(|error| error.to_string());
         Ok(agrees.map(|()| self))
+    }
+
+    /// The bytes that samples take, with what the float model says of them where that is kept.
+    fn held(&self, giver: &Giver<'_>) -> u64 {
+        let targets = |given: &Given| {
+            given.targets.iter().flat_map(|said| &said.targets).map(|t| 4 * t.len() as u64).sum::<u64>()
+        };
+        self.given.iter().map(|given| giver.bytes(given) + targets(given)).sum()
     }
 
     /// With at most so many samples as [`Self::with_samples`], only for what is [drawn](Pull::Drawn): that is drawn at what the chain itself

@@ -41,7 +41,7 @@ crate::declare_pass! {
             OptionInfo { name: "patience", doc: "it ends where so many checks in a row, of ten or more on the way, find nothing better; 0 (default): never" },
             OptionInfo { name: "drop", doc: "the share of activations left in float, 0 by default" },
             OptionInfo { name: "codes", doc: "0 leaves codes as they are, and learns what they are multiplied with; 1 by default" },
-            OptionInfo { name: "biases", doc: "0 leaves biases and norms as they are; 1 by default" },
+            OptionInfo { name: "biases", doc: "0 leaves biases as they are, and norms where nothing is said of them; 1 by default" },
             OptionInfo { name: "norms", doc: "0 leaves scales and shifts of norms as they are; 1 by default" },
             OptionInfo { name: "scales", doc: "0 leaves scales of weights as they are; 1 by default" },
             OptionInfo { name: "steps", doc: "1 learns scales of activations too; 0 by default" },
@@ -263,7 +263,11 @@ impl Distill {
         let also =
             Also { steps: settings.learns(Part::Steps), norms: settings.learns(Part::Norms), inputs: true, rest: 0 };
         let chain = Chain::linked(model.graph(), model.plan(), cx, self.layers, also)?;
-        let chain = chain.map_err(|reason| refused(&reason))?;
+        let mut chain = chain.map_err(|reason| refused(&reason))?;
+        if !settings.learns(Part::Biases) {
+            let links = chain.links.iter_mut();
+            links.for_each(|link| link.program.hold_biases(model.graph(), model.plan(), &link.block));
+        }
         let (for_samples, left) = split(&settings, &chain, cx)?;
         let budget = Budget { samples: for_samples, all: for_samples.saturating_add(left), batch: settings.batch };
         let chain = chain.with_samples(model.graph(), cx, budget, settings.loss)?;

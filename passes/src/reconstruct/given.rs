@@ -26,13 +26,6 @@ pub(super) struct Given {
     pub(super) key: u64,
 }
 
-impl Given {
-    /// How many numbers it brings to blocks.
-    pub(super) fn numbers(&self) -> usize {
-        self.values.values().map(|value| value.shape().iter().product::<usize>()).sum()
-    }
-}
-
 /// Computes it, in float. What does not depend on the sample (a table that is turned over, say) is computed once, and held once.
 pub(super) struct Giver<'a> {
     graph: &'a Graph,

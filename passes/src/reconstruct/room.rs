@@ -49,14 +49,20 @@ fn weights(program: &Program) -> u64 {
     program.weights.iter().map(|(.., tensor)| tensor.len() as u64).sum()
 }
 
-/// The bytes that a step takes for the weights of `program`: gradients of so many `lanes` and of all; points, leaves, and the best so far.
-pub(super) fn stepped(program: &Program, lanes: usize) -> u64 {
-    weights(program).saturating_mul(4 * (lanes as u64 + 4))
+/// The bytes that a step takes for the weights of `program`: gradients of so many `lanes`, of one more sample each where they have several,
+/// and of all; points, leaves, and the best so far.
+pub(super) fn stepped(program: &Program, lanes: usize, batch: usize) -> u64 {
+    let of_lanes = lanes as u64 * if batch > LANES { 2 } else { 1 };
+    weights(program).saturating_mul(4 * (of_lanes + 4))
 }
 
 /// The bytes of what is learned of the weights of a block, and of their gradients.
 fn learned(settings: &Settings, program: &Program) -> u64 {
-    weights(program).saturating_mul(settings.method.bytes_per_weight()).saturating_add(stepped(program, LANES))
+    weights(program).saturating_mul(settings.method.bytes_per_weight()).saturating_add(stepped(
+        program,
+        LANES,
+        settings.batch,
+    ))
 }
 
 /// What of the bytes of samples that wait a walk leaves to the samples of blocks that are learned on the way.

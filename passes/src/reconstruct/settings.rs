@@ -85,11 +85,10 @@ impl Settings {
         };
         let mut parts = BTreeSet::new();
         for (part, name, default) in PARTS {
-            let default = if *part == Part::Norms { usize::from(usual.norms) } else { *default };
+            // What leaves biases leaves norms, where nothing is said of those.
+            let norms = || Ok(usize::from(usual.norms && options.count("biases", 1)? > 0));
+            let default = if *part == Part::Norms { norms()? } else { *default };
             parts.extend((options.count(name, default)? > 0).then_some(*part));
-        }
-        if usual.norms && !parts.contains(&Part::Biases) {
-            parts.remove(&Part::Norms);
         }
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked just above")]
         let settings = Self {

@@ -48,9 +48,13 @@ impl Triangle {
         self.panels[row / PANEL][row % PANEL * end + column]
     }
 
+    /// Whether all of it are numbers.
+    pub(super) fn is_finite(&self) -> bool {
+        self.panels.iter().flatten().all(|v| v.is_finite())
+    }
+
     /// Whether there is something, all of it numbers.
     pub(super) fn tells(&self) -> bool {
-        let mut all = self.panels.iter().flatten();
-        all.clone().all(|v| v.is_finite()) && all.any(|v| *v != 0.0)
+        self.is_finite() && self.panels.iter().flatten().any(|v| *v != 0.0)
     }
 }

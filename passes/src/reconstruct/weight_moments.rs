@@ -182,9 +182,10 @@ impl WeightMoments {
         f64::from(square.at(i, j)) - cross[i] * mean_j - mean_i * cross[j] + biases * mean_i * mean_j
     }
 
-    /// Whether there is something for every group, and next to all gradients were numbers.
+    /// Whether there is something for a group, and next to all gradients were numbers.
     fn tells(&self) -> bool {
-        DROPPED * self.dropped <= self.seen && self.groups.iter().all(|group| group.square.tells())
+        let is_finite = self.groups.iter().all(|group| group.square.is_finite());
+        DROPPED * self.dropped <= self.seen && is_finite && self.groups.iter().any(|group| group.square.tells())
     }
 }
 
@@ -194,15 +195,15 @@ fn layers(graph: &Graph, link: &Link) -> Vec<Layer> {
     results.filter_map(|((slot, site, _), result)| Layer::of(graph, (*slot, *site), *result)).collect()
 }
 
-/// The moments of all layers with an encoded weight, from samples that are not `spared`; or why gradients cannot tell. Reported to the
-/// progress of `cx` as `stage`.
+/// The moments of all layers with an encoded weight, from samples that are not `spared`; or why gradients cannot tell. So many bytes are
+/// `held` beside. Reported to the progress of `cx` as `stage`.
 ///
 /// # Errors
 /// [`PassError`] without samples, when the model does not run, or when the user interrupts.
 pub(crate) fn weight_moments(
     model: &Model,
     cx: &PassContext<'_>,
-    spared: impl Fn(usize) -> bool,
+    (spared, held): (impl Fn(usize) -> bool, u64),
     stage: &str,
 ) -> Result<Result<BTreeMap<NodeId, WeightMoments>, String>, PassError> {
     let also = Also { steps: false, norms: false, inputs: true, rest: 0 };
@@ -213,7 +214,7 @@ pub(crate) fn weight_moments(
         Err(reason) => return Ok(Err(reason)),
     };
     drop(rounded);
-    if let Some(reason) = crowded(model.graph(), &chain, cx) {
+    if let Some(reason) = crowded(model.graph(), &chain, cx, held) {
         return Ok(Err(reason));
     }
     let (chain, mut order) = chain.in_any_order();
@@ -236,7 +237,7 @@ pub(crate) fn weight_moments(
 }
 
 /// Why memory does not hold the moments of all layers, and the gradients of one block for all samples side by side.
-fn crowded(graph: &Graph, chain: &Chain, cx: &PassContext<'_>) -> Option<String> {
+fn crowded(graph: &Graph, chain: &Chain, cx: &PassContext<'_>, held: u64) -> Option<String> {
     let gradients = |link: &Link| -> u64 {
         let numbers: usize = layers(graph, link).iter().map(|layer| layer.rows * layer.columns).sum();
         4 * (LANES * numbers) as u64
@@ -244,7 +245,7 @@ fn crowded(graph: &Graph, chain: &Chain, cx: &PassContext<'_>) -> Option<String>
     let sums: u64 = chain.links.iter().flat_map(|link| layers(graph, link)).map(|of| WeightMoments::bytes(&of)).sum();
     let needed = sums.saturating_add(chain.links.iter().map(gradients).max().unwrap_or(0));
     // Samples that wait between stages can make room: they run again.
-    let left = cx.state_budget.saturating_add(cx.pair_budget);
+    let left = cx.state_budget.saturating_add(cx.pair_budget).saturating_sub(held);
     (needed > left).then(|| {
         format!(
             "second moments of gradients of weights take {} MB, and {} MB are left: allow more with --max-memory",
@@ -374,7 +375,7 @@ mod tests {
         model.apply(patch).unwrap();
         let data = Drawn(24);
         let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
-        let all = weight_moments(&model, &cx, |at| at % 2 == 1, "test").unwrap().unwrap();
+        let all = weight_moments(&model, &cx, (|at| at % 2 == 1, 0), "test").unwrap().unwrap();
         let mut want = [0.0_f64; 16];
         for sample in (0..24).step_by(2) {
             let x = data.sample(sample).unwrap()[0].floats().unwrap().to_vec();
@@ -392,7 +393,7 @@ mod tests {
         let (model, data) = (two_products(0.7), Drawn(3));
         let cx = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
         let tight = PassContext { state_budget: 100, pair_budget: 100, ..cx };
-        let reason = weight_moments(&model, &tight, |_| false, "test").unwrap().unwrap_err();
+        let reason = weight_moments(&model, &tight, (|_| false, 0), "test").unwrap().unwrap_err();
         assert!(reason.contains("--max-memory"), "{reason}");
     }
 }

@@ -100,7 +100,8 @@ pub(super) fn column_pivots(q: &Quadratic) -> Option<Vec<f64>> {
         let mut pivots = vec![0.0; order.len()];
         for (place, column) in order.iter().enumerate() {
             let back = order.len() - 1 - place;
-            pivots[*column] = lower[(back, back)].powi(2);
+            // Of what is always 0 nothing is lost: the factor needs some number there.
+            pivots[*column] = if q.h.at(*column, *column) > 0.0 { lower[(back, back)].powi(2) } else { 0.0 };
         }
         pivots
     })

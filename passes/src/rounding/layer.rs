@@ -8,7 +8,7 @@ use crate::id::{NodeId, Site, ValueId};
 use crate::ir::walk::Users;
 use crate::ir::{Graph, Node};
 use crate::model::Model;
-use crate::observe::{Gram, Rows, Window};
+use crate::observe::{Cross, Gram, Rows, Window};
 use crate::ops::{self, Linear};
 use crate::reconstruct::WeightMoments;
 use crate::tensor::Tensor;
@@ -211,24 +211,26 @@ impl<'a> Layer<'a> {
     }
 
     /// The same layer with H = (1 − η) C + η A tr C / tr A for the share η, C being the moments of what it reads and A those of the
-    /// gradients of its weight; as it is where either tells nothing.
+    /// gradients of its weight, on a float input that lies `drift` from what it reads; as it is where either tells nothing.
     ///
     /// Source: Edalati et al. 2024 (OAC), arXiv:2405.15025; the mix ours.
     #[expect(clippy::cast_possible_truncation, reason = "moments are f32")]
-    pub(super) fn adapted(&self, moments: &WeightMoments, share: f64) -> Self {
+    pub(super) fn adapted(&self, moments: &WeightMoments, share: f64, drift: Option<&Cross>) -> Self {
         let fits = moments.columns == self.columns && moments.groups() == self.groups;
         let Some(gram) = self.gram.as_ref().filter(|_| fits && share > 0.0) else { return self.clone() };
         let d = self.columns;
         // `shrunk` keeps off the diagonal what C is worth: of A less is kept, where it is worth less.
-        let usual = gram.effective / (gram.effective + d as f64);
-        let keep = (moments.kept() / usual.max(f64::MIN_POSITIVE)).min(1.0);
+        let keep = (moments.kept() / self.share_kept().max(f64::MIN_POSITIVE)).min(1.0);
         let mut mixed = Gram::clone(gram);
         for group in 0..self.groups {
             let (h, means) = (gram.group(group), gram.group_means(group));
             let mean = |j: usize| if self.centered { f64::from(means[j]) } else { 0.0 };
+            // Gradients are of what the float model reads.
+            let moved = drift.filter(|_| self.centered).map(|drift| drift.group_means(group));
+            let float = |j: usize| mean(j) + moved.map_or(0.0, |moved| moved[j]);
             let own = |i: usize, j: usize| f64::from(h[i * d + j]) - mean(i) * mean(j);
             let other = |i: usize, j: usize| {
-                moments.centered(group, (i, j), (mean(i), mean(j))) * if i == j { 1.0 } else { keep }
+                moments.centered(group, (i, j), (float(i), float(j))) * if i == j { 1.0 } else { keep }
             };
             let trace = |of: &dyn Fn(usize, usize) -> f64| (0..d).map(|j| of(j, j).max(0.0)).sum::<f64>();
             let (of_own, of_other) = (trace(&own), trace(&other));

@@ -83,9 +83,9 @@ crate::declare_pass! {
             },
             OptionInfo {
                 name: "adaptive",
-                doc: "the share of the second moments of gradients of the weight itself, squared sample by sample, in the matrix that rounding goes by (OAC: 1); from 0 (default) to 1",
+                doc: "the share of the second moments of gradients of the weight itself, squared sample by sample, in the matrix that rounding goes by (OAC: 1), for weights of up to 4096 columns; from 0 (default) to 1. `loss_vs_nearest` of the report is by that matrix then",
             },
-            OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers, and learned where blocks are; 2: only learned; 0 by default" },
+            OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers, and learned where blocks are; 2: only learned; 0 by default; not learned with loss=pd" },
             OptionInfo {
                 name: "spare",
                 doc: "1: moments leave out every eighth sample, with its variants, which judges what is learned here or after; by its number, so that the order of samples matters; 0 by default",
@@ -168,7 +168,16 @@ impl RoundInOrder {
                 return Err(OptionError { option: "target".into(), problem });
             }
         };
-        let spares = options.count("spare", 0)? > 0;
+        let (spares, learner) = (options.count("spare", 0)? > 0, Learner::of(options)?);
+        let norms = match (options.count("norms", 0)?, learner.is_some()) {
+            (norms @ (0 | 1), _) => norms == 1,
+            (2, true) => false,
+            (2, false) => {
+                let problem = "nothing is learned: 1 fits norms, or say what is learned (learn=)".to_owned();
+                return Err(OptionError { option: "norms".into(), problem });
+            }
+            _ => return Err(OptionError { option: "norms".into(), problem: "it must be 0, 1 or 2".into() }),
+        };
         Ok(Self {
             method: round::method(options, "gptq")?,
             target,
@@ -184,10 +193,10 @@ impl RoundInOrder {
             refit: options.count("refit", 0)?,
             clips: options.count("clip", 0)? > 0,
             asks: Asks::of(options, spares)?,
-            norms: options.count("norms", 0)? == 1,
+            norms,
             spares,
             leans: options.count("lean", 0)? > 0,
-            learner: Learner::of(options)?,
+            learner,
         })
     }
 
@@ -221,7 +230,7 @@ impl RoundInOrder {
         if let Some(chosen) = chosen {
             asked.keep(inputs.node, chosen);
         }
-        let layer = told.adapted(layer);
+        let layer = told.adapted(layer, moments.drift.as_ref());
         let rounded = |free: bool| match &couplings {
             Some(couplings) => self.together(&layer, couplings, (grid, free)),
             None => work::over_tiles(

@@ -10,6 +10,7 @@ use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::id::NodeId;
 use crate::judges;
 use crate::model::{Model, Patch};
+use crate::observe::Cross;
 use crate::pass::{OptionError, Options, PassContext, PassError};
 use crate::reconstruct::{OutputMoments, WeightMoments, output_moments, stakes, weight_moments};
 
@@ -61,7 +62,8 @@ impl Asks {
         } else {
             self.outputs(model, cx, patch)?
         };
-        Ok(Told { roots, outputs, gradients: self.gradients(model, cx, patch)?, share: self.adaptive })
+        let gradients = self.gradients((model, layers), &outputs, cx, patch)?;
+        Ok(Told { roots, outputs, gradients, share: self.adaptive })
     }
 
     /// Whether sample `at` is left out.
@@ -114,16 +116,26 @@ impl Asks {
     /// Second moments of the gradients of weights, layer by layer.
     fn gradients(
         &self,
-        model: &Model,
+        (model, layers): (&Model, &[Inputs]),
+        outputs: &BTreeMap<NodeId, OutputMoments>,
         cx: &PassContext<'_>,
         patch: &mut Patch,
     ) -> Result<BTreeMap<NodeId, WeightMoments>, PassError> {
         if self.adaptive <= 0.0 {
             return Ok(BTreeMap::new());
         }
-        let found = weight_moments(model, cx, |at| self.is_spared(cx, at), "gradients");
+        let held = outputs.values().map(OutputMoments::held).sum();
+        let found = weight_moments(model, cx, (|at| self.is_spared(cx, at), held), "gradients");
         let without = "weights are rounded by what their layers return alone";
-        told(found, ("layers rounded by gradients of their weights", without), patch)
+        let found = told(found, ("layers rounded by gradients of their weights", without), patch)?;
+        let others = layers.iter().filter(|layer| !found.is_empty() && !found.contains_key(&layer.node));
+        for node in others.filter_map(|layer| model.graph().node(layer.node)) {
+            let message = "no gradients arrive at its weight, or they are no numbers, or it has more than 4096 columns: it is rounded by what \
+                           its layer returns alone";
+            let place = Place::Node(Arc::clone(&node.name));
+            patch.note(Diagnostic::new(diag::NO_MOMENTS, Severity::Note, place, message));
+        }
+        Ok(found)
     }
 }
 
@@ -183,10 +195,10 @@ impl Told {
 }
 
 impl OfLayer {
-    /// `layer` with what gradients of its weight tell among its moments.
-    pub(super) fn adapted<'a>(&self, layer: Layer<'a>) -> Layer<'a> {
+    /// `layer` with what gradients of its weight tell among its moments; `drift` is what the float model reads less what it reads.
+    pub(super) fn adapted<'a>(&self, layer: Layer<'a>, drift: Option<&Cross>) -> Layer<'a> {
         match &self.gradients {
-            Some((gradients, share)) => layer.adapted(gradients, *share),
+            Some((gradients, share)) => layer.adapted(gradients, *share, drift),
             None => layer,
         }
     }

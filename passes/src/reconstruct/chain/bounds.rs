@@ -29,12 +29,6 @@ pub(super) struct Takes {
 }
 
 impl Takes {
-    /// The same of a sample that is so many times as large.
-    pub(super) fn times(self, n: u64) -> Self {
-        let tapes = self.tapes.into_iter().map(|sizes| sizes.times(n)).collect();
-        Self { tapes, handed: self.handed.saturating_mul(n), alive: self.alive.saturating_mul(n) }
-    }
-
     /// What lies between links: of a batch all that is handed on, with gradients of what is still to be read; of samples that judge the
     /// latter alone.
     fn between(&self, batch: usize, judges: usize) -> u64 {
@@ -49,6 +43,12 @@ fn ends(link: &Link) -> Vec<Slot> {
 }
 
 impl Chain {
+    /// What a tape of `link` takes: beside itself, of what is returned the target, the difference and the gradient.
+    fn of_tape(&self, link: &Link, sizes: &Sizes) -> Sizes {
+        let returned: u64 = self.returned(link).map(|(slot, _)| 3 * sizes.of(slot)).sum();
+        Sizes { aside: sizes.aside + returned, ..sizes.clone() }
+    }
+
     /// What sample `i` takes.
     pub(super) fn takes(&self, i: usize) -> Result<Takes, GradError> {
         let (mut state, mut takes) = (Carried::default(), Takes { tapes: Vec::new(), handed: 0, alive: 0 });
@@ -69,8 +69,8 @@ impl Chain {
     pub(super) fn reserve(&self, takes: &Takes, budget: &Budget) -> u64 {
         let side_by_side = budget.batch.min(LANES) as u64;
         let of = |(link, sizes): (&Link, &Sizes)| {
-            let tapes = link.program.tape.bytes(&[], &ends(link), sizes).saturating_mul(side_by_side);
-            tapes.saturating_add(stepped(&link.program, LANES))
+            let tape = link.program.tape.bytes(&[], &ends(link), &self.of_tape(link, sizes));
+            tape.saturating_mul(side_by_side).saturating_add(stepped(&link.program, LANES, budget.batch))
         };
         let most = self.links.iter().zip(&takes.tapes).map(of).max().unwrap_or(0);
         most.saturating_add(takes.between(budget.batch, 0)).min(budget.all / 2)
@@ -83,11 +83,10 @@ impl Chain {
     pub(super) fn fit(&mut self, takes: &Takes, bytes: u64, batch: usize) -> Result<(), PassError> {
         let between = takes.between(batch, self.held_out.len());
         let room = |(at, (link, sizes)): (usize, (&Link, &Sizes))| {
-            // Of what is returned the target, the difference and the gradient.
-            let returned: u64 = self.returned(link).map(|(slot, _)| 3 * sizes.of(slot)).sum();
+            let sizes = self.of_tape(link, sizes);
             let of = |lanes: usize| {
-                let beside = between + returned + stepped(&link.program, lanes);
-                let room = Room::of(&link.program.tape, &ends(link), sizes, bytes.saturating_sub(beside));
+                let beside = between + stepped(&link.program, lanes, batch);
+                let room = Room::of(&link.program.tape, &ends(link), &sizes, bytes.saturating_sub(beside));
                 room.map_err(|least| least.saturating_add(beside))
             };
             let alone = |_| of(1).map(|room| Room { at_once: 1, ..room });
