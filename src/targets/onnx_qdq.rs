@@ -18,7 +18,8 @@ static INFO: TargetInfo = TargetInfo {
         name: "onnx-qdq",
         doc: "Plain ONNX with QuantizeLinear and DequantizeLinear from ai.onnx opset 21. Placement as for ort-cpu, whose \
               rules are the widest that standard consumers share. Activations of other than 4, 8 and 16 bits are clamped between both \
-              nodes. `tok` (w4a4tok): nodes compute the range of every token from what it is in each run; \
+              nodes. ONNX Runtime up to 1.22 hands the memory of 4-bit activations on to larger tensors and writes beyond it: run those \
+              with enable_mem_reuse=False there, or 1.31. `tok` (w4a4tok): nodes compute the range of every token from what it is in each run; \
               small floats of 2 or 3 bits of mantissa (wfp4ae3m2tok, wfp4ae2m3tok) are written as the lowest codes of an 8-bit float, for numbers of up to 1e34.",
         source: "ONNX operator specification, opset 21",
     },

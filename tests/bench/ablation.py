@@ -20,6 +20,9 @@ STEPS = {
              ('+ bias correction by training', f'calibrate, {ENCODE}, round, correct-bias{{means=trained}}'),
              ('+ gptq', f'calibrate, {ENCODE}, round{{method=gptq}}, correct-bias'),
              ('+ smooth', f'calibrate, smooth, drop-dead, calibrate, {ENCODE}, round{{method=gptq}}, correct-bias'),
+             ('scale-outliers instead', f'calibrate, scale-outliers, drop-dead, calibrate, {ENCODE}, round{{method=gptq}}, correct-bias'),
+             ('equalized by weights instead', f'equalize-layers{{from=weights}}, drop-dead, calibrate, {ENCODE}, round{{method=gptq}}, correct-bias'),
+             ('and through clamps', f'equalize-layers{{from=weights, clamps=exact}}, drop-dead, calibrate, {ENCODE}, round{{method=gptq}}, correct-bias'),
              ('+ least-db', f'calibrate, smooth, drop-dead, calibrate, {LEAST}, round{{method=gptq}}, correct-bias'),
              ('in order, own weight', f'calibrate, smooth, drop-dead, calibrate, {LEAST}, round-in-order{{target=weight}}'),
              ('in order, float output', f'calibrate, smooth, drop-dead, calibrate, {LEAST}, round-in-order{{target=output}}'),
@@ -53,6 +56,7 @@ STEPS = {
                  ('in order, sum, coupled', f'calibrate, {ENCODE}, round-in-order{{refit=3, coupled=1}}'),
                  ('in order, sum, coupled=4', f'calibrate, {ENCODE}, round-in-order{{refit=3, coupled=4}}'),
                  ('in order, sum, stakes 0.5', f'calibrate, {ENCODE}, round-in-order{{refit=3, stakes=0.5}}'),
+                 ('in order, sum, adaptive 0.25', f'calibrate, {ENCODE}, round-in-order{{refit=3, adaptive=0.25}}'),
                  ('+ augment', f'calibrate, {ENCODE}, round-in-order{{damping=0.2, refit=3}}', '--augment', '8')],
 }
 STEPS['w3a16g64'] = STEPS['w4a16g32']

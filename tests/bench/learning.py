@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What rounding by data and learning by gradients add to rounding to nearest: scores on the zoo, time and peak memory, one line per run.
 
-    learning.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME] [--methods brecq,lrq] [--schemes w2a8]
+    learning.py --tool target/release/onnx-quant --zoo ../shared/zoo [--only NAME] [--methods "brecq;lrq"] [--schemes w2a8]
 """
 import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -19,7 +19,7 @@ METHODS = {'nearest': ['--recipe', 'balanced', '--rounding', 'nearest'], 'gptq':
            'brecq': 'brecq{%s}', 'scale-aware': 'scale-aware{%s}', 'qdrop': 'brecq{%s, drop=0.5}', 'qdrop, inputs too': 'brecq{%s, drop=0.5, inputs=mixed}', 'brecq on mixed inputs': 'brecq{%s, inputs=mixed}', 'brecq on float inputs': 'brecq{%s, inputs=float}', 'brecq with scales of activations': 'brecq{%s, steps=1}', 'lora-rounding': 'lora-rounding{%s}',
            'flexround': 'flexround{%s}', 'lrq': 'lrq{%s}', 'signround': 'signround{%s}', 'latent': 'latent{%s}', 'latent-stochastic': 'latent-stochastic{%s}',
            'latent-settled': 'latent-settled{%s}', 'talr': 'talr{%s}', 'q-galore': 'q-galore{%s}',
-           'cbq': 'lora-rounding{%s, layers=2, window=2, overlap=1}', 'pd-quant': 'brecq{%s, drop=0.5, loss=pd}', 'pd-quant corrected': 'brecq{%s, drop=0.5, loss=pd, correct-distribution=1}', 'fisher': 'brecq{%s, loss=fisher}', 'fisher-each': 'brecq{%s, loss=fisher-each}',
+           'cbq': 'lora-rounding{%s, layers=2, window=2, overlap=1}', 'cbq, hidden': 'lora-rounding{%s, layers=2, window=2, overlap=1, loss=hidden}', 'norms alone': 'latent{%s, codes=0, scales=0, biases=0, norms=2, loss=channels}', 'pd-quant': 'brecq{%s, drop=0.5, loss=pd}', 'pd-quant corrected': 'brecq{%s, drop=0.5, loss=pd, correct-distribution=1}', 'fisher': 'brecq{%s, loss=fisher}', 'fisher-each': 'brecq{%s, loss=fisher-each}',
            'brecq spared': 'brecq{%s, spare=1}', 'discquant': ('--distill', 'discquant{%s}'), 'distill': ('--distill', 'brecq{%s}')}
 
 
@@ -34,7 +34,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--tool', required=True); p.add_argument('--zoo', required=True); p.add_argument('--only')
     p.add_argument('--methods'); p.add_argument('--schemes'); o = p.parse_args()
-    zoo = Path(o.zoo).resolve(); methods = list(METHODS) if o.methods is None else o.methods.split(',')
+    zoo = Path(o.zoo).resolve(); methods = list(METHODS) if o.methods is None else o.methods.split(';')
     print('| model | scheme | method | score | seconds | MB |\n|---|---|---|---|---|---|')
     with tempfile.TemporaryDirectory() as tmp:
         for name, schemes, options in RUNS:
