@@ -9,6 +9,8 @@ model takes part where DIR holds what the zoo's smollm2.py wrote.
 import argparse, json, re, subprocess, sys, tempfile, time
 from pathlib import Path
 
+# Runs the scorer so that sums do not saturate on processors without VNNI.
+PROCESSOR = Path(__file__).resolve().parents[1] / 'consumer/processor.py'
 FILES = {'digits-resnet': 'digits-resnet', 'digits-mobilenet': 'digits-mobilenet', 'efficientnet-lite0': 'efficientnet-lite0',
          'magika': 'magika', 'ppocr-rec': 'ppocr-rec', 'minilm': 'minilm-l6'}
 ENCODE = 'assign-encodings{observer=mse, products=min-max, weights=WEIGHTS}'
@@ -108,7 +110,7 @@ def main():
                     passes = passes.replace('WEIGHTS', 'min-max' if scheme == 'w8a8' else 'mse'); start = time.perf_counter()
                     run(o.tool, 'quantize', model, '--data', feeds, '-o', out, '--scheme', scheme, '--pipeline', f'{plain}, {passes}', '--progress', 'none', *options)
                     seconds = time.perf_counter() - start
-                    score = json.loads(run(sys.executable, script, 'score', name, out, '--json', *(('--float', model) if name == 'smollm2' else ())))
+                    score = json.loads(run(sys.executable, PROCESSOR, script, 'score', name, out, '--json', *(('--float', model) if name == 'smollm2' else ())))
                     keep = {k: v for k, v in score.items() if k not in ('seconds', 'bytes')}
                     print(f"| {name} | {scheme} | {step} | " + ', '.join(f'{k} {v:.4g}' for k, v in keep.items()) + f' | {seconds:.1f} |', flush=True)
 
