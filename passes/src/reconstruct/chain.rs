@@ -20,16 +20,18 @@ use super::objective::{DISAGREEMENT, shares};
 use super::run::Leaves;
 use super::samples::Sample;
 use super::teacher::Teacher;
+use crate::exec::Dataset;
 use crate::grad::{GradError, Slot};
 use crate::id::{Site, ValueId};
 use crate::ir::Graph;
 use crate::ir::walk::Users;
 use crate::judges;
 use crate::lockstep;
-use crate::model::Plan;
+use crate::model::{Model, Plan};
 use crate::parallel;
 use crate::pass::{PassContext, PassError};
 use crate::returned::returned;
+use crate::rounding;
 
 use back::Carried;
 pub(crate) use back::Moment;
@@ -84,6 +86,18 @@ impl Chain {
             Ok(chain) => chain.drawing(graph, cx, samples, wish),
             Err(reason) => Ok(Err(reason)),
         }
+    }
+
+    /// The same of `model` with its weights rounded to nearest, for draws at all samples: what rounds is what gradients are asked about.
+    pub(super) fn of_nearest(
+        model: &Model,
+        cx: &PassContext<'_>,
+        layers: usize,
+    ) -> Result<Result<Self, String>, PassError> {
+        let also = Also { steps: false, norms: false, inputs: true, rest: 0 };
+        let rounded = rounding::in_nearest(model)?;
+        let samples = cx.dataset.map_or(0, Dataset::len);
+        Self::for_draws(model.graph(), rounded.plan(), cx, (layers, samples), also, Wish::Fitting)
     }
 
     /// The same before there are samples.

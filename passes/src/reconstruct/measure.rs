@@ -2,7 +2,8 @@
 
 use super::channels;
 use super::samples::Sample;
-use crate::grad::{Array, GradError, Real as _};
+use super::softmax::Softmax;
+use crate::grad::{Array, GradError};
 use crate::seed;
 use crate::simd::vectorized;
 
@@ -300,24 +301,6 @@ fn over_root(row: &[f32], power: f64) -> Vec<f32> {
 
 fn mean_square(row: &[f32]) -> f64 {
     row.iter().map(|z| f64::from(*z) * f64::from(*z)).sum::<f64>() / row.len().max(1) as f64
-}
-
-/// A row of logits: its largest one, and e to what each is less.
-struct Softmax {
-    top: f32,
-    exp: Vec<f32>,
-    sum: f64,
-}
-
-impl Softmax {
-    fn of(row: &[f32]) -> Self {
-        let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut exp: Vec<f32> = row.iter().map(|z| z - top).collect();
-        f32::exp_all(&mut exp);
-        // In parts, so that long rows lose nothing.
-        let sum = exp.chunks(256).map(|part| f64::from(part.iter().sum::<f32>())).sum();
-        Self { top, exp, sum }
-    }
 }
 
 /// Σ z² of an output over all samples, per element that counts.

@@ -36,6 +36,7 @@ mod saliency;
 mod samples;
 mod search_scales;
 mod settings;
+mod softmax;
 mod stakes;
 mod standing;
 mod steps;

@@ -14,12 +14,9 @@ use std::collections::BTreeMap;
 
 use faer::MatRef;
 
-use super::block::Also;
 use super::chain::{Arrived, Chain, Link};
-use super::measure::Wish;
 use super::objective::LANES;
 use super::triangle::Triangle;
-use crate::exec::Dataset;
 use crate::grad::{Array, Slot, Values};
 use crate::id::{NodeId, Site};
 use crate::ir::Graph;
@@ -27,7 +24,7 @@ use crate::model::Model;
 use crate::ops;
 use crate::parallel;
 use crate::pass::{PassContext, PassError};
-use crate::{rounding, seed};
+use crate::seed;
 
 /// The most weights of neighboring blocks whose tape is held at once.
 const LAYERS: usize = 4;
@@ -206,14 +203,10 @@ pub(crate) fn weight_moments(
     (spared, held): (impl Fn(usize) -> bool, u64),
     stage: &str,
 ) -> Result<Result<BTreeMap<NodeId, WeightMoments>, String>, PassError> {
-    let also = Also { steps: false, norms: false, inputs: true, rest: 0 };
-    let rounded = rounding::in_nearest(model)?;
-    let samples = cx.dataset.map_or(0, Dataset::len);
-    let chain = match Chain::for_draws(model.graph(), rounded.plan(), cx, (LAYERS, samples), also, Wish::Fitting)? {
+    let chain = match Chain::of_nearest(model, cx, LAYERS)? {
         Ok(chain) => chain,
         Err(reason) => return Ok(Err(reason)),
     };
-    drop(rounded);
     if let Some(reason) = crowded(model.graph(), &chain, cx, held) {
         return Ok(Err(reason));
     }
@@ -284,6 +277,7 @@ mod tests {
     use super::super::testing::{Drawn, NoTarget, Tapes, two_products};
     use super::*;
     use crate::encoding::Encoding;
+    use crate::exec::Dataset as _;
 
     use crate::model::{Edit, Patch};
     use crate::pass::{PassManager, Pipeline};
