@@ -110,10 +110,11 @@ fn with_allocation(text: &str, budget: Option<f64>, max_drop: Option<f64>, metri
     format!("{before}, allocate-bits{{{}{}}}{after}", given.join(", "), weights.unwrap_or_default())
 }
 
-/// `text` with residual streams rotated before anything is measured.
+/// `text` with residual streams rotated before anything is measured, every `Gemm` taken apart first.
 fn with_rotation(text: &str) -> String {
     let at = text.find("calibrate").unwrap_or(text.len());
-    format!("{}rotate, infer-shapes, drop-dead,\n{}", &text[..at], &text[at..])
+    let split = if text[..at].contains("split-gemm") { "" } else { "split-gemm, " };
+    format!("{}{split}rotate, infer-shapes, drop-dead,\n{}", &text[..at], &text[at..])
 }
 
 /// `text` with caches in codes of so many `bits` before anything is measured; smoothed where there are few, and samples.
@@ -270,7 +271,7 @@ mod tests {
         let turned = with_rotation("fold-constants, drop-dead,\ncalibrate, smooth,\ncalibrate, round");
         assert_eq!(
             turned,
-            "fold-constants, drop-dead,\nrotate, infer-shapes, drop-dead,\ncalibrate, smooth,\ncalibrate, round"
+            "fold-constants, drop-dead,\nsplit-gemm, rotate, infer-shapes, drop-dead,\ncalibrate, smooth,\ncalibrate, round"
         );
         assert_eq!(with_damping("a, round-in-order", 0), "a, round-in-order");
         assert_eq!(with_learning("a, round-in-order, b", "lrq"), "a, round-in-order{learn=lrq}, b");

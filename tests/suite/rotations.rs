@@ -84,7 +84,16 @@ impl Dataset for Words {
 
 /// The decoder after `learn-rotation` with `options`, which must keep its function, and what was said.
 fn learned(options: &str, data: Option<&dyn Dataset>, scheme: &str) -> (Model, Vec<passes::diag::Diagnostic>) {
-    let plain = passes::text::parse(&decoder("  %y = MatMul(%cg, %et)\n")).unwrap();
+    learned_from(&decoder("  %y = MatMul(%cg, %et)\n"), options, data, scheme)
+}
+
+fn learned_from(
+    source: &str,
+    options: &str,
+    data: Option<&dyn Dataset>,
+    scheme: &str,
+) -> (Model, Vec<passes::diag::Diagnostic>) {
+    let plain = passes::text::parse(source).unwrap();
     let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
     let mut cx = PassContext {
         dataset: data,
@@ -92,7 +101,7 @@ fn learned(options: &str, data: Option<&dyn Dataset>, scheme: &str) -> (Model, V
         ..PassContext::new(targets::TARGETS[0], executor.as_ref())
     };
     let calibrate = if data.is_some() { "calibrate, " } else { "" };
-    let text = format!("infer-shapes, {calibrate}learn-rotation{options}, drop-dead");
+    let text = format!("infer-shapes, split-gemm, infer-shapes, {calibrate}learn-rotation{options}, drop-dead");
     let pipeline = Pipeline::parse(&text, &passes::catalogue::passes()).unwrap();
     let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
     let counts = &trace.steps.iter().find(|(name, _)| *name == "learn-rotation").unwrap().1.counts;
@@ -157,10 +166,7 @@ fn a_basis_that_cannot_be_learned_is_that_of_the_hadamard_matrix_and_says_so() {
 fn a_stream_with_another_reader_is_left_alone_and_named() {
     let both = matrix("sq", 12, 12) + "  %ww = MatMul(%bn, %sq)\n  %x4 = Add(%x3, %ww)\n  %y = MatMul(%cg, %et)\n";
     for (extra, says) in [
-        (
-            "  %k = Tanh(%x2)\n  %z = MatMul(%cg, %et)\n  %s = ReduceMean(%k)\n  %y = Add(%z, %s)\n",
-            "without a root mean square norm",
-        ),
+        ("  %k = Tanh(%x2)\n  %z = MatMul(%cg, %et)\n  %s = ReduceMean(%k)\n  %y = Add(%z, %s)\n", "without a norm"),
         (
             "  %z = MatMul(%cg, %et)\n  %k = Softmax(%cg)\n  %s = ReduceMean(%k)\n  %y = Add(%z, %s)\n",
             "something other than products",
@@ -174,6 +180,183 @@ fn a_stream_with_another_reader_is_left_alone_and_named() {
         let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
         assert_eq!(after.graph().nodes().count(), plain.graph().nodes().count(), "{says}");
         assert!(trace.notes.iter().any(|note| note.message.contains(says)), "{says}: {:?}", trace.notes);
+    }
+}
+
+/// A decoder of one layer with layer norms as one operator each or written out: tables for tokens and positions, `Gemm`s behind reshapes as GPT-2
+/// has them, products with a bias and without, and a head that is tied to the embedding.
+fn layer_normed(whole: bool, middle: &str, last: &str) -> String {
+    let norm = |x: &str, n: &str| {
+        if whole {
+            return format!("  %{n}n = LayerNormalization({x}, %g, %s) {{axis=-1, epsilon=0.001}}\n");
+        }
+        format!(
+            "  %{n}m = ReduceMean({x}, %last)\n  %{n}d = Sub({x}, %{n}m)\n  %{n}p = Pow(%{n}d, %two)\n  %{n}v = ReduceMean(%{n}p, %last)\n  \
+             %{n}e = Add(%{n}v, %eps)\n  %{n}r = Sqrt(%{n}e)\n  %{n}z = Div(%{n}d, %{n}r)\n  %{n}g = Mul(%{n}z, %g)\n  %{n}n = Add(%{n}g, %s)\n"
+        )
+    };
+    format!(
+        "opset 21\ngraph (%i: i64[7]) -> (%y) {{\n{}{}{}{}{}{}{}  %two = const f32[] [2]\n  %zero = const i64[1] [0]\n  %one = const i64[1] [1]\n  %eps = const f32[] [0.001]\n  %last = const i64[1] [-1]\n  \
+         %j = const i64[7] [0, 1, 2, 3, 4, 5, 6]\n  %flat = const i64[2] [-1, 12]\n  \
+         %g = const f32[12] [1, 2, 3, 4, -5, 6, 0, 8, 9, 1, 2, 30]\n  %s = const f32[12] [1, 0, -2, 0, 0.5, 0, 3, 0, 0, 2, 0, 0]\n  \
+         %b = const f32[12] [1, 0, 0, 0, 9, 0, 0, 0, 0, 2, 0, 0]\n  %bq = const f32[8] [1, 2, 0, 0, -1, 0, 0, 3]\n  \
+         %bu = const f32[16] [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -2]\n  \
+         %t = Gather(%e, %i)\n  %p = Gather(%pos, %j)\n  %x = Add(%t, %p)\n{}  %q = MatMul(%an, %wq)\n  %qb = Add(%q, %bq)\n  %v = MatMul(%an, %wv)\n  \
+         %f = Sigmoid(%qb)\n  %h = Mul(%f, %v)\n  %o = MatMul(%h, %wo)\n  %ob = Add(%o, %b)\n{middle}{}  %sa = Shape(%bn)\n  %sb = Slice(%sa, %zero, %one)\n  %sw = const i64[1] [12]\n  %sh = Concat(%sb, %sw) {{axis=0}}\n  %bf = Reshape(%bn, %flat)\n  \
+         %u = Gemm(%bf, %wu, %bu) {{transB=1}}\n  %r = Relu(%u)\n  %d = Gemm(%r, %wd, %b)\n  %df = Reshape(%d, %sh)\n  %x3 = Add(%df, %x2)\n{}  \
+         %et = Transpose(%e) {{perm=[1, 0]}}\n{last}}}\n",
+        matrix("e", 20, 12),
+        matrix("pos", 7, 12),
+        matrix("wq", 12, 8),
+        matrix("wv", 12, 8),
+        matrix("wo", 8, 12),
+        matrix("wu", 16, 12),
+        matrix("wd", 16, 12),
+        norm("%x", "a"),
+        norm("%x2", "b"),
+        norm("%x3", "c"),
+    )
+}
+const SUM: &str = "  %x2 = Add(%x, %ob)\n";
+const HEAD: &str = "  %y = MatMul(%cn, %et)\n";
+
+/// `source` before and after `text`, the latter with what was counted and noted.
+fn ran(source: &str, text: &str) -> (Model, Model, String) {
+    let plain = passes::text::parse(source).unwrap();
+    let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+    let mut cx = PassContext::new(targets::TARGETS[0], executor.as_ref());
+    let pipeline = Pipeline::parse(text, &passes::catalogue::passes()).unwrap();
+    let (after, trace) = PassManager::new(Vec::new(), true).run(&pipeline, plain.clone(), &mut cx).unwrap();
+    let steps: Vec<_> = trace.steps.iter().map(|(name, step)| (name, &step.counts)).collect();
+    (plain, after, format!("{steps:?}{:?}", trace.notes))
+}
+
+#[test]
+fn a_decoder_with_layer_norms_keeps_its_function_and_loses_gains_and_shifts() {
+    // The last norm as a root mean square one: a basis that keeps means serves both.
+    let mean_square = "  %cp = Pow(%x3, %two)\n  %cv = ReduceMean(%cp, %last)\n  %ce = Add(%cv, %eps)\n  %cr = Sqrt(%ce)\n  \
+                       %cq = Div(%x3, %cr)\n  %cn = Mul(%cq, %g)\n";
+    let (one, several) = (layer_normed(true, SUM, HEAD), layer_normed(false, SUM, HEAD));
+    let layer = "  %cn = LayerNormalization(%x3, %g, %s) {axis=-1, epsilon=0.001}\n";
+    let mixed = one.replace(layer, mean_square);
+    assert_ne!(one, mixed);
+    // Positions that were folded into rows.
+    let rows = one.replace("  %p = Gather(%pos, %j)\n", "").replace("%x = Add(%t, %p)", "%x = Add(%pos, %t)");
+    let last = one.replace(
+        HEAD,
+        "  %k = const i64[] [-1]\n  %ck = Gather(%cn, %k)\n  %cu = Unsqueeze(%ck, %zero)\n  %y = MatMul(%cu, %et)\n",
+    );
+    // A square as a product, a shift behind a root mean square, and the last token taken before its norm.
+    let product = mixed
+        .replace("%cp = Pow(%x3, %two)", "%cp = Mul(%x3, %x3)")
+        .replace("%cn = Mul(%cq, %g)\n", "%cg = Mul(%cq, %g)\n  %cn = Add(%cg, %s)\n");
+    let before = one.replace(
+        layer,
+        &format!(
+            "  %k = const i64[] [-1]\n  %xk = Gather(%x3, %k)\n  %xu = Unsqueeze(%xk, %zero)\n{}",
+            layer.replace("%x3", "%xu")
+        ),
+    );
+    assert!(product != mixed && before != one);
+    let all = [(&one, 9), (&several, 12), (&mixed, 9), (&rows, 9), (&last, 9), (&product, 10), (&before, 9)];
+    for (source, adds) in all {
+        let text = "infer-shapes, split-gemm, infer-shapes, rotate, infer-shapes, drop-dead";
+        let (plain, after, said) = ran(source, text);
+        assert!(said.contains("\"readers\": 4, \"streams\": 1"), "{said}");
+        let executor = (exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+        check_same(
+            &plain,
+            &after,
+            executor.as_ref(),
+            &[Tensor::of([7], vec![0_i64, 3, 19, 7, 7, 12, 1])],
+            "layer norms",
+        );
+        let graph = after.graph();
+        let count = |op: &str| graph.nodes().filter(|(_, node)| node.op.is(op)).count();
+        // Sums, biases, of which two are new where the last norm has a shift, and one of ε for every norm that is written out.
+        assert_eq!((count("Transpose"), count("MatMul"), count("Add")), (0, 6, adds), "{source}");
+        let bare = |node: &passes::ir::Node| {
+            let ones = graph.constant_input(node, 1).unwrap().floats().unwrap();
+            node.inputs.len() == 2 && ones.iter().all(|v| (v - 1.0).abs() < 1e-9)
+        };
+        assert!(graph.nodes().all(|(_, node)| !node.op.is("LayerNormalization") || bare(node)));
+        let sums = |model: &Model| {
+            let graph = model.graph();
+            let gather = graph.nodes().find(|(_, node)| node.op.is("Gather")).unwrap().1;
+            let table = graph.constant_input(gather, 0).unwrap().floats().unwrap().into_owned();
+            (table.chunks(12).map(|row| row.iter().sum::<f32>()).collect::<Vec<f32>>(), table)
+        };
+        let ((before, table), (after_sums, turned)) = (sums(&plain), sums(&after));
+        assert!(before.iter().zip(&after_sums).all(|(a, b)| (a - b).abs() < 1e-5), "means of rows stay");
+        assert_ne!(table, turned);
+        let executor = (exec::find("rten").unwrap().build)(&after.meta).unwrap();
+        let mut cx = PassContext::new(targets::TARGETS[0], executor.as_ref());
+        let again = Pipeline::parse("rotate", &passes::catalogue::passes()).unwrap();
+        let (twice, _) = PassManager::new(Vec::new(), true).run(&again, after.clone(), &mut cx).unwrap();
+        assert_eq!(passes::text::graph(&twice), passes::text::graph(&after), "once is enough");
+    }
+}
+
+#[test]
+fn a_basis_learned_for_layer_norms_keeps_the_function_and_rounding_loses_less_in_it() {
+    for whole in [true, false] {
+        for data in [Some(&Words as &dyn Dataset), None] {
+            let source = layer_normed(whole, SUM, HEAD);
+            let (after, notes) = learned_from(&source, "{sweeps=8}", data, "w3a16g4");
+            let (before, last) = losses(&notes);
+            assert!(last < before, "{whole}: {before} to {last}");
+            let rates = notes.iter().filter(|note| note.message.contains("utilization rate")).count();
+            assert_eq!(rates, if data.is_some() { 3 } else { 0 }, "{notes:?}");
+            drop(after);
+        }
+    }
+}
+
+#[test]
+fn moments_of_a_layer_norm_are_those_behind_its_gain_and_shift_taken_away() {
+    // Whole or written out, the same moments: the same basis, to what f32 leaves of it.
+    let table = |whole: bool| {
+        let (after, notes) = learned_from(
+            &layer_normed(whole, SUM, HEAD).replace("6, 0, 8", "6, 0.5, 8"),
+            "{sweeps=1}",
+            Some(&Words),
+            "w3a16g4",
+        );
+        (losses(&notes), after)
+    };
+    let ((whole, written), (other, _)) = (table(true).0, table(false));
+    assert!(
+        (whole - other.0).abs() < 1e-4 * whole && (written - other.1).abs() < 1e-3 * written,
+        "{whole} {written} {other:?}"
+    );
+}
+
+#[test]
+fn layer_norms_that_cannot_be_turned_are_named() {
+    let softmax = "  %z = MatMul(%cn, %et)\n  %k = Softmax(%cn)\n  %m = ReduceMean(%k)\n  %y = Add(%z, %m)\n";
+    let beside = "  %k = Tanh(%x3)\n  %n = ReduceMean(%k)\n  %z = MatMul(%cn, %et)\n  %y = Add(%z, %n)\n";
+    let computed = "  %w = Add(%et, %q0)\n  %y = MatMul(%cn, %w)\n";
+    for (middle, last, says) in [
+        (SUM, softmax, "something other than products"),
+        ("  %x2 = Add(%an, %ob)\n", HEAD, "hands what it norms on to a sum"),
+        (SUM, computed, "a weight that is no constant matrix"),
+        (SUM, beside, "without a norm"),
+    ] {
+        for whole in [true, false] {
+            let source = layer_normed(whole, middle, last)
+                .replace("%q0", "%f0")
+                .replace("  %h = Mul", "  %f0 = ReduceMean(%f)\n  %h = Mul");
+            let (plain, after, said) = ran(&source, "infer-shapes, split-gemm, infer-shapes, rotate");
+            assert!(said.contains(says), "{says}: {said}");
+            let gains = |model: &Model| {
+                model
+                    .graph()
+                    .nodes()
+                    .filter(|(_, node)| node.op.is("LayerNormalization") && node.inputs.len() == 3)
+                    .count()
+            };
+            assert_eq!(gains(&plain), gains(&after));
+        }
     }
 }
 

@@ -13,9 +13,9 @@ use crate::tensor::{DType, Tensor};
 
 /// The nodes that give a norm its scale and shift, one number per index of the last axis.
 pub(super) struct Norm {
-    /// `LayerNormalization`, or a multiplication by the scale.
+    /// A norm that is one operator, or a multiplication by the scale.
     scale: NodeId,
-    /// Whether it is the former, which takes a shift itself.
+    /// Whether it is a `LayerNormalization`, which takes a shift itself.
     is_whole: bool,
     /// The input of `scale` with the scale.
     input: usize,
@@ -29,14 +29,16 @@ impl Norm {
     pub(super) fn of(graph: &Graph, value: ValueId) -> Option<Self> {
         let channels = graph.value(value).ty.tensor()?.shape.as_ref()?.last()?.known().filter(|n| *n > 0)?;
         let (id, node) = graph.producer(value)?;
-        if node.op.is("LayerNormalization") {
+        let of_mean_square = node.op.is("RMSNormalization") || node.op.is("SimplifiedLayerNormalization");
+        if node.op.is("LayerNormalization") || of_mean_square {
             let rank = graph.value(value).ty.rank()?;
             let axis = node.int("axis", -1);
             let last = axis == -1 || usize::try_from(axis).ok() == rank.checked_sub(1);
             let rows = row(graph, node, 1, channels).is_some()
                 && (node.input(2).is_none() || row(graph, node, 2, channels).is_some());
             let alone = node.outputs.iter().flatten().count() == 1;
-            return (last && rows && alone).then_some(Self { scale: id, is_whole: true, input: 1, shift: None, value });
+            let is_whole = !of_mean_square;
+            return (last && rows && alone).then_some(Self { scale: id, is_whole, input: 1, shift: None, value });
         }
         let constant = |node: &Node| (0..2).find(|input| row(graph, node, *input, channels).is_some());
         if node.op.is("Mul") {
@@ -178,11 +180,24 @@ fn rewire(graph: &Graph, users: &Users, id: NodeId, moved: ValueId, affine: &Aff
         return Some(());
     }
     let extra = shifted::through(graph, id, &extra)?;
+    with_bias(graph, users, id, copy, &extra, patch)
+}
+
+/// Lets `copy` stand for the product `id`, with a bias that is less by `extra`, one number per output channel.
+pub(super) fn with_bias(
+    graph: &Graph,
+    users: &Users,
+    id: NodeId,
+    mut copy: Node,
+    extra: &[f64],
+    patch: &mut Patch,
+) -> Option<()> {
+    let node = graph.node(id)?;
     if node.op.is("Gemm") {
         let bias = shifted::bias(graph, id)?;
         let name = node.input(2).map_or_else(|| format!("{}.bias", node.name), |b| graph.value(b).name.to_string());
         copy.inputs.resize(3, None);
-        copy.inputs[2] = Some(less(&bias, &extra, vec![bias.len()], &name, patch)?);
+        copy.inputs[2] = Some(less(&bias, extra, vec![bias.len()], &name, patch)?);
         patch.replace(id, copy);
         return Some(());
     }
@@ -193,15 +208,15 @@ fn rewire(graph: &Graph, users: &Users, id: NodeId, moved: ValueId, affine: &Aff
         let values: Vec<f64> = bias.floats()?.iter().map(|v| f64::from(*v)).collect();
         let name = graph.value(old.input(input.into())?).name.to_string();
         let mut sum = old.clone();
-        sum.inputs[usize::from(input)] = Some(less(&values, &extra, bias.shape().to_vec(), &name, patch)?);
+        sum.inputs[usize::from(input)] = Some(less(&values, extra, bias.shape().to_vec(), &name, patch)?);
         patch.erase(id);
-        sum.inputs[usize::from(1 - input)] = Some(insert(graph, copy, output, Some(id), patch));
+        sum.inputs[usize::from(1 - input)] = Some(product(graph, copy, output, id, patch));
         patch.replace(add, sum);
         return Some(());
     }
     let name = format!("{}.bias", node.name);
-    let bias = less(&vec![0.0; extra.len()], &extra, vec![extra.len()], &name, patch)?;
-    let product = insert(graph, copy, output, Some(id), patch);
+    let bias = less(&vec![0.0; extra.len()], extra, vec![extra.len()], &name, patch)?;
+    let product = product(graph, copy, output, id, patch);
     let sum = Node {
         name: name.into(),
         op: OpKey { name: "Add".into(), ..node.op.clone() },
@@ -214,10 +229,19 @@ fn rewire(graph: &Graph, users: &Users, id: NodeId, moved: ValueId, affine: &Aff
     Some(())
 }
 
+/// `copy` as a new node in place of `id`, with its name, which the user may have given in an option; its result is called after `output`.
+fn product(graph: &Graph, copy: Node, output: ValueId, id: NodeId, patch: &mut Patch) -> ValueId {
+    let value = graph.value(output);
+    patch.node(copy, &format!("{}.moved", value.name), value.ty.clone(), Some(id))
+}
+
 /// The constant `values` less `extra`; `None` where they do not fit each other.
 #[expect(clippy::cast_possible_truncation, reason = "rounded to f32 once")]
 fn less(values: &[f64], extra: &[f64], shape: Vec<usize>, name: &str, patch: &mut Patch) -> Option<ValueId> {
     let difference: Vec<f32> = values.iter().zip(extra).map(|(v, e)| (v - e) as f32).collect();
-    let fits = values.len() == extra.len() && difference.iter().all(|v| v.is_finite());
+    // What was infinite stays that: entries of a head that are never to be chosen.
+    let is_kept = |(v, d): (&f64, &f32)| d.is_finite() || !v.is_finite();
+    let finite = extra.iter().all(|e| e.is_finite()) && values.iter().zip(&difference).all(is_kept);
+    let fits = values.len() == extra.len() && finite;
     fits.then(|| patch.constant(&format!("{name}.moved"), Tensor::of(shape, difference)))
 }

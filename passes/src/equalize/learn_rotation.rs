@@ -1,15 +1,14 @@
 //! Rotation of residual streams, learned.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::annealing::Annealing;
-use super::hadamard::Hadamard;
 use super::orthogonal::Orthogonal;
-use super::pivots::{Errors, Moments};
+use super::pivots::Errors;
 use super::rotate::{self, turn_streams};
-use super::stream::{Stream, streams};
-use super::stream_weights::{MAX_WIDTH, Setting, writers};
+use super::stream::{Reader, Stream, streams};
+use super::stream_weights::{MAX_WIDTH, Setting, moments, writers};
 use super::turned_loss::TurnedLoss;
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::exec::Progress;
@@ -96,17 +95,17 @@ impl Pass for LearnRotation {
 
     fn run(&self, model: &Model, cx: &PassContext<'_>) -> Result<Patch, PassError> {
         turn_streams(INFO.about.name, model, |stream, patch| {
-            let hadamard = Hadamard::new(stream.width, self.seed);
+            let hadamard = rotate::spread(stream, self.seed);
             let setting = Setting { model, cx, stream };
             let loss = match setting.loss(self.errors) {
                 Ok(loss) => loss,
                 Err(reason) => {
                     let message = format!("learn-rotation: {reason}; the stream is turned by the Hadamard matrix");
                     patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, Place::Model, message));
-                    return Ok(Box::new(hadamard));
+                    return Ok(hadamard);
                 }
             };
-            let start = Orthogonal::of(&hadamard);
+            let start = Orthogonal::of(hadamard.as_ref());
             let (learned, [first, last]) = self.learn(&loss, start.clone(), cx.progress)?;
             let message = format!("what rounding loses came from {first:.6} to {last:.6}");
             patch.note(Diagnostic::new(diag::LEARNED_BASIS, Severity::Note, Place::Model, message));
@@ -171,10 +170,9 @@ impl Descent {
 
 /// Notes how far what norms of `stream` return fills its range: as it is, turned by `start`, and as learned.
 fn tell(model: &Model, stream: &Stream, (start, learned): (&Orthogonal, &Orthogonal), patch: &mut Patch) {
-    let norms: BTreeSet<ValueId> = stream.readers.iter().map(|reader| reader.normed).collect();
-    for normed in norms {
-        let gram = model.stats().gram(normed, Rows::Last).filter(|gram| gram.columns == stream.width);
-        let Some(moments) = gram.map(|gram| Moments::of(gram)) else { continue };
+    let norms: BTreeMap<ValueId, &Reader> = stream.readers.iter().map(|reader| (reader.normed, reader)).collect();
+    for (normed, reader) in norms {
+        let Some(moments) = moments(model, reader, stream.width) else { continue };
         let rates = [None, Some(start), Some(learned)].map(|r| moments.utilization(r));
         let [Some(before), Some(turned), Some(after)] = rates else { continue };
         let message = format!(
@@ -189,6 +187,7 @@ fn tell(model: &Model, stream: &Stream, (start, learned): (&Orthogonal, &Orthogo
 #[cfg(test)]
 mod tests {
     use super::super::annealing::tests::Stopped;
+    use super::super::hadamard::Hadamard;
     use super::super::turned_loss::tests::loss;
     use super::*;
     use crate::exec::Silent;

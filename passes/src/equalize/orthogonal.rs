@@ -12,6 +12,10 @@ pub(super) trait Rotation: Sync {
     fn width(&self) -> usize;
     /// Replaces the row vector `x` by x Q.
     fn apply(&self, x: &mut [f64]);
+    /// Whether it leaves the vector of ones as it is, and has to.
+    fn keeps_mean(&self) -> bool {
+        false
+    }
 }
 
 impl Rotation for Hadamard {
@@ -29,6 +33,8 @@ impl Rotation for Hadamard {
 pub(super) struct Orthogonal {
     n: usize,
     entries: Vec<f64>,
+    /// Whether it leaves the vector of ones as it is, and goes on doing so where it moves.
+    keeps_mean: bool,
 }
 
 impl Rotation for Orthogonal {
@@ -43,6 +49,10 @@ impl Rotation for Orthogonal {
         }
         x.copy_from_slice(&turned);
     }
+
+    fn keeps_mean(&self) -> bool {
+        self.keeps_mean
+    }
 }
 
 impl Orthogonal {
@@ -54,7 +64,7 @@ impl Orthogonal {
             row[i] = 1.0;
             rotation.apply(row);
         }
-        Self { n, entries }
+        Self { n, entries, keeps_mean: rotation.keeps_mean() }
     }
 
     pub(super) fn matrix(&self) -> Matrix<'_, f64> {
@@ -67,13 +77,21 @@ impl Orthogonal {
         self.entries.iter().map(|v| *v as f32).collect()
     }
 
-    /// The skew-symmetric Ω = (Rᵀ G − Gᵀ R) / 2 by which a function with the gradient G, row by row, grows along R exp(t Ω).
+    /// The skew-symmetric Ω = (Rᵀ G − Gᵀ R) / 2 by which a function with the gradient G, row by row, grows along R exp(t Ω); where R is to
+    /// fix the ones 1, what of that has Ω 1 = 0.
     pub(super) fn tangent(&self, gradient: &[f64]) -> Vec<f64> {
         let n = self.n;
         let mut inner = vec![0.0; n * n];
         multiply(&mut inner, self.matrix().t(), Matrix::new(gradient, n, n), false);
         let skew = |at: usize| 0.5 * (inner[at] - inner[at % n * n + at / n]);
-        (0..n * n).map(skew).collect()
+        let mut tangent: Vec<f64> = (0..n * n).map(skew).collect();
+        if self.keeps_mean {
+            let means: Vec<f64> =
+                tangent.chunks_exact(n.max(1)).map(|row| row.iter().sum::<f64>() / n as f64).collect();
+            // The means of its columns are those of its rows, negated, and the mean of all is 0.
+            tangent.iter_mut().enumerate().for_each(|(at, v)| *v += means[at % n] - means[at / n]);
+        }
+        tangent
     }
 
     /// R (I + S)⁻¹ (I − S) with S half of the skew-symmetric `step`: a step against it along the manifold, made orthogonal once more.
@@ -88,7 +106,7 @@ impl Orthogonal {
         let turn: Vec<f64> = (0..n * n).map(|at| turn[(at / n, at % n)]).collect();
         let mut entries = vec![0.0; n * n];
         multiply(&mut entries, self.matrix(), Matrix::new(&turn, n, n), false);
-        Self { n, entries }.polished()
+        Self { n, entries, keeps_mean: self.keeps_mean }.polished()
     }
 
     /// R (3 I − Rᵀ R) / 2: squares the distance from the nearest orthogonal matrix.
@@ -103,22 +121,25 @@ impl Orthogonal {
         }
         let mut entries = vec![0.0; n * n];
         multiply(&mut entries, self.matrix(), Matrix::new(&inner, n, n), false);
-        Self { n, entries }
+        Self { n, entries, keeps_mean: self.keeps_mean }
     }
 
-    /// The largest entry of Rᵀ R − I.
+    /// The largest entry of Rᵀ R − I, or of R 1 − 1 where that is to be nothing.
     pub(super) fn error(&self) -> f64 {
         let n = self.n;
         let mut inner = vec![0.0; n * n];
         multiply(&mut inner, self.matrix().t(), self.matrix(), false);
         let off = |(at, v): (usize, &f64)| (v - f64::from(u8::from(at % n == at / n))).abs();
+        let sum = |row: &[f64]| (row.iter().sum::<f64>() - 1.0).abs();
+        let sums = self.entries.chunks_exact(n.max(1)).filter(|_| self.keeps_mean).map(sum);
         // `max` would drop what is no number.
-        inner.iter().enumerate().map(off).fold(0.0, |top, v| if v > top || v.is_nan() { v } else { top })
+        inner.iter().enumerate().map(off).chain(sums).fold(0.0, |top, v| if v > top || v.is_nan() { v } else { top })
     }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::keeps_mean::KeepsMean;
     use super::*;
     use crate::seed::uniform;
 
@@ -157,21 +178,27 @@ pub(super) mod tests {
 
     #[test]
     fn a_short_step_goes_down_as_fast_as_the_tangent_says() {
-        // f(R) = Σ A ∘ R, whose gradient is A.
         let n = 12;
-        let (r, a) = (Orthogonal::of(&Hadamard::new(n, 1)), drawn(5, n * n));
+        for r in [Orthogonal::of(&Hadamard::new(n, 1)), Orthogonal::of(&KeepsMean::of(Hadamard::new(n, 1)))] {
+            goes_down(n, &r);
+        }
+    }
+
+    fn goes_down(n: usize, r: &Orthogonal) {
+        // f(R) = Σ A ∘ R, whose gradient is A.
+        let a = drawn(5, n * n);
         let f = |r: &Orthogonal| r.entries.iter().zip(&a).map(|(r, a)| r * a).sum::<f64>();
         let tangent = r.tangent(&a);
         let slope: f64 = tangent.iter().map(|v| v * v).sum();
         let t = 1e-6;
         let step: Vec<f64> = tangent.iter().map(|v| t * v).collect();
-        let fell = (f(&r) - f(&r.moved(&step))) / t;
+        let fell = (f(r) - f(&r.moved(&step))) / t;
         assert!((fell / slope - 1.0).abs() < 1e-4, "{fell} for {slope}");
     }
 
     #[test]
     fn what_is_no_number_is_no_orthogonal_matrix() {
-        let broken = Orthogonal { n: 2, entries: vec![1.0, f64::NAN, 0.0, 1.0] };
+        let broken = Orthogonal { n: 2, entries: vec![1.0, f64::NAN, 0.0, 1.0], keeps_mean: false };
         assert!(broken.error().is_nan());
     }
 }

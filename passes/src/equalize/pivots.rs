@@ -64,6 +64,31 @@ impl Moments {
         Self { d, values: wide(gram.group(0)), mean: wide(gram.group_means(0)), kept }
     }
 
+    /// The moments of y in (y γ + β), whose moments these are, for rows γ and β; a channel whose gain is next to nothing tells nothing, and is taken for one
+    /// of mean 0 and variance 1, as those of norms are on average.
+    pub(super) fn without(mut self, gain: Option<&[f32]>, shift: Option<&[f32]>) -> Self {
+        let d = self.d;
+        let of = |row: Option<&[f32]>, at: usize, none: f64| row.map_or(none, |row| f64::from(row[at]));
+        // Where little is left beside the shift, it is what f32 left of it.
+        let raw: Vec<f64> = (0..d).map(|at| self.values[at * d + at]).collect();
+        let known = |at: usize| {
+            let gain = of(gain, at, 1.0);
+            gain.is_normal() && gain * gain > 1e-5 * raw[at]
+        };
+        for (i, row) in self.values.chunks_exact_mut(d.max(1)).enumerate() {
+            for (j, v) in row.iter_mut().enumerate() {
+                let (a, b) = (of(shift, i, 0.0), of(shift, j, 0.0));
+                let plain = *v - self.mean[i] * b - a * self.mean[j] + a * b;
+                let scaled = plain / of(gain, i, 1.0) / of(gain, j, 1.0);
+                *v = if known(i) && known(j) { scaled } else { f64::from(u8::from(i == j)) };
+            }
+        }
+        for (at, mean) in self.mean.iter_mut().enumerate() {
+            *mean = if known(at) { (*mean - of(shift, at, 0.0)) / of(gain, at, 1.0) } else { 0.0 };
+        }
+        self
+    }
+
     /// The bytes that moments of so many channels take.
     pub(super) fn bytes(d: usize) -> u64 {
         8 * (d as u64) * d as u64

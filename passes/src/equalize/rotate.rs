@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::affine_norm::with_bias;
 use super::hadamard::Hadamard;
+use super::keeps_mean::KeepsMean;
 use super::orthogonal::Rotation;
 use super::stream::{Reader, Role, Stream, streams};
 use crate::diag::{self, Diagnostic, Place, Severity};
@@ -21,13 +23,16 @@ crate::declare_pass! {
     /// random signs.
     ///
     /// What writes to the stream is multiplied by Q, what reads it by Qᵀ; root mean square norms do not see it once their gain is in
-    /// the weights that read them. So every norm loses its gain, and a head that is tied to the embedding gets a weight of its own. A stream whose norms have no
-    /// gain is taken for one that was rotated already.
-    /// Done only where every node on the stream is accounted for: sums, products with constant weights, rows of a constant table,
-    /// norms written out. Anything else, such as a `LayerNormalization`, is named in a note, and its stream is left alone.
+    /// the weights that read them. Layer norms do not either, their shift in biases, where Q keeps the mean: there it is followed by the reflection
+    /// that takes the image of the vector of ones back to it.
+    /// So every norm loses its gain and its shift, and a head that is tied to the embedding gets a weight of its own. A stream whose norms have
+    /// neither is taken for one that was rotated already.
+    /// Done only where every node on the stream is accounted for: sums, products with constant weights, rows of a constant table, rows
+    /// laid out anew, `LayerNormalization`, and both kinds of norms written out. Anything else, such as a `Gemm` that `split-gemm` did not take apart,
+    /// is named in a note, and its stream is left alone.
     INFO {
         name: "rotate",
-        source: "Ashkboos et al. 2024, arXiv:2404.00456 (R1); Liu et al. 2024, arXiv:2405.16406",
+        source: "Ashkboos et al. 2024, arXiv:2404.00456 (R1); Liu et al. 2024, arXiv:2405.16406; a basis that keeps the mean in place of layer norms made root mean square norms: ours",
         cost: "m d (a + b) multiply-adds for a weight of m × d, a · b = d the two factors of the Hadamard matrix; no data. A head that was tied to the embedding becomes a weight of its own.",
         requires: Facts::NONE,
         establishes: Facts::NONE,
@@ -57,11 +62,17 @@ impl Pass for Rotate {
     }
 
     fn run(&self, model: &Model, _: &PassContext<'_>) -> Result<Patch, PassError> {
-        turn_streams("rotate", model, |stream, _| Ok(Box::new(Hadamard::new(stream.width, self.seed))))
+        turn_streams("rotate", model, |stream, _| Ok(spread(stream, self.seed)))
     }
 }
 
-/// Turns every proven stream of `model` that has a gain left by what `basis` gives for it; notes of `pass` say why others stay.
+/// The Hadamard matrix with the signs of `seed` for `stream`, with a reflection behind it where norms take the mean away.
+pub(super) fn spread(stream: &Stream, seed: u64) -> Box<dyn Rotation> {
+    let hadamard = Hadamard::new(stream.width, seed);
+    if stream.is_centered { Box::new(KeepsMean::of(hadamard)) } else { Box::new(hadamard) }
+}
+
+/// Turns every proven stream of `model` that has a gain or a shift left by what `basis` gives for it; notes of `pass` say why others stay.
 ///
 /// # Errors
 /// Those of `basis`.
@@ -75,32 +86,43 @@ pub(super) fn turn_streams(
     let mut patch = Patch::on(model);
     let found = streams(graph, &users);
     if found.is_empty() {
-        let message =
-            format!("{pass}: no residual stream that a root mean square norm reads, written out as operators");
+        let message = format!("{pass}: no residual stream that a norm reads");
         patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, Place::Model, message));
     }
+    let mut refused: Vec<(&str, Arc<str>, usize)> = Vec::new();
     for stream in found {
         match stream {
-            Ok(stream) if stream.width > 1 && stream.readers.iter().any(|reader| reader.gain.is_some()) => {
+            Ok(stream) if stream.width > 1 && stream.readers.iter().any(Reader::has_affine) => {
                 let rotation = basis(&stream, &mut patch)?;
                 let mark = patch.mark();
-                if turn(graph, &stream, rotation.as_ref(), &mut patch).is_none() {
+                if turn(graph, &users, &stream, rotation.as_ref(), &mut patch).is_none() {
                     patch.roll_back(&mark);
-                    return Err(PassError::Model(
-                        "a bug in onnx-quant: a proven residual stream cannot be turned".into(),
+                    refused.push((
+                        "holds numbers around its stream that do not fit f32 once it is turned",
+                        "".into(),
+                        0,
                     ));
+                    continue;
                 }
                 patch.count("streams", 1);
                 patch.count("readers", stream.readers.len() as u64);
             }
             Ok(_) => {}
             Err((node, problem)) => {
-                let name =
-                    node.and_then(|node| graph.node(node)).map(|node| Arc::clone(&node.name)).unwrap_or_default();
-                let message = format!("{pass}: it {problem}");
-                patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, Place::Node(name), message));
+                if let Some((.., others)) = refused.iter_mut().find(|(same, ..)| *same == problem) {
+                    *others += 1;
+                } else {
+                    let node = node.and_then(|node| graph.node(node));
+                    refused.push((problem, node.map(|node| Arc::clone(&node.name)).unwrap_or_default(), 0));
+                }
             }
         }
+    }
+    for (problem, name, others) in refused {
+        let others =
+            if others > 0 { format!("; {others} more streams stay for the same reason") } else { String::new() };
+        let message = format!("{pass}: it {problem}{others}");
+        patch.note(Diagnostic::new(diag::BLOCKED_REWRITE, Severity::Warning, Place::Node(name), message));
     }
     Ok(patch)
 }
@@ -119,7 +141,7 @@ pub(super) fn seed(options: &Options) -> Result<u64, OptionError> {
 }
 
 /// Computes `stream` in the basis of `rotation` beside the old one, and lets its readers read that.
-fn turn(graph: &Graph, stream: &Stream, rotation: &dyn Rotation, patch: &mut Patch) -> Option<()> {
+fn turn(graph: &Graph, users: &Users, stream: &Stream, rotation: &dyn Rotation, patch: &mut Patch) -> Option<()> {
     let mut turned: BTreeMap<ValueId, ValueId> = BTreeMap::new();
     let mut weights: BTreeMap<(ValueId, Option<ValueId>, bool), ValueId> = BTreeMap::new();
     for (id, node) in graph.nodes() {
@@ -131,8 +153,22 @@ fn turn(graph: &Graph, stream: &Stream, rotation: &dyn Rotation, patch: &mut Pat
         let constant = match role {
             Role::Writes => Some(1),
             Role::Gathers => Some(0),
-            Role::AddsRow(input) => Some(*input),
+            Role::AddsRows(input) => Some(*input),
             Role::Adds | Role::Follows => None,
+            Role::Bares => {
+                let ones = Tensor::of([stream.width], vec![1.0_f32; stream.width]);
+                copy.inputs.truncate(1);
+                copy.inputs.push(Some(patch.constant(&format!("{}.ones", node.name), ones)));
+                None
+            }
+            Role::Falls(input) => {
+                turned.insert(node.output(0)?, copy.input(*input)?);
+                continue;
+            }
+            Role::Measures => {
+                patch.replace(id, copy);
+                continue;
+            }
         };
         if let Some(input) = constant {
             let value = node.input(input)?;
@@ -156,10 +192,32 @@ fn turn(graph: &Graph, stream: &Stream, rotation: &dyn Rotation, patch: &mut Pat
         };
         weights.insert(key, made);
         let node = graph.node(reader.node)?;
-        let inputs = vec![Some(*turned.get(&reader.normed)?), Some(made)];
-        patch.replace(reader.node, Node { inputs, ..node.clone() });
+        let copy = Node { inputs: vec![Some(*turned.get(&reader.read)?), Some(made)], ..node.clone() };
+        match reader.shift {
+            Some(shift) => with_bias(graph, users, reader.node, copy, &less(graph, reader, shift)?, patch)?,
+            None => patch.replace(reader.node, copy),
+        }
     }
     Some(())
+}
+
+/// −β W for the shift β and the weight \[D, N\] of `reader`, to be taken from its bias once the norm has no shift.
+fn less(graph: &Graph, reader: &Reader, shift: ValueId) -> Option<Vec<f64>> {
+    let shift = graph.constant(shift)?.floats()?;
+    let weight = graph.constant(reader.weight)?;
+    let outputs = weight.shape()[usize::from(!reader.transposed)];
+    let values = weight.values::<f32>()?;
+    let mut less = vec![0.0; outputs];
+    if reader.transposed {
+        for (row, sum) in values.chunks_exact(shift.len()).zip(&mut less) {
+            *sum = -row.iter().zip(shift.iter()).map(|(w, b)| f64::from(*w) * f64::from(*b)).sum::<f64>();
+        }
+    } else {
+        for (row, b) in values.chunks_exact(outputs.max(1)).zip(shift.iter()) {
+            row.iter().zip(&mut less).for_each(|(w, sum)| *sum -= f64::from(*w) * f64::from(*b));
+        }
+    }
+    Some(less)
 }
 
 fn constant_of(graph: &Graph, patch: &mut Patch, old: ValueId, tensor: Tensor) -> ValueId {

@@ -2,9 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::stream_norms::{Affine, Norm};
 use crate::id::{NodeId, ValueId};
 use crate::ir::walk::{User, Users};
 use crate::ir::{Graph, Node};
+use crate::ops;
 use crate::tables;
 use crate::tensor::{DType, Tensor};
 
@@ -17,28 +19,48 @@ pub(super) enum Role {
     Gathers,
     /// Adds two parts.
     Adds,
-    /// Adds the constant row in this input.
-    AddsRow(usize),
-    /// Multiplies or divides by a constant scalar, or belongs to a norm: computes the same function of other values.
+    /// Adds the constant rows in this input: biases, positions.
+    AddsRows(usize),
+    /// Multiplies or divides by a constant scalar, lays rows out anew, or belongs to a norm: computes the same function of other values.
     Follows,
+    /// A norm that is one operator, which loses its gain and its shift.
+    Bares,
+    /// The gain or the shift of a norm, a node of its own, which falls away: the value that it reads in this input stands for its result.
+    Falls(usize),
+    /// Reads the extents of a part, which stay.
+    Measures,
 }
 
 /// A product that reads what a norm returns.
 #[derive(Clone, Debug)]
 pub(super) struct Reader {
     pub(super) node: NodeId,
-    /// The norm's result without its gain, and the gain.
+    /// The norm's result: without its gain and shift where those are nodes of their own, with them where it `is_whole`.
     pub(super) normed: ValueId,
+    pub(super) is_whole: bool,
+    /// Rows \[D\].
     pub(super) gain: Option<ValueId>,
+    pub(super) shift: Option<ValueId>,
+    /// What the product reads: all that, its rows laid out anew or not.
+    pub(super) read: ValueId,
     /// The weight \[D, N\], or the table \[N, D\] that is transposed into it.
     pub(super) weight: ValueId,
     pub(super) transposed: bool,
 }
 
-/// Sums of one width that only RMS norms and further sums read: proven, node by node.
+impl Reader {
+    /// Whether the norm that it reads has a gain or a shift.
+    pub(super) fn has_affine(&self) -> bool {
+        self.gain.is_some() || self.shift.is_some()
+    }
+}
+
+/// Sums of one width that only norms and further sums read: proven, node by node.
 #[derive(Debug, Default)]
 pub(super) struct Stream {
     pub(super) width: usize,
+    /// Whether a norm takes the mean away, so that only bases that keep it leave the function as it is.
+    pub(super) is_centered: bool,
     /// The nodes whose results change with the basis of the stream.
     pub(super) roles: BTreeMap<NodeId, Role>,
     pub(super) readers: Vec<Reader>,
@@ -48,14 +70,7 @@ pub(super) struct Stream {
 /// Why a stream is not proven: the node, and what it does.
 pub(super) type Refusal = (Option<NodeId>, &'static str);
 
-/// A root mean square norm written out, x · 1 / √(mean(x²) + ε).
-struct Norm {
-    source: ValueId,
-    nodes: Vec<NodeId>,
-    result: ValueId,
-}
-
-/// The streams of `graph` that RMS norms read, each proven or refused, in graph order.
+/// The streams of `graph` that norms read, each proven or refused, in graph order.
 pub(super) fn streams(graph: &Graph, users: &Users) -> Vec<Result<Stream, Refusal>> {
     let norms: Vec<Norm> = graph.nodes().filter_map(|(id, node)| Norm::at(graph, users, id, node)).collect();
     let mut seen: BTreeSet<ValueId> = BTreeSet::new();
@@ -70,47 +85,6 @@ pub(super) fn streams(graph: &Graph, users: &Users) -> Vec<Result<Stream, Refusa
     found
 }
 
-impl Norm {
-    /// The norm that begins with the square `node`.
-    fn at(graph: &Graph, users: &Users, id: NodeId, node: &Node) -> Option<Self> {
-        let source = node.input(0)?;
-        let scalar = |node: &Node, input: usize| {
-            graph.constant_input(node, input).filter(|t| t.len() == 1)?.floats()?.first().copied()
-        };
-        let squares =
-            node.op.is("Pow") && scalar(node, 1) == Some(2.0) || node.op.is("Mul") && node.input(1) == Some(source);
-        squares.then_some(())?;
-        let rank = graph.value(source).ty.rank()?;
-        let only = |node: &Node| {
-            let (next, input) = users.only_input(node.output(0)?)?;
-            Some((next, graph.node(next)?, input))
-        };
-        let (mean_id, mean, 0) = only(node)? else { return None };
-        let axes = match graph.constant_input(mean, 1) {
-            Some(axes) => axes.integers()?,
-            None => mean.ints("axes")?.to_vec(),
-        };
-        let last = i64::try_from(rank).ok()? - 1;
-        let is_mean = mean.op.is("ReduceMean") && mean.int("keepdims", 1) == 1 && (axes == [-1] || axes == [last]);
-        is_mean.then_some(())?;
-        let (sum_id, sum, input) = only(mean)?;
-        (sum.op.is("Add") && scalar(sum, usize::from(1 - input)).is_some()).then_some(())?;
-        let (root_id, root, 0) = only(sum).filter(|(_, root, _)| root.op.is("Sqrt"))? else { return None };
-        let (next_id, next, input) = only(root)?;
-        let mut nodes = vec![id, mean_id, sum_id, root_id, next_id];
-        let last = match &*next.op.name {
-            "Reciprocal" => {
-                let (scale_id, scale, input) = only(next)?;
-                nodes.push(scale_id);
-                (scale.op.is("Mul") && scale.input(usize::from(1 - input)) == Some(source)).then_some(scale)?
-            }
-            "Div" if input == 1 && next.input(0) == Some(source) => next,
-            _ => return None,
-        };
-        Some(Self { source, nodes, result: last.output(0)? })
-    }
-}
-
 struct Walk<'a> {
     graph: &'a Graph,
     users: &'a Users,
@@ -120,16 +94,21 @@ struct Walk<'a> {
 
 impl Walk<'_> {
     fn from(mut self, source: ValueId, seen: &mut BTreeSet<ValueId>) -> Result<Stream, Refusal> {
-        self.stream.width =
-            self.graph.value(source).ty.tensor().and_then(|ty| ty.shape.as_ref()?.last()?.known()).unwrap_or(0);
+        let width = self.graph.value(source).ty.tensor().and_then(|ty| ty.shape.as_ref()?.last()?.known());
+        let Some(width) = width else {
+            seen.insert(source);
+            let norm = self.norms.iter().find(|norm| norm.source == source).and_then(|norm| norm.nodes.first());
+            return Err((norm.copied(), "norms a tensor whose last extent is not known"));
+        };
+        self.stream.width = width;
         let mut open = vec![source];
         let mut outcome = Ok(());
         while let Some(value) = open.pop() {
             if self.stream.values.insert(value) {
                 seen.insert(value);
-                // What is refused is walked to its end all the same, so that it is refused once.
-                let step = self.made(value, &mut open).and_then(|()| self.read(value, &mut open));
-                outcome = outcome.and(step);
+                // What is refused is walked on all the same, so that it is refused once.
+                let (made, read) = (self.made(value, &mut open), self.read(value, &mut open));
+                outcome = outcome.and(made).and(read);
             }
         }
         outcome?;
@@ -152,7 +131,7 @@ impl Walk<'_> {
         let role = match &*node.op.name {
             _ if !node.op.domain.is_empty() || node.outputs.len() != 1 => None,
             "MatMul" => matrix(self.graph, node, 1).filter(|w| w.shape()[1] == width).map(|_| Role::Writes),
-            "Gather" if tables::is_gather(node) => {
+            "Gather" if tables::is_gather(node) && self.graph.constant_input(node, 0).is_some() => {
                 matrix(self.graph, node, 0).filter(|w| w.shape()[1] == width).map(|_| Role::Gathers)
             }
             "Add" => match (0..2).find(|input| self.graph.constant_input(node, *input).is_some()) {
@@ -162,11 +141,14 @@ impl Walk<'_> {
                 }
                 Some(row) => {
                     open.extend(node.input(1 - row));
-                    let is_row =
-                        |t: &Tensor| t.dtype() == DType::F32 && t.len() == width && t.shape().last() == Some(&width);
-                    self.graph.constant_input(node, row).filter(|t| is_row(t)).map(|_| Role::AddsRow(row))
+                    let rows = |t: &Tensor| t.dtype() == DType::F32 && t.shape().last() == Some(&width);
+                    self.graph.constant_input(node, row).filter(|t| rows(t)).map(|_| Role::AddsRows(row))
                 }
             },
+            _ if self.keeps_rows(node) => {
+                open.extend(node.input(0));
+                Some(Role::Follows)
+            }
             "Mul" | "Div" => {
                 let scalar = (0..2).find(|input| self.graph.constant_input(node, *input).is_some_and(|t| t.len() == 1));
                 let scalar = scalar.filter(|input| node.op.is("Mul") || *input == 1);
@@ -189,70 +171,101 @@ impl Walk<'_> {
             };
             let Some(node) = self.graph.node(id) else { continue };
             if let Some(norm) = self.norms.iter().find(|norm| norm.source == value && norm.nodes.contains(&id)) {
-                if norm.nodes.last() == Some(&id) {
-                    self.stream.roles.extend(norm.nodes.iter().map(|id| (*id, Role::Follows)));
+                // Once, though it may be read twice: x · x.
+                if norm.nodes.first() == Some(&id) && !self.stream.roles.contains_key(&id) {
                     self.normed(norm)?;
                 }
                 continue;
             }
             let scalar = || node.inputs.iter().flatten().any(|v| self.graph.constant(*v).is_some_and(|t| t.len() == 1));
-            if node.op.is("Add") || (matches!(&*node.op.name, "Mul" | "Div") && scalar()) {
+            if node.op.is("Shape") {
+                self.stream.roles.insert(id, Role::Measures);
+            } else if node.op.is("Add") || matches!(&*node.op.name, "Mul" | "Div") && scalar() || self.keeps_rows(node)
+            {
                 open.extend(node.output(0));
             } else {
-                return Err((Some(id), "reads the residual stream without a root mean square norm"));
+                return Err((Some(id), "reads the residual stream without a norm"));
             }
         }
         Ok(())
     }
 
-    /// Accounts for everyone who reads what `norm` returns.
+    /// Accounts for `norm` and everyone who reads what it returns.
     fn normed(&mut self, norm: &Norm) -> Result<(), Refusal> {
-        let width = self.stream.width;
-        let gain = match self.users.only_input(norm.result).and_then(|(id, input)| Some((self.graph.node(id)?, input)))
-        {
-            Some((node, input)) if node.op.is("Mul") => {
-                let row = node.input(usize::from(1 - input)).zip(node.output(0));
-                row.filter(|(gain, _)| {
-                    let gain = self.graph.constant(*gain);
-                    gain.is_some_and(|g| {
-                        g.dtype() == DType::F32 && g.len() == width && g.shape().last() == Some(&width)
-                    })
-                })
+        let affine = norm.affine(self.graph, self.users, self.stream.width);
+        let role = if norm.is_whole { Role::Bares } else { Role::Follows };
+        self.stream.is_centered |= norm.is_centered;
+        self.stream.roles.extend(norm.nodes.iter().map(|id| (*id, role)));
+        self.stream.roles.extend(affine.nodes.iter().map(|(id, input)| (*id, Role::Falls(*input))));
+        let mut open = vec![affine.result];
+        while let Some(read) = open.pop() {
+            for user in self.users.of_value(read) {
+                let refused = (
+                    norm.nodes.last().copied(),
+                    "norms a residual stream for something other than products with constant weights",
+                );
+                let User::Input { node: id, input: 0 } = *user else { return Err(refused) };
+                let node = self.graph.node(id).ok_or(refused)?;
+                if node.op.is("Shape") {
+                    self.stream.roles.insert(id, Role::Measures);
+                } else if self.keeps_rows(node) {
+                    self.stream.roles.insert(id, Role::Follows);
+                    open.extend(node.output(0));
+                } else if node.op.is("MatMul") {
+                    let problem = "reads a norm of the residual stream with a weight that is no constant matrix";
+                    let (weight, transposed) = self.weight(node).ok_or((Some(id), problem))?;
+                    let Affine { gain, shift, .. } = affine;
+                    let (normed, is_whole) = (norm.result, norm.is_whole);
+                    self.stream.readers.push(Reader {
+                        node: id,
+                        normed,
+                        is_whole,
+                        gain,
+                        shift,
+                        read,
+                        weight,
+                        transposed,
+                    });
+                } else if node.op.is("Add") {
+                    return Err((
+                        refused.0,
+                        "hands what it norms on to a sum, as models do whose norms stand behind sums",
+                    ));
+                } else {
+                    return Err(refused);
+                }
             }
-            _ => None,
-        };
-        let result = gain.map_or(norm.result, |(_, result)| result);
-        for user in self.users.of_value(result) {
-            let refused = (
-                norm.nodes.last().copied(),
-                "norms a residual stream for something other than products with constant weights",
-            );
-            let User::Input { node: id, input: 0 } = *user else { return Err(refused) };
-            let node = self.graph.node(id).filter(|node| node.op.is("MatMul")).ok_or(refused)?;
-            let reader = |weight, transposed| Reader {
-                node: id,
-                normed: norm.result,
-                gain: gain.map(|g| g.0),
-                weight,
-                transposed,
-            };
-            let of = |weight: Option<&Tensor>, axis: usize| weight.is_some_and(|w| w.shape()[axis] == width);
-            let turned = || {
-                let (_, transpose) = self.graph.producer(node.input(1)?).filter(|(_, node)| tables::turns(node))?;
-                of(matrix(self.graph, transpose, 0), 1).then(|| transpose.input(0))?
-            };
-            let found = match node.input(1).filter(|_| of(matrix(self.graph, node, 1), 0)) {
-                Some(weight) => Some(reader(weight, false)),
-                None => turned().map(|table| reader(table, true)),
-            };
-            self.stream.readers.push(
-                found.ok_or((
-                    Some(id),
-                    "reads a norm of the residual stream with a weight that is no constant matrix",
-                ))?,
-            );
         }
         Ok(())
+    }
+
+    /// The weight \[D, N\] of the product `node`, or the table \[N, D\] that is transposed into it, and which of both.
+    fn weight(&self, node: &Node) -> Option<(ValueId, bool)> {
+        let of = |weight: Option<&Tensor>, axis: usize| weight.is_some_and(|w| w.shape()[axis] == self.stream.width);
+        if of(matrix(self.graph, node, 1), 0) {
+            return Some((node.input(1)?, false));
+        }
+        let (_, transpose) = self.graph.producer(node.input(1)?).filter(|(_, node)| tables::turns(node))?;
+        of(matrix(self.graph, transpose, 0), 1).then_some((transpose.input(0)?, true))
+    }
+
+    /// Whether `node` lays the rows of its first input out anew, or takes some of them, each as it is.
+    fn keeps_rows(&self, node: &Node) -> bool {
+        let last = |value: Option<ValueId>| self.graph.value(value?).ty.tensor()?.shape.as_ref()?.last()?.known();
+        let width = Some(self.stream.width);
+        let rank = || self.graph.value(node.input(0)?).ty.rank();
+        let before_last =
+            |axis: i64| rank().is_some_and(|rank| ops::positive_axis(axis, rank).is_some_and(|axis| axis + 1 < rank));
+        let rows = match &*node.op.name {
+            "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Identity" => true,
+            "Gather" => before_last(node.int("axis", 0)),
+            "Slice" => {
+                let axes = self.graph.constant_input(node, 3).and_then(|axes| axes.integers());
+                axes.is_some_and(|axes| axes.into_iter().all(before_last))
+            }
+            _ => false,
+        };
+        rows && node.op.domain.is_empty() && last(node.input(0)) == width && last(node.output(0)) == width
     }
 }
 

@@ -37,8 +37,8 @@ impl Setting<'_> {
         for reader in &self.stream.readers {
             readers.entry(reader.normed).or_default().push(reader);
         }
-        for (normed, readers) in readers {
-            let moments = self.gram(normed, width).map(|gram| Moments::of(gram));
+        for readers in readers.into_values() {
+            let moments = readers.first().and_then(|reader| moments(self.model, reader, width));
             let weights: Vec<Weight> =
                 readers.into_iter().filter_map(|reader| self.reader(reader, moments.as_ref())).collect();
             if !weights.is_empty() {
@@ -116,6 +116,17 @@ impl Setting<'_> {
         let costs = costs.unwrap_or_else(|| vec![1.0; inputs]);
         Some(Group::Writer(Weight { rows, share: share(power)?, rounding }, costs))
     }
+}
+
+/// Second moments of what the norm that `reader` reads returns without its gain and shift, where those of `width` channels were measured.
+pub(super) fn moments(model: &Model, reader: &Reader, width: usize) -> Option<Moments> {
+    let gram = model.stats().gram(reader.normed, Rows::Last).filter(|gram| gram.columns == width)?;
+    if !reader.is_whole {
+        return Some(Moments::of(gram));
+    }
+    let row = |value: Option<ValueId>| model.graph().constant(value?)?.floats();
+    let [gain, shift] = [row(reader.gain), row(reader.shift)];
+    Some(Moments::of(gram).without(gain.as_deref(), shift.as_deref()))
 }
 
 /// What computes parts of `stream` by a weight: the product, what it reads, the weight \[K, D\].

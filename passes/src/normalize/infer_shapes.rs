@@ -40,8 +40,8 @@ impl Pass for InferShapes {
         let mut types: Vec<Option<TensorType>> =
             graph.value_ids().map(|id| graph.value(id).ty.tensor().cloned()).collect();
         for (_, node) in graph.nodes() {
-            let inputs = node.inputs.iter().map(|v| v.and_then(|v| types[v.index()].clone())).collect();
-            for (output, inferred) in outputs(node).zip(ops::infer(graph, node, inputs)) {
+            let inferred = ops::infer(graph, node, &|value| types[value.index()].clone());
+            for (output, inferred) in outputs(node).zip(inferred) {
                 let Some(output) = output else { continue };
                 let Type::Tensor(declared) = &graph.value(output).ty else { continue };
                 let refined = declared.refined(&inferred);

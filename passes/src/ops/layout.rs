@@ -1,6 +1,7 @@
 //! Shape rules of operators that move data.
 
 use super::elementwise::broadcast_shapes;
+use super::numbers::numbers;
 use super::{Call, positive_axis};
 use crate::ir::{Dim, TensorType};
 
@@ -21,26 +22,33 @@ fn product(shape: &[Dim]) -> Option<usize> {
 }
 
 pub(super) fn reshape(call: &Call<'_>) -> Vec<TensorType> {
-    let shape = match call.constant_ints(1) {
+    let shape = match wanted(call, 1) {
         Some(wanted) => Some(reshaped(call, &wanted)),
         None => vector_length(call, 1).map(|rank| vec![Dim::Unknown; rank]),
     };
     typed(call, shape)
 }
 
-fn reshaped(call: &Call<'_>, wanted: &[i64]) -> Vec<Dim> {
+/// The extents that input `index` asks for, as far as they are the same in every run.
+fn wanted(call: &Call<'_>, index: usize) -> Option<Vec<Option<i64>>> {
+    // Any constant counts; what is computed has no more numbers than a shape.
+    let constant = call.constant_ints(index).map(|all| all.into_iter().map(Some).collect());
+    constant.or_else(|| numbers(call.graph, call.node.input(index)?, call.types))
+}
+
+fn reshaped(call: &Call<'_>, wanted: &[Option<i64>]) -> Vec<Dim> {
     let input = call.shape(0);
     let zero_copies = call.node.int("allowzero", 0) == 0;
     let mut shape: Vec<Dim> = wanted
         .iter()
         .enumerate()
         .map(|(axis, &dim)| match dim {
-            0 if zero_copies => input.as_ref().and_then(|s| s.get(axis).cloned()).unwrap_or(Dim::Unknown),
-            -1 => Dim::Unknown,
-            n => usize::try_from(n).map_or(Dim::Unknown, Dim::Known),
+            None | Some(-1) => Dim::Unknown,
+            Some(0) if zero_copies => input.as_ref().and_then(|s| s.get(axis).cloned()).unwrap_or(Dim::Unknown),
+            Some(n) => usize::try_from(n).map_or(Dim::Unknown, Dim::Known),
         })
         .collect();
-    if let Some(hole) = wanted.iter().position(|&dim| dim == -1)
+    if let Some(hole) = wanted.iter().position(|&dim| dim == Some(-1))
         && let Some(total) = input.as_deref().and_then(product)
     {
         let rest: Vec<Dim> =
@@ -193,8 +201,9 @@ pub(super) fn gather_nd(call: &Call<'_>) -> Vec<TensorType> {
 
 pub(super) fn expand(call: &Call<'_>) -> Vec<TensorType> {
     let shape = call.shape(0).and_then(|input| {
-        let wanted: Vec<Dim> = if let Some(wanted) = call.constant_ints(1) {
-            wanted.iter().map(|&n| usize::try_from(n).map_or(Dim::Unknown, Dim::Known)).collect()
+        let wanted: Vec<Dim> = if let Some(wanted) = wanted(call, 1) {
+            let dim = |n: &Option<i64>| n.and_then(|n| usize::try_from(n).ok()).map_or(Dim::Unknown, Dim::Known);
+            wanted.iter().map(dim).collect()
         } else {
             let rank = vector_length(call, 1)?.max(input.len());
             return Some(vec![Dim::Unknown; rank]);

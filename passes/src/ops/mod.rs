@@ -3,17 +3,21 @@
 mod conv;
 mod elementwise;
 mod eval;
+mod kept_rows;
 mod layout;
 mod linear;
 mod matmul;
+mod numbers;
 mod reduce;
 mod shape;
 pub mod sizes;
 
 pub use eval::{EvalError, MAX_FOLDED_BYTES, evaluate};
+pub use kept_rows::{KeptRows, kept_rows};
 pub use linear::{Linear, bias_site, linear, only_addition};
 pub(crate) use shape::shape_range;
 
+use crate::id::ValueId;
 use crate::ir::{Dim, Graph, Node, OpKey, TensorType};
 use crate::tensor::{DType, Tensor};
 
@@ -71,7 +75,12 @@ pub(crate) struct Call<'a> {
     pub(crate) node: &'a Node,
     /// What is known of its inputs.
     pub(crate) inputs: Vec<Option<TensorType>>,
+    /// What is known of any value of the graph.
+    pub(crate) types: Types<'a>,
 }
+
+/// Looks up what is known of a value.
+pub(crate) type Types<'a> = &'a dyn Fn(ValueId) -> Option<TensorType>;
 
 impl Call<'_> {
     pub(crate) fn input(&self, index: usize) -> TensorType {
@@ -218,6 +227,7 @@ pub static OPS: &[OpSpec] = &[
     op("GroupNormalization", elementwise::same, NO),
     op("LayerNormalization", elementwise::same, NO),
     op("RMSNormalization", elementwise::same, NO),
+    op("SimplifiedLayerNormalization", elementwise::same, NO),
     op("LpNormalization", elementwise::same, NO),
     op("MeanVarianceNormalization", elementwise::same, NO),
     op("LRN", elementwise::same, NO),
@@ -309,9 +319,10 @@ pub fn laws(op: &OpKey) -> Laws {
     spec(op).map_or(Laws::NONE, |row| row.laws)
 }
 
-/// The types of the outputs of `node`, as far as they follow from `inputs`; `None` at a place says nothing of it.
-pub fn infer(graph: &Graph, node: &Node, inputs: Vec<Option<TensorType>>) -> Vec<TensorType> {
-    spec(&node.op).map_or_else(Vec::new, |row| (row.infer)(&Call { graph, node, inputs }))
+/// The types of the outputs of `node`, as far as they follow from the `types` of what is computed before it.
+pub(crate) fn infer(graph: &Graph, node: &Node, types: Types<'_>) -> Vec<TensorType> {
+    let inputs = node.inputs.iter().map(|value| value.and_then(types)).collect();
+    spec(&node.op).map_or_else(Vec::new, |row| (row.infer)(&Call { graph, node, inputs, types }))
 }
 
 /// `axis` counted from the front, if it lies in a tensor of rank `rank`.

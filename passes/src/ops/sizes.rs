@@ -21,8 +21,9 @@ pub fn of(graph: &Graph, sample: &[Tensor]) -> BTreeMap<ValueId, u64> {
     let mut bytes = BTreeMap::new();
     bytes.extend(graph.inputs().iter().filter_map(|input| Some((*input, bytes_of(types[input.index()].as_ref()?)?))));
     for (_, node) in graph.nodes() {
-        let inputs = node.inputs.iter().map(|v| v.and_then(|v| types[v.index()].clone())).collect();
-        for (output, inferred) in node.outputs.iter().zip(super::infer(graph, node, inputs)) {
+        for (output, inferred) in
+            node.outputs.iter().zip(super::infer(graph, node, &|value| types[value.index()].clone()))
+        {
             let Some(output) = *output else { continue };
             if let Some(slot) = types[output.index()].as_mut() {
                 *slot = slot.refined(&inferred);
