@@ -137,7 +137,7 @@ pub fn quantize(request: &Request, progress: &dyn Progress) -> Result<Outcome, E
     if let Some(journal) = &journal {
         notes.extend(resumed(journal));
         cx.journal = journal;
-        keep_budgets(journal, &mut cx)?;
+        notes.extend(keep_budgets(journal, &text, &mut cx)?.inspect(|less| tracing::warn!("{}", less.message)));
     }
     let judge = samples::all(None, held_out.as_ref().or(dataset.as_ref()));
     let mut planned = manager.run(&rest, model, &mut cx).map_err(|error| paused(error.into(), journal.as_ref()))?;

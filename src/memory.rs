@@ -40,8 +40,7 @@ const COPIES_OF_LARGE: u64 = 4;
 /// and the codes with those of the best step so far.
 const COPIES_WHILE_LEARNED: u64 = 3;
 
-/// Executors prepare weights below this for their kernels, which holds them once more.
-pub(crate) const PREPACK_LIMIT: u64 = 256 << 20;
+pub(crate) use passes::exec::PREPACK_LIMIT;
 
 /// What one model needs on samples of one shape.
 #[derive(Debug, Default)]

@@ -149,6 +149,24 @@ pub fn fidelity(
     dataset: &dyn Dataset,
     most: usize,
 ) -> Result<Fidelity, VerifyError> {
+    let how = Comparison { executor, most, large: is_large(model.graph()) };
+    compared(model, given, dataset, &how)
+}
+
+/// How a plan is compared.
+struct Comparison<'a> {
+    executor: &'a dyn Executor,
+    most: usize,
+    /// Whether the model runs in slices, on few samples.
+    large: bool,
+}
+
+fn compared(
+    model: &Model,
+    given: Option<&Graph>,
+    dataset: &dyn Dataset,
+    &Comparison { executor, most, large }: &Comparison<'_>,
+) -> Result<Fidelity, VerifyError> {
     let graph = model.graph();
     let nodes: Vec<(NodeId, ValueId)> = model
         .plan()
@@ -161,21 +179,22 @@ pub fn fidelity(
     taps.dedup();
     let feeds: Vec<Vec<Tensor>> =
         chosen(dataset, most).into_iter().map(|sample| dataset.sample(sample)).collect::<Result<_, _>>()?;
-    let large = is_large(graph);
     let feeds = if large { &feeds[..feeds.len().min(SAMPLES_OF_LARGE)] } else { &feeds };
     let kinds: Vec<Returned> = taps.iter().map(|value| returned(graph, *value)).collect();
     let mut tallies = vec![Tally::default(); taps.len()];
     let mut ends = Ends::of(graph, given.filter(|given| differ(given, graph)), executor, feeds, large)?;
     if large {
-        // In slices: the weights of two such models would take more memory than the tensors of a few samples.
-        let mut references = vec![vec![None; taps.len()]; feeds.len()];
-        slices::run(graph, &Plan::default(), executor, &taps, feeds, &mut |sample, at, tensor| {
-            references[sample][at] = Some(tensor);
-        })?;
-        slices::run(graph, model.plan(), executor, &taps, feeds, &mut |sample, at, tensor| {
-            ends.add(sample, taps[at], &tensor, kinds[at]);
-            tallies[at].add(references[sample][at].take(), &tensor, kinds[at]);
-        })?;
+        // In slices: the weights of two such models would take more memory than the tensors of a sample, which come one at a time.
+        for (sample, feed) in feeds.iter().enumerate() {
+            let (mut references, feed) = (vec![None; taps.len()], std::slice::from_ref(feed));
+            slices::run(graph, &Plan::default(), executor, &taps, feed, &mut |_, at, tensor| {
+                references[at] = Some(tensor);
+            })?;
+            slices::run(graph, model.plan(), executor, &taps, feed, &mut |_, at, tensor| {
+                ends.add(sample, taps[at], &tensor, kinds[at]);
+                tallies[at].add(references[at].take(), &tensor, kinds[at]);
+            })?;
+        }
     } else {
         let prepare = |plan: &Plan| Simulation::prepare(graph, plan, executor, &taps);
         let (float, quantized) = (prepare(&Plan::default())?, prepare(model.plan())?);
@@ -501,4 +520,50 @@ fn max_difference(a: &Tensor, b: &Tensor, step: f64) -> f64 {
         _ => f64::INFINITY,
     };
     x.iter().zip(y.iter()).map(difference).fold(0.0, f64::max)
+}
+
+#[cfg(test)]
+mod tests {
+    use passes::exec::DataError;
+    use passes::pass::{PassContext, PassManager, Pipeline};
+
+    use super::*;
+
+    struct Drawn;
+
+    impl Dataset for Drawn {
+        fn len(&self) -> usize {
+            2
+        }
+
+        fn name(&self, index: usize) -> String {
+            format!("sample {index}")
+        }
+
+        fn sample(&self, index: usize) -> Result<Vec<Tensor>, DataError> {
+            let value = |at: usize| ((at * 37 + index * 11) % 29) as f32 / 14.5 - 1.0;
+            Ok(vec![Tensor::of([4, 8], (0..32).map(value).collect::<Vec<f32>>())])
+        }
+    }
+
+    /// In slices, sample by sample, or both models whole: the same numbers.
+    #[test]
+    fn a_large_model_is_compared_as_a_small_one_is() {
+        let text = "opset 21\ngraph (%x: f32[4,8]) -> (%y) {\n  %w = const f32[8,8] rand(seed=1, std=0.5)\n  \
+                    %v = const f32[8,3] rand(seed=2, std=0.5)\n  %h = MatMul(%x, %w)\n  %r = Relu(%h)\n  %y = MatMul(%r, %v)\n}\n";
+        let plain = passes::text::parse(text).unwrap();
+        let executor = (crate::exec::find("rten").unwrap().build)(&plain.meta).unwrap();
+        let given = PassContext::new(crate::targets::TARGETS[0], executor.as_ref());
+        let mut cx = PassContext { dataset: Some(&Drawn), ..given };
+        let pipeline = "infer-shapes, calibrate, assign-encodings, round";
+        let pipeline = Pipeline::parse(pipeline, &passes::catalogue::passes()).unwrap();
+        let (model, _) = PassManager::new(Vec::new(), true).run(&pipeline, plain, &mut cx).unwrap();
+        let told = |large: bool| {
+            let how = Comparison { executor: executor.as_ref(), most: 2, large };
+            compared(&model, None, &Drawn, &how).unwrap()
+        };
+        let (whole, sliced) = (told(false), told(true));
+        assert!(whole.sqnr_db.is_finite() && whole.by_node.len() > 1, "{whole:?}");
+        assert_eq!(format!("{whole:?}"), format!("{sliced:?}"));
+    }
 }

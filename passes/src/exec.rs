@@ -5,6 +5,15 @@ use std::fmt::Debug;
 use crate::ir::Graph;
 use crate::tensor::Tensor;
 
+/// Executors prepare weights below this for their kernels, which holds them once more.
+pub const PREPACK_LIMIT: u64 = 256 << 20;
+
+/// The bytes that a session of a graph with so many bytes of constants holds of them.
+#[must_use]
+pub fn held(constants: u64) -> u64 {
+    if constants > PREPACK_LIMIT { constants } else { constants.saturating_mul(2) }
+}
+
 /// Runs float graphs.
 pub trait Executor: Debug + Send + Sync {
     /// The name, as in `--executor`.

@@ -108,8 +108,20 @@ pub(crate) struct Lockstep<'a> {
     /// The most bytes that the tensors of one sample take between stages.
     largest: u64,
     /// What ran so far, where a sample has to run it again.
-    stages: Vec<Stage>,
+    stages: Vec<Ran>,
+    /// Whether memory holds those ready.
+    ready: bool,
     ran: usize,
+}
+
+/// So many times its weights take stages that stay ready: both versions, each small enough to be prepared for kernels as well.
+const READY: u64 = 4;
+
+/// A stage that ran.
+enum Ran {
+    Ready(Box<Stage>),
+    /// Made ready anew by the plan that it ran under: what came later is not behind it.
+    By(Box<Plan>),
 }
 
 impl<'a> Lockstep<'a> {
@@ -154,10 +166,11 @@ impl<'a> Lockstep<'a> {
             n_kept: 0,
             largest: 1,
             stages: Vec::new(),
+            ready: true,
             ran: 0,
         };
         walk.largest = walk.largest_pair(&dataset.sample(0)?).max(1);
-        Ok(walk.beside(0))
+        Ok(walk.beside(0).holding(0))
     }
 
     /// The same where so many `bytes` of what waiting samples may take are needed for something else.
@@ -165,6 +178,15 @@ impl<'a> Lockstep<'a> {
     pub(crate) fn beside(mut self, bytes: u64) -> Self {
         let n_kept = self.cx.pair_budget.saturating_sub(bytes) / self.largest;
         self.n_kept = usize::try_from(n_kept).unwrap_or(usize::MAX).min(self.dataset.len());
+        self
+    }
+
+    /// The same where so many `bytes` of what is kept of all weights are taken: stages that ran, in both versions, stay ready where what is
+    /// left holds them.
+    #[must_use]
+    pub(crate) fn holding(mut self, bytes: u64) -> Self {
+        let sessions = (self.graph.constant_bytes() as u64).saturating_mul(READY);
+        self.ready = sessions <= self.cx.state_budget.saturating_sub(bytes);
         self
     }
 
@@ -187,6 +209,17 @@ impl<'a> Lockstep<'a> {
     /// The stage that node `id` begins or is in.
     pub(crate) fn stage_of(&self, id: NodeId) -> usize {
         self.stage_of.get(&id).copied().unwrap_or(0)
+    }
+
+    /// The bytes that stages which stay ready hold of weights.
+    pub(crate) fn sessions(&self) -> u64 {
+        let all = (self.graph.constant_bytes() as u64).saturating_mul(READY);
+        if self.ready && self.n_kept < self.kept.len() { all } else { 0 }
+    }
+
+    /// Whether `value` is another one as planned than in the float model.
+    pub(crate) fn touches(&self, value: ValueId) -> bool {
+        self.touched.contains(&value)
     }
 
     /// The most bytes that the tensors of a sample like `sample` take between stages, both versions together.
@@ -257,7 +290,7 @@ impl<'a> Lockstep<'a> {
             },
         )?;
         if self.n_kept < self.kept.len() {
-            self.stages.push(stage);
+            self.stages.push(if self.ready { Ran::Ready(Box::new(stage)) } else { Ran::By(Box::new(plan.to_run())) });
         }
         Ok(())
     }
@@ -325,13 +358,21 @@ impl<'a> Lockstep<'a> {
                 let mut slot = self.kept[index].lock().unwrap_or_else(PoisonError::into_inner);
                 return see(state, slot.as_mut().ok_or_else(lost)?);
             }
-            let mut pair = self.start(index)?;
-            for (at, stage) in self.stages.iter().enumerate() {
-                run(stage, &mut pair)?;
-                self.forget(at, &mut pair);
-            }
-            see(state, &mut pair)
+            see(state, &mut self.run_from_the_start(index)?)
         })
+    }
+
+    /// Sample `index`, run from its inputs through all stages that ran.
+    fn run_from_the_start(&self, index: usize) -> Result<Pair, PassError> {
+        let mut pair = self.start(index)?;
+        for (at, stage) in self.stages.iter().enumerate() {
+            match stage {
+                Ran::Ready(stage) => run(stage, &mut pair)?,
+                Ran::By(plan) => run(&self.prepare(at, plan)?, &mut pair)?,
+            }
+            self.forget(at, &mut pair);
+        }
+        Ok(pair)
     }
 
     fn interrupted(&self) -> Result<(), PassError> {

@@ -40,6 +40,16 @@ pub type Leanings = Arc<[i8]>;
 pub const GAP: u16 = 256;
 
 impl Plan {
+    /// The part of it that runs go by.
+    pub(crate) fn to_run(&self) -> Self {
+        Self {
+            encodings: self.encodings.clone(),
+            codes: self.codes.clone(),
+            substitutes: self.substitutes.clone(),
+            ..Self::default()
+        }
+    }
+
     /// The encodings, in the order of their sites.
     pub fn encodings(&self) -> impl Iterator<Item = (Site, &Encoding)> {
         self.encodings.iter().map(|(&site, encoding)| (site, encoding))

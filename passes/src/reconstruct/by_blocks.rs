@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::block::{Also, Program};
 use super::block_stakes::BlockStakes;
 use super::blocks::{self, Block};
-use super::distribution::Correction;
+use super::distribution::{Correction, GROUP};
 use super::fake_quant;
 use super::measure;
 use super::objective::Objective;
@@ -18,7 +18,7 @@ use super::samples;
 use super::settings::{Part, Settings, Usual};
 use super::train;
 use crate::encoding::Encoding;
-use crate::grad::GradError;
+use crate::grad::{GradError, Value};
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Graph;
 use crate::lockstep::{Lockstep, Span};
@@ -262,15 +262,22 @@ impl Learner {
         let Some(mut samples) = gathered else {
             return Ok(Err("a tensor that it reads is computed behind its weights".into()));
         };
-        let beside = walk.held() + samples.bytes() + model.graph().constant_bytes() as u64;
+        let sessions = walk.sessions().max(model.graph().constant_bytes() as u64);
+        let beside = walk.held() + samples.bytes() + sessions;
         program.room = match room::room((&program, number), &settings, &samples, cx, beside)? {
             Ok(room) => room,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let left = cx.lone_budget.saturating_sub(beside);
+        let fed = (&program, samples.float.feeds.as_slice());
+        let mut correction = match self.correction((model, given), (block, number), fed, left)? {
+            Ok(correction) => correction,
             Err(error) => return Ok(Err(error.to_string())),
         };
         let mut learn = || {
             Objective::agrees(&program, &samples.float)?;
             if corrects {
-                self.correct(model, given, block, &program, &mut samples)?;
+                self.correct(correction.take(), &program, &mut samples)?;
             }
             let objective = {
                 let kind = |value| settings.loss.kind(returned(model.graph(), value));
@@ -318,18 +325,48 @@ impl Learner {
 }
 
 impl Learner {
-    /// Moves what `samples` of `block`, with which `program` begins, read.
+    /// How what `block` reads is moved, within so many `bytes`; `None` where it is not. Inside, why its tape does not run.
+    ///
+    /// # Errors
+    /// [`PassError`] where memory does not hold one tape of it.
+    fn correction(
+        &self,
+        (model, given): (&Model, &Plan),
+        (block, number): (&Block, usize),
+        (program, feeds): (&Program, &[Value<f32>]),
+        bytes: u64,
+    ) -> Result<Result<Option<Correction>, GradError>, PassError> {
+        if self.correction <= 0.0 {
+            return Ok(Ok(None));
+        }
+        let fitted = || {
+            // All of the plan: what only follows the block has no say, and what comes before it makes what the block reads movable.
+            let plans = (model.plan(), given);
+            let found = Correction::of(model.graph(), model.stats(), plans, block, self.correction)?;
+            let Some(found) = found else { return Ok(Ok(None)) };
+            let own = found.feeds(program, feeds)?;
+            Ok(found.within(&own, bytes)?.map(Some))
+        };
+        let fitted: Result<Result<Option<Correction>, u64>, GradError> = fitted();
+        match fitted {
+            Ok(Ok(found)) => Ok(Ok(found)),
+            Ok(Err(needed)) => Err(PassError::Model(format!(
+                "{CORRECTION}: block {number} takes {} MB for what {GROUP} samples read and one tape, and there is room for {} MB: take \
+                 smaller blocks (layers=), leave the option out, or allow more with --max-memory",
+                needed.div_ceil(1_000_000),
+                bytes / 1_000_000
+            ))),
+            Err(error) => Ok(Err(error)),
+        }
+    }
+
+    /// Moves what `samples` of a block, with which `program` begins, read.
     fn correct(
         &self,
-        model: &Model,
-        given: &Plan,
-        block: &Block,
+        correction: Option<Correction>,
         program: &Program,
         samples: &mut samples::Samples,
     ) -> Result<(), GradError> {
-        // All of the plan: what only follows the block has no say, and what comes before it makes what the block reads movable.
-        let plans = (model.plan(), given);
-        let correction = Correction::of(model.graph(), model.stats(), plans, block, self.correction)?;
         if let Some(correction) = correction {
             let (before, after) = correction.apply(program, samples)?;
             tracing::debug!(before, after, "inputs moved towards the statistics of training");

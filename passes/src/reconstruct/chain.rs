@@ -70,6 +70,8 @@ pub(super) struct Chain {
     held_out: Vec<usize>,
     /// Whether draws go by what samples are, not by their numbers.
     is_keyed: bool,
+    /// The bytes of samples that gradients are drawn at.
+    waiting: u64,
 }
 
 impl Chain {
@@ -155,6 +157,7 @@ impl Chain {
             fitted: Vec::new(),
             held_out: Vec::new(),
             is_keyed: false,
+            waiting: 0,
         }))
     }
 
@@ -228,6 +231,7 @@ impl Chain {
         let own = giver.bytes(&giver.sample(0)?);
         let fitting = usize::try_from(cx.pair_budget / own.max(1)).unwrap_or(usize::MAX);
         self.take_samples(cx, &giver, most.min(fitting), false)?;
+        self.waiting = self.held(&giver);
         drop(giver);
         let judge = (0..self.given.len()).min_by_key(|at| self.given[*at].key).unwrap_or_default();
         let asked = self.giver(graph, cx, &self.teacher.reads)?.sample(self.numbers[judge])?;

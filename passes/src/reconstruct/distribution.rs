@@ -33,8 +33,10 @@ use crate::parallel;
 /// λ of the authors for residual networks.
 const LAMBDA: f64 = 0.02;
 /// So many samples have their statistics together.
-const GROUP: usize = 32;
+pub(super) const GROUP: usize = 32;
 const STEPS: usize = 50;
+/// Bytes of every number that moves: as it is read, how it moves and did before, a gradient, and what Adam remembers of two.
+const PER_MOVED: u64 = 24;
 /// The size of the first steps, in root mean squares of what is moved.
 const RATE: f32 = 0.01;
 
@@ -46,6 +48,8 @@ pub(super) struct Correction {
     /// Which of what the program is fed moves.
     moved: Vec<usize>,
     lambda: f64,
+    /// Tapes that run side by side, at most.
+    at_once: usize,
 }
 
 /// How one sample is moved, by what moves.
@@ -80,17 +84,39 @@ impl Correction {
             return Ok(None);
         }
         let leaves = program.float_leaves();
-        Ok(Some(Self { program, leaves, marks, moved, lambda: LAMBDA * strength }))
+        Ok(Some(Self { program, leaves, marks, moved, lambda: LAMBDA * strength, at_once: usize::MAX }))
+    }
+
+    /// The same with as many tapes side by side as so many `bytes` hold beside a group of samples like `feeds`; inside, the bytes that one
+    /// takes where they do not hold it.
+    pub(super) fn within(self, feeds: &[Value<f32>], bytes: u64) -> Result<Result<Self, u64>, GradError> {
+        let (sizes, _) = self.program.sizes(feeds)?;
+        let ends: Vec<Slot> = self.marks.iter().map(|(slot, _)| *slot).collect();
+        let tape = self.program.tape.bytes(&[], &ends, &sizes).max(1);
+        let moved: usize = self.moved.iter().filter_map(|at| real(&feeds[*at])).map(Array::len).sum();
+        let group = PER_MOVED * (GROUP * moved) as u64;
+        let at_once = usize::try_from(bytes.saturating_sub(group) / tape).unwrap_or(usize::MAX);
+        tracing::debug!(tape, group, bytes, at_once, "memory of moves");
+        Ok(if at_once > 0 { Ok(Self { at_once, ..self }) } else { Err(tape.saturating_add(group)) })
+    }
+
+    /// Where `program`, which begins with the block, is fed what this one is.
+    fn places(&self, program: &Program) -> Result<Vec<usize>, GradError> {
+        let place = |(_, value): &(Slot, ValueId)| program.feeds.iter().position(|(_, other)| other == value);
+        let places = self.program.feeds.iter().map(place).collect::<Option<Vec<usize>>>();
+        places.ok_or_else(|| GradError("what it reads cannot be moved: its first nodes are not learned".into()))
+    }
+
+    /// What it is fed of what `program` is.
+    pub(super) fn feeds(&self, program: &Program, feeds: &[Value<f32>]) -> Result<Vec<Value<f32>>, GradError> {
+        Ok(self.places(program)?.into_iter().map(|at| feeds[at].clone()).collect())
     }
 
     /// Moves the samples that `program`, which begins with the block, is learned from; their targets become what the float model makes
     /// of them. Those held out stay as they are. Returns how far statistics were from those of training, and how far they are now.
     pub(super) fn apply(&self, program: &Program, samples: &mut Samples) -> Result<(f64, f64), GradError> {
         let missing = || GradError("a bug in onnx-quant: a block reads what is not there".into());
-        let places = self.program.feeds.iter().map(|(_, value)| program.feeds.iter().position(|(_, v)| v == value));
-        let places = places.collect::<Option<Vec<usize>>>();
-        let places =
-            places.ok_or_else(|| GradError("what it reads cannot be moved: its first nodes are not learned".into()))?;
+        let places = self.places(program)?;
         let (_, learned) = judges::split(&samples.origins);
         let leaves = program.float_leaves();
         let mut distances = (0.0, 0.0);
@@ -107,8 +133,10 @@ impl Correction {
                     shift(&mut samples.all[*i].feeds[places[*at]], by);
                 }
             }
-            let targets = parallel::map(group, |i| {
-                let values = program.run(&leaves, &samples.floats[*i], FLOAT)?;
+            let floats = &samples.floats;
+            let at_once = self.at_once.min(program.room.at_once);
+            let targets = parallel::few_of(at_once, group.iter(), |i| {
+                let values = program.run(&leaves, &floats[*i], FLOAT)?;
                 let target = |(slot, _): &(Slot, ValueId)| values.real(*slot).cloned().ok_or_else(missing);
                 program.outputs.iter().map(target).collect::<Result<Vec<_>, _>>()
             });
@@ -174,9 +202,8 @@ impl Correction {
 
     /// The moments of every marked tensor over the group.
     fn moments(&self, group: &Group<'_>) -> Result<Vec<Moments>, GradError> {
-        let numbers: Vec<usize> = (0..group.feeds.len()).collect();
-        let each = parallel::map(&numbers, |i| {
-            let values = self.run(group, *i)?;
+        let each = parallel::few_of(self.at_once, 0..group.feeds.len(), |i| {
+            let values = self.run(group, i)?;
             let moments =
                 |(slot, trained): &(Slot, Arc<Trained>)| Moments::of(Self::marked(&values, *slot)?, trained.mean.len());
             self.marks.iter().map(moments).collect::<Result<Vec<Moments>, GradError>>()
@@ -204,24 +231,23 @@ impl Correction {
     fn gradients(&self, group: &Group<'_>) -> Result<Vec<Moves>, GradError> {
         let moments = self.moments(group)?;
         let wanted: Vec<Slot> = self.moved.iter().map(|at| self.program.feeds[*at].0).collect();
-        let numbers: Vec<usize> = (0..group.feeds.len()).collect();
-        let each = parallel::map(&numbers, |i| {
+        let each = parallel::few_of(self.at_once, 0..group.feeds.len(), |i| {
             // Tapes of a whole group would take much memory.
-            let values = self.run(group, *i)?;
+            let values = self.run(group, i)?;
             let seed = |((slot, trained), moments): (&(Slot, Arc<Trained>), &Moments)| {
                 Ok((*slot, moments::gradient(trained, moments, Self::marked(&values, *slot)?)?))
             };
             let seeds = self.marks.iter().zip(&moments).map(seed).collect::<Result<Vec<_>, GradError>>()?;
             let grads = self.program.tape.backward(&values, seeds, &wanted)?;
             let mut all = Vec::new();
-            for ((grad, by), power) in grads.iter().zip(&group.moves[*i]).zip(&group.powers) {
+            for ((grad, by), power) in grads.iter().zip(&group.moves[i]).zip(&group.powers) {
                 let mut sum: Vec<f32> = by.iter().map(|by| (2.0 * f64::from(*by) / power) as f32).collect();
                 sum.iter_mut().zip(grad.iter().flatten()).for_each(|(sum, g)| *sum += g);
                 all.push(sum);
             }
             Ok::<Moves, GradError>(all)
         });
-        each.into_iter().collect()
+        each.collect()
     }
 }
 
@@ -279,6 +305,19 @@ mod tests {
     fn samples(correction: &Correction) -> Vec<Vec<Value<f32>>> {
         assert_eq!((correction.program.feeds.len(), correction.moved.len()), (1, 1));
         (0..4).map(|seed| vec![Value::Real(drawn(seed, &[1, 2, 5, 4]))]).collect()
+    }
+
+    #[test]
+    fn memory_decides_how_many_run_at_once_and_not_how_they_move() {
+        let feeds = samples(&correction(5.0));
+        let moved = |bytes: u64| {
+            let found = correction(5.0).within(&feeds[0], bytes).unwrap();
+            found.map(|found| (found.at_once, found.moves(&feeds).unwrap().0))
+        };
+        let (_, plenty) = moved(1 << 30).unwrap();
+        let least = moved(0).unwrap_err();
+        let (at_once, tight) = moved(least).unwrap();
+        assert!(at_once == 1 && tight == plenty && moved(least - 1) == Err(least));
     }
 
     /// Central differences of all that is minimized, through the block.

@@ -181,11 +181,12 @@ pub(crate) fn output_moments(
     (spared, times): (impl Fn(usize) -> bool, f64),
     stage: &str,
 ) -> Result<Result<BTreeMap<NodeId, OutputMoments>, String>, PassError> {
-    let chain = match Chain::of_nearest(model, cx, LAYERS)? {
+    let mut chain = match Chain::of_nearest(model, cx, LAYERS)? {
         Ok(chain) => chain,
         Err(reason) => return Ok(Err(reason)),
     };
-    if let Some(reason) = crowded(model.graph(), &chain, cx) {
+    let fitted = crowded(model.graph(), &chain, cx).and_then(|sums| chain.fit_draws(cx, (sums, 0)));
+    if let Err(reason) = fitted {
         return Ok(Err(reason));
     }
     let (chain, mut order) = chain.in_any_order();
@@ -218,19 +219,20 @@ pub(crate) fn output_moments(
     Ok(Ok(all))
 }
 
-/// Why memory does not hold the moments of all layers.
-fn crowded(graph: &Graph, chain: &Chain, cx: &PassContext<'_>) -> Option<String> {
+/// The bytes of the moments of all layers; or why memory does not hold them.
+fn crowded(graph: &Graph, chain: &Chain, cx: &PassContext<'_>) -> Result<u64, String> {
     let layers = chain.links.iter().flat_map(|link| layers(graph, link));
     let needed: u64 = layers.map(|layer| OutputMoments::bytes(layer.channels, layer.groups)).sum();
     // Samples that wait between stages can make room: they run again.
     let left = cx.state_budget.saturating_add(cx.pair_budget);
-    (needed > left).then(|| {
-        format!(
-            "second moments of gradients take {} MB, and {} MB are left: allow more with --max-memory",
-            needed / 1_000_000,
-            left / 1_000_000
-        )
-    })
+    if needed <= left {
+        return Ok(needed);
+    }
+    Err(format!(
+        "second moments of gradients take {} MB, and {} MB are left: allow more with --max-memory",
+        needed / 1_000_000,
+        left / 1_000_000
+    ))
 }
 
 /// Adds what arrives for `batch` in this draw; the fewest rows of any layer, `usize::MAX` where there is none.

@@ -45,7 +45,8 @@ impl Room {
     }
 }
 
-fn weights(program: &Program) -> u64 {
+/// The weights of `program`.
+pub(super) fn weights(program: &Program) -> u64 {
     program.weights.iter().map(|(.., tensor)| tensor.len() as u64).sum()
 }
 

@@ -97,11 +97,13 @@ impl Saliency {
         let also = Also { steps: false, norms: false, inputs: true, rest: 0 };
         // Which weights count: those with codes, whatever these are.
         let rounded = rounding::in_nearest(model)?;
-        let chain = match Chain::for_draws(model.graph(), rounded.plan(), cx, (LAYERS, samples), also, Wish::Fitting)? {
-            Ok(chain) => chain,
-            Err(reason) => return Ok(Err(reason)),
-        };
-        if let Err(reason) = fits(&chain, cx) {
+        let mut chain =
+            match Chain::for_draws(model.graph(), rounded.plan(), cx, (LAYERS, samples), also, Wish::Fitting)? {
+                Ok(chain) => chain,
+                Err(reason) => return Ok(Err(reason)),
+            };
+        let fitted = fits(&chain, cx).and_then(|sums| chain.fit_draws(cx, (sums, 4)));
+        if let Err(reason) = fitted {
             return Ok(Err(reason));
         }
         let all: Vec<usize> = (0..chain.samples()).collect();
@@ -115,15 +117,15 @@ impl Saliency {
     }
 }
 
-/// Whether memory holds a number per weight beside the gradients of one block; what is missing where it does not.
-pub(super) fn fits(chain: &Chain, cx: &PassContext<'_>) -> Result<(), String> {
+/// The bytes of a number per weight; or what is missing where memory does not hold them beside the gradients of one block.
+pub(super) fn fits(chain: &Chain, cx: &PassContext<'_>) -> Result<u64, String> {
     let of_links =
         chain.links.iter().map(|link| link.program.weights.iter().map(|(.., w)| w.len() as u64).sum::<u64>());
     let (all, largest) = of_links.fold((0, 0), |(all, largest): (u64, u64), n| (all + n, largest.max(n)));
     let needed = 4 * (all + largest * (LANES as u64 + 1));
     let left = cx.state_budget.saturating_add(cx.pair_budget);
     if needed <= left {
-        return Ok(());
+        return Ok(4 * all);
     }
     Err(format!("what they tell of every weight takes {} MB, and {} MB are left", needed / 1_000_000, left / 1_000_000))
 }

@@ -1,17 +1,18 @@
 //! Scales of activations, chosen by what the model makes of them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::blocks::{self, Block};
+use super::samples;
 use super::steps;
-use super::tail::Tail;
+use super::tail::{self, Tail};
 use crate::encoding::Encoding;
 use crate::exec::Dataset;
 use crate::id::{NodeId, Site, ValueId};
 use crate::ir::Graph;
 use crate::ir::walk::{self, User, Users};
 use crate::judges;
-use crate::lockstep::{self, Lockstep};
+use crate::lockstep::{self, Lockstep, Span};
 use crate::model::{Edit, Model, Patch, bias};
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo};
 
@@ -30,7 +31,7 @@ crate::declare_pass! {
     INFO {
         name: "search-scales",
         source: "Liu et al. 2023 (PD-Quant), arXiv:2212.07048, section 3.2: prediction difference with activation scales; the candidates and the judges ours",
-        cost: "For every quantizer and sample the block and all behind it, once per candidate. Memory: two more copies of the weights from the block on. Behind the rounding of weights.",
+        cost: "For every quantizer and sample the block and all behind it, once per candidate. Memory: the weights from the block on twice as an executor holds them, and once more while they are handed over: refused where --max-memory does not hold that (`by=block`: of the block alone). Behind the rounding of weights.",
         requires: Facts::ENCODED,
         establishes: Facts::NONE,
         preserves: Facts::ALL,
@@ -62,11 +63,22 @@ struct SearchScales {
 }
 
 /// A block with the scales that are searched in it.
+#[derive(Debug)]
 struct Turn {
     block: Block,
     sites: Vec<Site>,
     /// The node before which the walk stops: all that the block reads is there.
     stop: NodeId,
+}
+
+impl Turn {
+    /// The stages in which nodes of the block run before the walk stops, to the stage that it stops at, where there are any: they run again
+    /// once scales are others.
+    fn span(&self, graph: &Graph, stage_of: &BTreeMap<NodeId, usize>) -> Option<Span> {
+        let last = *stage_of.get(&self.stop)?;
+        let first = self.block.nodes.iter().filter_map(|id| stage_of.get(id)).min().filter(|first| **first < last)?;
+        Some(Span { first: *first, last, reads: samples::before(graph, &self.block.nodes) })
+    }
 }
 
 impl SearchScales {
@@ -144,10 +156,13 @@ impl Pass for SearchScales {
         let turns = self.turns(model);
         let stops: BTreeSet<NodeId> = turns.iter().map(|turn| turn.stop).collect();
         let (mut patch, mut work) = (Patch::on(model), model.clone());
-        let mut walk = Lockstep::new(model.graph(), model.plan(), cx, lockstep::stages(model.graph(), &stops), &[])?;
+        let stage_of = lockstep::stages(model.graph(), &stops);
+        let spans: Vec<Option<Span>> = turns.iter().map(|turn| turn.span(model.graph(), &stage_of)).collect();
+        let all: Vec<Span> = spans.iter().flatten().cloned().collect();
+        let mut walk = self.walk((model, cx), &turns, stage_of, &all)?;
         let mut ran = 0;
         cx.progress.begin(INFO.about.name, turns.iter().map(|turn| turn.sites.len() as u64).sum());
-        for turn in &turns {
+        for (turn, span) in turns.iter().zip(&spans) {
             while ran < walk.stage_of(turn.stop) {
                 walk.advance(work.plan())?;
                 ran += 1;
@@ -158,12 +173,17 @@ impl Pass for SearchScales {
                 turn.sites.iter().for_each(|_| cx.progress.step());
                 continue;
             };
+            let mut changed = false;
             for &site in &turn.sites {
                 let edits = self.search(&walk, (&work, site), &mut tail, &chosen, cx)?;
                 patch.count("scales searched", 1);
                 patch.count("scales changed", u64::from(!edits.is_empty()));
+                changed |= !edits.is_empty();
                 patch.and_on(&mut work, edits)?;
                 cx.progress.step();
+            }
+            if let Some(span) = span.as_ref().filter(|_| changed) {
+                walk.again(span.first, work.plan())?;
             }
         }
         cx.progress.end();
@@ -172,6 +192,36 @@ impl Pass for SearchScales {
 }
 
 impl SearchScales {
+    /// The walk over the blocks of `turns`, of which one with what lies behind it fits into memory beside the samples that it keeps.
+    fn walk<'a>(
+        &self,
+        (model, cx): (&'a Model, &'a PassContext<'a>),
+        turns: &[Turn],
+        stage_of: BTreeMap<NodeId, usize>,
+        spans: &[Span],
+    ) -> Result<Lockstep<'a>, PassError> {
+        let takes = |turn: &Turn| tail::takes(model.graph(), &turn.block, self.by_outputs);
+        let needed = turns.iter().map(takes).max().unwrap_or(0);
+        let walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, spans)?;
+        // Samples that wait can run again instead.
+        let walk = walk.beside(needed.saturating_sub(cx.lone_budget.saturating_sub(cx.pair_budget))).holding(needed);
+        let left = cx.lone_budget.saturating_sub(walk.held()).saturating_sub(walk.sessions());
+        tracing::debug!(needed, left, "memory of tails");
+        if needed <= left {
+            return Ok(walk);
+        }
+        let (what, fix) = if self.by_outputs {
+            ("a block and all behind it, in two versions,", "measure blocks alone (by=block)")
+        } else {
+            ("a block in two versions", "take smaller blocks (layers=1)")
+        };
+        Err(PassError::Model(format!(
+            "{what} takes {} MB, and {} MB are left: {fix}, leave the pass out, or allow more with --max-memory",
+            needed.div_ceil(1_000_000),
+            left / 1_000_000
+        )))
+    }
+
     /// The edits that give `site` the best of its candidates, which `tail` then has; none where it is best as it is.
     fn search(
         &self,
@@ -232,7 +282,7 @@ mod tests {
     use super::*;
     use crate::model::record;
     use crate::pass::{PassManager, Pipeline};
-    use crate::reconstruct::testing::{Drawn, NoTarget, Tapes, two_products_of};
+    use crate::reconstruct::testing::{Drawn, NoTarget, Tapes, two_products_around, two_products_of};
 
     /// Two products with weights in codes, and what lies between them in 4 bits of this scale.
     fn model(scale: f32) -> (Model, Site) {
@@ -282,10 +332,68 @@ mod tests {
         // The second time nothing is better, or it gets better again and then stays.
         let (again, counts, _) = searched("search-scales{candidates=2}", scale, &mut context(&samples));
         assert!((again - scale).abs() < 1e-9 && counts["scales changed"] == 0, "{again} {scale}");
-        for (threads, pair_budget) in [(3, 1 << 30), (1, 0), (2, 0)] {
-            let mut cx = PassContext { threads, pair_budget, ..context(&samples) };
-            assert_eq!(searched("search-scales", 0.28, &mut cx).2, first, "{threads} {pair_budget}");
+        // Stages that stay ready, and such as are made ready anew.
+        for (threads, pair_budget, state_budget) in [(3, 1 << 30, u64::MAX), (1, 0, u64::MAX), (2, 0, 0), (1, 100, 0)] {
+            let mut cx = PassContext { threads, pair_budget, state_budget, ..context(&samples) };
+            assert_eq!(searched("search-scales", 0.28, &mut cx).2, first, "{threads} {pair_budget} {state_budget}");
         }
+    }
+
+    #[test]
+    fn what_memory_does_not_hold_is_refused_with_what_takes_less() {
+        let samples = Drawn(8);
+        let run = |options: &str, lone_budget: u64| {
+            let mut cx = PassContext { lone_budget, pair_budget: 0, state_budget: 0, ..context(&samples) };
+            let pipeline =
+                Pipeline::parse(&format!("search-scales{{{options}}}"), &crate::catalogue::passes()).unwrap();
+            PassManager::default().run(&pipeline, model(0.2).0, &mut cx).map(|_| ()).map_err(|e| e.to_string())
+        };
+        let refused = run("by=prediction", 100).unwrap_err();
+        assert!(["by=block", "--max-memory", "search-scales"].iter().all(|fix| refused.contains(fix)), "{refused}");
+        let refused = run("by=block", 100).unwrap_err();
+        assert!(refused.contains("layers=1") && !refused.contains("by=block"), "{refused}");
+        // The second product, 8 × 3 numbers, has the one scale: held twice over in both versions, and once more while it is handed over.
+        run("by=block, layers=1", 5 * 96).unwrap();
+        assert!(run("by=block, layers=1", 5 * 96 - 1).is_err());
+        let (model, _) = model(0.2);
+        let blocks = blocks::blocks(model.graph(), model.plan(), 1, None);
+        let of = |at: usize, whole: bool| tail::takes(model.graph(), &blocks[at], whole);
+        assert_eq!((of(0, false), of(0, true), of(1, true)), (5 * 128, 5 * 224, 5 * 96), "with what lies behind");
+    }
+
+    /// A product of what the block reads that does not lie behind the first of its nodes runs again once the scale is another.
+    #[test]
+    fn what_ran_under_an_older_scale_runs_again() {
+        let between = "%g = Tanh(%p)
+            %c = const f32[8,8] rand(seed=3, std=0.5)
+            %d = const f32[8,8] rand(seed=4, std=0.5)
+            %q = MatMul(%g, %c)
+            %r = Tanh(%q)
+            %s = MatMul(%g, %d)
+            %t = Add(%r, %s)
+            %h = Tanh(%t)";
+        let mut model = two_products_around(between, 8, 0.7);
+        let mut patch = Patch::on(&model);
+        for (value, scale) in [("g", 0.5), ("h", 0.2)] {
+            let site = Site::Value(model.graph().find(value).unwrap());
+            let encoding = Encoding::per_tensor(crate::grid::find("int4").unwrap(), scale, 0);
+            patch.edit(Edit::Encode { site, encoding });
+        }
+        model.apply(patch).unwrap();
+        let samples = Drawn(24);
+        let search = SearchScales::of(&Options([("layers".to_owned(), "1".to_owned())].into())).unwrap();
+        let turns = search.turns(&model);
+        let stage_of = lockstep::stages(model.graph(), &turns.iter().map(|turn| turn.stop).collect());
+        let spans: Vec<_> = turns.iter().filter_map(|turn| turn.span(model.graph(), &stage_of)).collect();
+        assert_eq!(spans.iter().map(|span| (span.first, span.last)).collect::<Vec<_>>(), [(0, 1)], "{turns:?}");
+        let plan = |pair_budget: u64, state_budget: u64| {
+            let mut cx = PassContext { pair_budget, state_budget, ..context(&samples) };
+            let pipeline = Pipeline::parse("search-scales{by=block, layers=1}", &crate::catalogue::passes()).unwrap();
+            let (model, trace) = PassManager::default().run(&pipeline, model.clone(), &mut cx).unwrap();
+            assert_eq!(trace.steps[0].1.counts["scales changed"], 2);
+            record::digest(model.plan())
+        };
+        assert!(plan(1 << 30, 0) == plan(0, 0) && plan(0, 0) == plan(0, u64::MAX));
     }
 
     #[test]

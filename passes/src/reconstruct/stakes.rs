@@ -90,7 +90,7 @@ impl Draw<'_> {
         let rounded = rounding::in_nearest(model)?;
         let samples = cx.dataset.map_or(0, Dataset::len);
         let size = (self.layers, samples);
-        let chain = match Chain::for_draws(model.graph(), rounded.plan(), cx, size, also, Wish::Fitting)? {
+        let mut chain = match Chain::for_draws(model.graph(), rounded.plan(), cx, size, also, Wish::Fitting)? {
             Ok(chain) => chain,
             Err(reason) => return Ok(Err(reason)),
         };
@@ -99,6 +99,10 @@ impl Draw<'_> {
                 "memory holds what {} of {samples} samples need: allow more with --max-memory, or pass fewer with --samples",
                 chain.samples()
             );
+            return Ok(Err(reason));
+        }
+        // The squares are looked at as they come.
+        if let Err(reason) = chain.fit_draws(cx, (0, 0)) {
             return Ok(Err(reason));
         }
         let all: Vec<usize> = (0..samples).collect();

@@ -6,9 +6,10 @@ use super::blocks::Block;
 use super::measure::{Measure, Wish};
 use super::samples::{self, Sample};
 use crate::encoding::Encoding;
+use crate::exec;
 use crate::grad::{self, Array, Value};
 use crate::id::{Site, ValueId};
-use crate::ir::walk;
+use crate::ir::{Graph, walk};
 use crate::lockstep::{Lockstep, Pair};
 use crate::model::{Model, Plan};
 use crate::pass::{PassContext, PassError};
@@ -33,6 +34,15 @@ pub(super) struct Told {
     pub(super) index: usize,
     pub(super) origin: usize,
     errors: Vec<Vec<(f64, usize)>>,
+}
+
+/// The bytes that the tail of `block` takes while it is made ready: both versions as an executor holds them, and one as it is handed over.
+pub(super) fn takes(graph: &Graph, block: &Block, to_outputs: bool) -> u64 {
+    let whole = if to_outputs { block.with_rest(graph) } else { block.clone() };
+    let reads: BTreeSet<ValueId> = whole.nodes.iter().filter_map(|id| graph.node(*id)).flat_map(walk::reads).collect();
+    let bytes: u64 =
+        reads.iter().filter_map(|value| graph.constant(*value)).map(|tensor| tensor.bytes().len() as u64).sum();
+    exec::held(bytes).saturating_mul(2).saturating_add(bytes)
 }
 
 impl Tail {

@@ -203,11 +203,12 @@ pub(crate) fn weight_moments(
     (spared, held): (impl Fn(usize) -> bool, u64),
     stage: &str,
 ) -> Result<Result<BTreeMap<NodeId, WeightMoments>, String>, PassError> {
-    let chain = match Chain::of_nearest(model, cx, LAYERS)? {
+    let mut chain = match Chain::of_nearest(model, cx, LAYERS)? {
         Ok(chain) => chain,
         Err(reason) => return Ok(Err(reason)),
     };
-    if let Some(reason) = crowded(model.graph(), &chain, cx, held) {
+    let fitted = crowded(model.graph(), &chain, cx, held).and_then(|sums| chain.fit_draws(cx, (sums + held, 4)));
+    if let Err(reason) = fitted {
         return Ok(Err(reason));
     }
     let (chain, mut order) = chain.in_any_order();
@@ -229,8 +230,8 @@ pub(crate) fn weight_moments(
     Ok(Ok(all))
 }
 
-/// Why memory does not hold the moments of all layers, and the gradients of one block for all samples side by side.
-fn crowded(graph: &Graph, chain: &Chain, cx: &PassContext<'_>, held: u64) -> Option<String> {
+/// The bytes of the moments of all layers; or why memory does not hold them, with the gradients of one block for all samples side by side.
+fn crowded(graph: &Graph, chain: &Chain, cx: &PassContext<'_>, held: u64) -> Result<u64, String> {
     let gradients = |link: &Link| -> u64 {
         let numbers: usize = layers(graph, link).iter().map(|layer| layer.rows * layer.columns).sum();
         4 * (LANES * numbers) as u64
@@ -239,13 +240,14 @@ fn crowded(graph: &Graph, chain: &Chain, cx: &PassContext<'_>, held: u64) -> Opt
     let needed = sums.saturating_add(chain.links.iter().map(gradients).max().unwrap_or(0));
     // Samples that wait between stages can make room: they run again.
     let left = cx.state_budget.saturating_add(cx.pair_budget).saturating_sub(held);
-    (needed > left).then(|| {
-        format!(
-            "second moments of gradients of weights take {} MB, and {} MB are left: allow more with --max-memory",
-            needed / 1_000_000,
-            left / 1_000_000
-        )
-    })
+    if needed <= left {
+        return Ok(sums);
+    }
+    Err(format!(
+        "second moments of gradients of weights take {} MB, and {} MB are left: allow more with --max-memory",
+        needed / 1_000_000,
+        left / 1_000_000
+    ))
 }
 
 /// Adds what arrives for `batch` in this draw.
@@ -274,7 +276,7 @@ fn gather(
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Drawn, NoTarget, Tapes, two_products};
+    use super::super::testing::{Drawn, NoTarget, Tapes, two_products, two_products_of};
     use super::*;
     use crate::encoding::Encoding;
     use crate::exec::Dataset as _;
@@ -389,5 +391,21 @@ mod tests {
         let tight = PassContext { state_budget: 100, pair_budget: 100, ..cx };
         let reason = weight_moments(&model, &tight, (|_| false, 0), "test").unwrap().unwrap_err();
         assert!(reason.contains("--max-memory"), "{reason}");
+    }
+
+    /// Fewer tapes side by side, and tapes in parts, tell the same; where not even that fits, the fix is named.
+    #[test]
+    fn memory_decides_how_gradients_are_drawn_and_not_what_they_tell() {
+        let (model, data) = (two_products_of(40, 0.7), Drawn(6));
+        let told = |lone_budget: u64| {
+            let cx = PassContext { dataset: Some(&data), lone_budget, ..PassContext::new(&NoTarget, &Tapes) };
+            let found = weight_moments(&model, &cx, (|_| false, 0), "test").unwrap();
+            found.map(|all| all.values().map(|moments| moments.norms).collect::<Vec<_>>())
+        };
+        let plenty = told(u64::MAX).unwrap();
+        let all: Vec<_> = (0..200).map(|step| told(step * 512)).collect();
+        let fits = all.iter().position(Result::is_ok).unwrap();
+        assert!(fits > 0 && all[fits..].iter().all(|found| found.as_ref() == Ok(&plenty)), "{fits}");
+        assert!(all[0].as_ref().unwrap_err().contains("--max-memory"));
     }
 }

@@ -46,23 +46,32 @@ impl Asks {
         Ok(Self { stakes, coupled, adaptive, spares })
     }
 
-    /// What gradients tell of `layers`, which `method` rounds.
+    /// What gradients tell of `layers`, which a method rounds that goes by moments, or not.
     pub(super) fn tell(
         &self,
         (model, layers): (&Model, &[Inputs]),
-        method: &dyn Method,
+        (method, by_moments): (&dyn Method, bool),
         cx: &PassContext<'_>,
         patch: &mut Patch,
     ) -> Result<Told, PassError> {
         let roots = self.roots(model, layers, cx, patch)?;
+        let name = method.about().name;
         let outputs = if method.learns_together() && self.coupled > 0.0 {
-            let reason = format!("rows learn together with {}", method.about().name);
+            let reason = format!("rows learn together with {name}");
             patch.note(note("every row of a weight is rounded as if the others were exact", &reason));
             BTreeMap::new()
         } else {
             self.outputs(model, cx, patch)?
         };
-        let gradients = self.gradients((model, layers), &outputs, cx, patch)?;
+        let gradients = if !by_moments && self.adaptive > 0.0 {
+            let reason = format!(
+                "{name} goes by no moments: take another method=, or sweeps=1 behind it, or leave adaptive= out"
+            );
+            patch.note(note("no gradients of weights are drawn", &reason));
+            BTreeMap::new()
+        } else {
+            self.gradients((model, layers), &outputs, cx, patch)?
+        };
         Ok(Told { roots, outputs, gradients, share: self.adaptive })
     }
 

@@ -214,7 +214,9 @@ impl Chain {
                 let grads = self.back((link, Pull::Drawn(drawn, Moment::Square)), &values, *i, state, &wanted)?;
                 Ok(see(link, *i, &values, grads))
             };
-            let left = parallel::few(states.iter_mut().zip(batch), back).collect::<Result<Vec<T>, GradError>>()?;
+            let at_once = link.program.room.at_once;
+            let left = parallel::few_of(at_once, states.iter_mut().zip(batch), back);
+            let left = left.collect::<Result<Vec<T>, GradError>>()?;
             done(link, left);
         }
         Ok(())

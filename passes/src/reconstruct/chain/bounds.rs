@@ -1,11 +1,11 @@
 //! How much of a chain memory holds at once.
 
 use super::super::objective::LANES;
-use super::super::room::{Room, stepped};
+use super::super::room::{Room, stepped, weights};
 use super::back::Carried;
 use super::{Chain, Link};
 use crate::grad::{GradError, Sizes, Slot};
-use crate::pass::PassError;
+use crate::pass::{PassContext, PassError};
 
 /// The bytes that there are for a chain.
 #[derive(Clone, Copy, Debug)]
@@ -82,18 +82,52 @@ impl Chain {
     /// Where a link takes more however it is cut.
     pub(super) fn fit(&mut self, takes: &Takes, bytes: u64, batch: usize) -> Result<(), PassError> {
         let between = takes.between(batch, self.held_out.len());
+        let own = |link: &Link, lanes: usize| between + stepped(&link.program, lanes, batch);
+        self.take_rooms(takes, bytes, &own).map_err(|(at, needed)| crowded(at, needed, bytes))
+    }
+
+    /// The same for gradients that are drawn, of as many samples as there are lanes, where so many bytes are held `beside` samples, `per_weight` of
+    /// a block for each of its weights among them, in every lane; or why memory does not hold them.
+    pub(in super::super) fn fit_draws(
+        &mut self,
+        cx: &PassContext<'_>,
+        (beside, per_weight): (u64, u64),
+    ) -> Result<(), String> {
+        let numbers = |at: &usize| -> usize {
+            self.given[*at].values.values().map(|v| v.shape().iter().product::<usize>()).sum()
+        };
+        let longest = (0..self.given.len()).max_by_key(numbers).unwrap_or(0);
+        let takes = self.takes(longest).map_err(|error| error.to_string())?;
+        let left = cx.lone_budget.saturating_sub(self.waiting).saturating_sub(beside);
+        let between = takes.between(LANES, 0);
+        // Weights in float as leaves.
+        let own = |link: &Link, lanes: usize| between + (4 + per_weight * lanes as u64) * weights(&link.program);
+        self.take_rooms(&takes, left, &own).map_err(|(at, needed)| {
+            format!(
+                "gradients of block {at} take {} MB for one sample, and {} MB are left: give smaller samples, or allow more with --max-memory",
+                needed.div_ceil(1_000_000),
+                left / 1_000_000
+            )
+        })
+    }
+
+    /// Tapes of every link, as many side by side as `bytes` hold beside `own`, what a link takes for so many lanes.
+    ///
+    /// # Errors
+    /// The first link that takes more however it is cut, and what it takes.
+    fn take_rooms(&mut self, takes: &Takes, bytes: u64, own: &dyn Fn(&Link, usize) -> u64) -> Result<(), (usize, u64)> {
         let room = |(at, (link, sizes)): (usize, (&Link, &Sizes))| {
             let sizes = self.of_tape(link, sizes);
             let of = |lanes: usize| {
-                let beside = between + stepped(&link.program, lanes, batch);
+                let beside = own(link, lanes);
                 let room = Room::of(&link.program.tape, &ends(link), &sizes, bytes.saturating_sub(beside));
                 room.map_err(|least| least.saturating_add(beside))
             };
             let alone = |_| of(1).map(|room| Room { at_once: 1, ..room });
-            of(LANES).or_else(alone).map_err(|needed| crowded(at, needed, bytes))
+            of(LANES).or_else(alone).map_err(|needed| (at, needed))
         };
         let rooms = self.links.iter().zip(&takes.tapes).enumerate().map(room).collect::<Result<Vec<Room>, _>>()?;
-        tracing::debug!(between, bytes, ?rooms, "memory of the chain");
+        tracing::debug!(bytes, ?rooms, "memory of the chain");
         self.links.iter_mut().zip(rooms).for_each(|(link, room)| link.program.room = room);
         Ok(())
     }
