@@ -39,6 +39,8 @@ pub(super) struct Layer<'a> {
     target: Option<Arc<[f32]>>,
     /// Whether a mean error of the output is taken back in a bias.
     centered: bool,
+    /// Columns of zeros, whose inputs are multiplied apart.
+    kept: Arc<[usize]>,
 }
 
 /// The tensor that the linear node `id` reads and how rows are cut out of it, where one weight row is one row of products.
@@ -108,6 +110,12 @@ fn window(node: &Node, weight: &[usize]) -> Option<Window> {
     })
 }
 
+/// The rows of zeros in the weight of node `id` whose inputs are multiplied apart, where `encoding` has a 0 for them.
+fn kept_rows(graph: &Graph, id: NodeId, encoding: &Encoding) -> Vec<usize> {
+    let has_zero = encoding.grid.nearest(0.0) == 0.0;
+    ops::kept_rows(graph, id).filter(|_| has_zero).map_or_else(Vec::new, |kept| kept.rows)
+}
+
 impl<'a> Layer<'a> {
     /// The encoded weight of node `id`; `None` where it has none or is no matrix.
     pub(super) fn of(model: &'a Model, id: NodeId) -> Option<Self> {
@@ -135,6 +143,7 @@ impl<'a> Layer<'a> {
             trust: Trust::default(),
             target: None,
             centered: bias.is_some_and(|bias| model.plan().encoding(bias).is_some()),
+            kept: kept_rows(graph, id, encoding).into(),
         };
         let along_rows = match encoding.granularity {
             Granularity::Tensor => true,
@@ -153,6 +162,11 @@ impl<'a> Layer<'a> {
     /// Whether rows do not share scales, so that each can have those that fit it.
     pub(super) fn scales_are_own(&self) -> bool {
         self.encoding.granularity != Granularity::Tensor || self.rows == 1
+    }
+
+    /// Columns of zeros, whose inputs are multiplied apart.
+    pub(super) fn kept(&self) -> &[usize] {
+        &self.kept
     }
 
     /// The position of (row, column) in the stored weight.
@@ -323,6 +337,11 @@ impl<'a> Layer<'a> {
                 }
                 *value = if i == j { value.max(0.0) } else { *value * keep };
             }
+        }
+        // What is multiplied apart has no say: nearest, its codes stay 0.
+        for &k in &*self.kept {
+            h[k * d..][..d].fill(0.0);
+            h.iter_mut().skip(k).step_by(d).for_each(|v| *v = 0.0);
         }
         if floor > 0.0 {
             let mean = h.iter().step_by(d + 1).map(|v| f64::from(*v)).sum::<f64>() / d.max(1) as f64;

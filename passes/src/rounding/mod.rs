@@ -20,6 +20,7 @@ mod moments;
 mod nearest;
 mod norms;
 mod prefix;
+mod readers;
 mod refit_scales;
 mod round;
 mod round_in_order;

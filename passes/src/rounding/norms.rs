@@ -12,7 +12,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::id::{NodeId, Site};
+use crate::id::{NodeId, Site, ValueId};
+use crate::ir::walk::Users;
 use crate::ir::{Graph, Node};
 use crate::lockstep::Lockstep;
 use crate::model::{Edit, Plan};
@@ -40,6 +41,8 @@ pub(super) struct Norm {
 enum Kind {
     /// `LayerNormalization` over the last axis, with its epsilon.
     Layer(f32),
+    /// `RMSNormalization` over the last axis, with its epsilon, or what was called so before it was standard.
+    MeanSquare(f32),
     /// The product with a row that ends a norm written out in simpler operators.
     Scale,
 }
@@ -65,12 +68,16 @@ fn norm(graph: &Graph, cutter: &Cutter<'_>, id: NodeId, node: &Node) -> Option<N
         (tensor.shape().len() == 1 && tensor.len() > 1).then_some(())?;
         u16::try_from(input).ok()
     };
-    let (activation, scale, shift, kind) = if node.op.is("LayerNormalization") {
+    let whole = |kind: fn(f32) -> Kind| {
         let last = ops::positive_axis(node.int("axis", -1), rank)? + 1 == rank;
         let alone = node.outputs.iter().flatten().count() == 1;
-        (last && alone).then_some(())?;
+        (last && alone).then(|| kind(node.float("epsilon", 1e-5)))
+    };
+    let (activation, scale, shift, kind) = if node.op.is("LayerNormalization") {
         let shift = if node.input(2).is_some() { Some(row(2)?) } else { None };
-        (0, row(1)?, shift, Kind::Layer(node.float("epsilon", 1e-5)))
+        (0, row(1)?, shift, whole(Kind::Layer)?)
+    } else if node.op.is("RMSNormalization") || node.op.is("SimplifiedLayerNormalization") {
+        (0, row(1)?, None, whole(Kind::MeanSquare)?)
     } else if node.op.is("Mul") {
         let scale = row(0).or_else(|| row(1))?;
         let activation = usize::from(scale == 0);
@@ -88,7 +95,7 @@ fn norm(graph: &Graph, cutter: &Cutter<'_>, id: NodeId, node: &Node) -> Option<N
 
 /// Whether `value` is something times the inverse of its own root mean square: a product or quotient whose other operand came through
 /// a mean and a root.
-fn ends_a_norm(graph: &Graph, value: crate::id::ValueId) -> bool {
+fn ends_a_norm(graph: &Graph, value: ValueId) -> bool {
     let Some((_, product)) = graph.producer(value).filter(|(_, node)| node.op.is("Mul") || node.op.is("Div")) else {
         return false;
     };
@@ -156,6 +163,28 @@ pub(super) fn fit(walk: &Lockstep<'_>, graph: &Graph, plan: &Plan, norms: &[Norm
 }
 
 impl Norm {
+    /// What the norm returns, behind the addition of a row of shifts where it is written out, and where its scales and shifts are read.
+    pub(super) fn returned(&self, graph: &Graph, users: &Users, plan: &Plan) -> Option<(ValueId, Vec<Site>)> {
+        let own = [Some(self.scale), self.shift].into_iter().flatten();
+        let mut sites: Vec<Site> = own.map(|input| Site::Use { node: self.node, input }).collect();
+        let value = graph.node(self.node)?.output(0)?;
+        let channels = self.row(graph, self.scale)?.len();
+        let after =
+            ops::only_addition(graph, users, value).filter(|_| self.kind == Kind::Scale).and_then(|(add, input)| {
+                let node = graph.node(add)?;
+                let row = graph.constant_input(node, input.into()).filter(|row| row.dtype() == DType::F32)?;
+                (row.shape() == [channels]).then_some((Site::Use { node: add, input }, node.output(0)?))
+            });
+        match after {
+            Some((site, shifted)) if plan.encoding(site).is_none() => {
+                sites.push(site);
+                Some((shifted, sites))
+            }
+            Some(_) => None,
+            None => Some((value, sites)),
+        }
+    }
+
     fn row(&self, graph: &Graph, input: u16) -> Option<Vec<f32>> {
         Some(graph.constant_input(graph.node(self.node)?, input.into())?.floats()?.into_owned())
     }
@@ -175,6 +204,10 @@ impl Norm {
         for row in values.chunks_exact(scales.len()) {
             let (mean, inverse) = match self.kind {
                 Kind::Scale => (0.0, 1.0),
+                Kind::MeanSquare(epsilon) => {
+                    let square = row.iter().map(|v| v * v).sum::<f32>() / row.len() as f32;
+                    (0.0, 1.0 / (square + epsilon).sqrt())
+                }
                 Kind::Layer(epsilon) => {
                     let n = row.len() as f32;
                     let mean = row.iter().sum::<f32>() / n;

@@ -12,6 +12,7 @@ use super::leanings::leanings;
 use super::learned::Learning;
 use super::norms::{self, Norm};
 use super::prefix::{self, Halves, Inputs, Measured};
+use super::readers::{self, Read};
 use super::refit_scales::refit;
 use super::tile::{Quadratic, Tile};
 use super::told::{Asks, OfLayer};
@@ -55,13 +56,14 @@ crate::declare_pass! {
     ///
     /// Two runs of the model where memory holds the tensors between stages; samples for which it does not run again from their inputs.
     /// Everything that is no such layer goes to nearest, and so does everything where there are no
-    /// samples. With `norms=1` the scales and shifts of norms that compute in float are fitted too, where they stand in the order.
+    /// samples. With `norms=1` the scales and shifts of norms that compute in float are fitted too, where they stand in the order;
+    /// with `readers=1` once what reads them is rounded, to what that computes.
     INFO {
         name: "round-in-order",
         source: "order: Frantar et al. 2022, arXiv:2210.17323, section 5; target: Zhong et al. 2024 (ERQ), arXiv:2407.06794, \
                  section 3.2; rows that make up for one another: Tseng et al. 2025 (YAQA), arXiv:2505.22988, section 3; moments of gradients of weights: Edalati et al. 2024 (OAC), arXiv:2405.15025; norms: Li et \
-                 al. 2023, arXiv:2309.02784, in closed form; the sum's error ours",
-        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size; for layers that are asked on held-out samples four to ten more factors, and the method for a few rows. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `coupled` adds the float model forward twice and back once for some 8,192 rows of what layers compute (32 texts of 256 words), and as many times that as it says, m² / 2 numbers per weight until it is rounded, and m³ / 3 and m² d multiply-adds. `adaptive` adds the same runs for 64 gradients of samples or more, d² / 2 numbers per weight until it is rounded, and m d² / 2 multiply-adds per gradient. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs, `loss=fisher` four such sweeps before, and 8 bytes per element that blocks return, for every sample.",
+                 al. 2023, arXiv:2309.02784, in closed form, for all readers of a norm at once ours; the sum's error ours",
+        cost: "Float model and planned model once per sample, side by side; per weight of m × d a Gram matrix of what it reads (T d²), its factor (d³ / 3), and the method; with drift two more products of that size; for layers that are asked on held-out samples four to ten more factors, and the method for a few rows. Memory: tensors between two stages of all samples, as far as --max-memory allows; the others run again from their inputs. `coupled` adds the float model forward twice and back once for some 8,192 rows of what layers compute (32 texts of 256 words), and as many times that as it says, m² / 2 numbers per weight until it is rounded, and m³ / 3 and m² d multiply-adds. `adaptive` adds the same runs for 64 gradients of samples or more, d² / 2 numbers per weight until it is rounded, and m d² / 2 multiply-adds per gradient. `readers` adds 2 m d² multiply-adds per weight, d³ and 64 d² bytes per norm (of up to 4096 channels), and runs norms, and what follows them up to the next product, a second time. `stakes` adds two sweeps of the float model, each block forward twice and back once, and a Gram matrix for every layer where several share one; `learn` what the parameterization costs, `loss=fisher` four such sweeps before, and 8 bytes per element that blocks return, for every sample.",
         requires: Facts::ENCODED,
         establishes: Facts::ROUNDED,
         preserves: Facts::ALL,
@@ -83,9 +85,13 @@ crate::declare_pass! {
             },
             OptionInfo {
                 name: "adaptive",
-                doc: "the share of the second moments of gradients of the weight itself, squared sample by sample, in the matrix that rounding goes by (OAC: 1), for weights of up to 4096 columns; from 0 (default) to 1. `loss_vs_nearest` of the report is by that matrix then",
+                doc: "the share of the second moments of gradients of the weight itself, squared sample by sample, in the matrix that rounding goes by (OAC: 1), for weights of up to 4096 columns; from 0 (default) to 1, and nothing where `method=nearest` goes by no moments. `loss_vs_nearest` of the report is by that matrix then",
             },
             OptionInfo { name: "norms", doc: "1: scales and shifts of norms are fitted anew behind rounded layers, and learned where blocks are; 2: only learned; 0 by default; not learned with loss=pd" },
+            OptionInfo {
+                name: "readers",
+                doc: "1: once all products that read a norm are rounded, its scales and shifts are fitted to what those, and sums that read it, compute, and their biases corrected anew; norms that something else reads stay; 0 by default",
+            },
             OptionInfo {
                 name: "spare",
                 doc: "1: moments leave out every eighth sample, with its variants, which judges what is learned here or after; by its number, so that the order of samples matters; 0 by default",
@@ -152,6 +158,7 @@ struct RoundInOrder {
     clips: bool,
     asks: Asks,
     norms: bool,
+    readers: bool,
     spares: bool,
     leans: bool,
     learner: Option<Learner>,
@@ -194,10 +201,16 @@ impl RoundInOrder {
             clips: options.count("clip", 0)? > 0,
             asks: Asks::of(options, spares)?,
             norms,
+            readers: options.count("readers", 0)? > 0,
             spares,
             leans: options.count("lean", 0)? > 0,
             learner,
         })
+    }
+
+    /// Whether codes depend on what layers read, and not on their weights alone.
+    fn goes_by_moments(&self) -> bool {
+        self.method.needs_data() || self.sweeps > 0 || self.refit > 0 || self.clips || self.leans
     }
 
     /// The edits that round `layer` and correct its bias.
@@ -304,6 +317,28 @@ impl RoundInOrder {
         });
     }
 
+    /// Fits the norms of `reads`, whose layers are rounded now, and has `walk` run again from there.
+    fn fit_to_readers(
+        &self,
+        reads: &[&Read],
+        (users, here, measured): (&Users, &[Inputs], &Measured),
+        (walk, work): (&mut Lockstep<'_>, &mut Model),
+        patch: &mut Patch,
+    ) -> Result<(), PassError> {
+        let mut first: Option<usize> = None;
+        for read in reads {
+            let Some(edits) = read.fit(work, users, here, measured, self.target == Target::Sum) else {
+                patch.count("norms that fitting to what reads them did not help", 1);
+                continue;
+            };
+            patch.count("norms fitted to what reads them", 1);
+            patch.and_on(work, edits)?;
+            let from = walk.stage_of(read.norm.node);
+            first = Some(first.map_or(from, |first| first.min(from)));
+        }
+        first.map_or(Ok(()), |first| walk.again(first, work.plan()))
+    }
+
     /// How far moments of what `layer` reads are trusted, by what a few of its rows lose on either half of the samples.
     fn held_out(&self, layer: &Layer<'_>, halves: &[Arc<Gram>; 2], free: bool) -> Option<Chosen> {
         let grid = layer.encoding.grid;
@@ -332,7 +367,7 @@ impl RoundInOrder {
 
 /// Adds the edit that shifts `bias`, which `edits` may have encoded anew.
 #[expect(clippy::cast_possible_truncation, reason = "biases are f32")]
-fn correct(model: &Model, bias: Site, shift: &[f64], edits: &mut Vec<Edit>) {
+pub(super) fn correct(model: &Model, bias: Site, shift: &[f64], edits: &mut Vec<Edit>) {
     let Site::Use { node, input } = bias else { return };
     let graph = model.graph();
     let Some(tensor) = graph.node(node).and_then(|node| graph.constant_input(node, input.into())) else { return };
@@ -366,19 +401,23 @@ impl Pass for RoundInOrder {
         let mut work = model.clone();
         let users = Users::of(model.graph());
         let mut layers = Inputs::all(model, &users);
-        let mut told = self.asks.tell((model, &layers), self.method, cx, &mut patch)?;
+        let by = (self.method, self.goes_by_moments());
+        let mut told = self.asks.tell((model, &layers), by, cx, &mut patch)?;
         for layer in &mut layers {
             layer.reading.weighed_for = Some(layer.node).filter(|node| told.roots.weigh(*node));
         }
         let norms = if self.norms { norms::find(model.graph(), model.plan()) } else { Vec::new() };
-        let stops: BTreeSet<NodeId> =
-            layers.iter().map(|layer| layer.node).chain(norms.iter().map(|norm| norm.node)).collect();
+        let reads = if self.readers { readers::find(model, &users, &layers) } else { Vec::new() };
+        let of_norms = norms.iter().map(|norm| norm.node).chain(reads.iter().map(|read| read.norm.node));
+        let stops: BTreeSet<NodeId> = layers.iter().map(|layer| layer.node).chain(of_norms).collect();
         let stage_of = lockstep::stages(model.graph(), &stops);
         let learning = Learning::new(self.learner.as_ref(), model, &stage_of, cx)?;
+        let again = reads.iter().map(|read| read.span(&stage_of));
+        let spans: Vec<_> = learning.spans().into_iter().chain(again).collect();
         let held = told.held();
-        let walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &learning.spans())?.sparing(self.spares);
+        let walk = Lockstep::new(model.graph(), model.plan(), cx, stage_of, &spans)?.sparing(self.spares);
         let learns = if self.learner.is_some() { reserved(cx) } else { 0 };
-        let mut walk = walk.beside(held.saturating_sub(cx.state_budget).saturating_add(learns));
+        let mut walk = walk.beside(held.saturating_sub(cx.state_budget).saturating_add(learns)).holding(held);
         let last = stops.iter().map(|node| walk.stage_of(*node)).max().unwrap_or(0);
         let samples = cx.dataset.map_or(0, Dataset::len);
         let spared = (0..samples).filter(|index| walk.is_spared(*index)).count();
@@ -391,7 +430,8 @@ impl Pass for RoundInOrder {
             let of_sums = self.target == Target::Sum;
             let here: Vec<Inputs> = here.map(|layer| layer.at_its_stage(model.graph(), &walk, of_sums)).collect();
             let few = |inputs: &Inputs| Layer::of(&work, inputs.node).is_some_and(|layer| held_out::tells(&layer));
-            let apart = asked.goes_on() && here.iter().any(few);
+            let reads: Vec<&Read> = reads.iter().filter(|read| read.is_ready(&walk, stage)).collect();
+            let apart = asked.goes_on() && here.iter().any(few) || !reads.is_empty();
             let halves = if apart { Halves::Apart } else { Halves::Together };
             let measured = prefix::measure(&walk, model.graph(), work.plan(), &here, samples, (&told.roots, halves))?;
             measured
@@ -406,6 +446,7 @@ impl Pass for RoundInOrder {
                 patch.and_on(&mut work, edits)?;
                 cx.progress.step();
             }
+            self.fit_to_readers(&reads, (&users, &here, &measured), (&mut walk, &mut work), &mut patch)?;
             let norms: Vec<Norm> = norms.iter().filter(|norm| walk.stage_of(norm.node) == stage).copied().collect();
             let fitted = norms::fit(&walk, model.graph(), work.plan(), &norms)?;
             patch.count("norms fitted", fitted.iter().filter(|edit| norms::is_scale(edit, &norms)).count() as u64);
@@ -461,6 +502,30 @@ mod tests {
         let (model, trace) = PassManager::default().run(&pipeline, two_products_of(80, 0.7), &mut cx).unwrap();
         let notes = trace.notes.into_iter().filter(|note| note.code == diag::NO_GRADIENTS);
         (record::digest(model.plan()), notes.map(|note| note.message).collect())
+    }
+
+    #[test]
+    fn gradients_that_nothing_goes_by_are_not_drawn_and_a_note_says_so() {
+        let (plain, none) = rounded("method=nearest", u64::MAX);
+        let (asked, notes) = rounded("method=nearest, adaptive=0.5", u64::MAX);
+        assert!(asked == plain && none.is_empty(), "{none:?}");
+        assert!(notes.len() == 1 && notes[0].contains("sweeps=1") && notes[0].contains("nearest"), "{notes:?}");
+        let (_, notes) = rounded("method=nearest, adaptive=1, sweeps=2", u64::MAX);
+        assert!(notes.is_empty(), "behind it, moments count: {notes:?}");
+    }
+
+    #[test]
+    fn stages_made_ready_anew_come_to_the_same_codes() {
+        let codes = |pair_budget: u64, state_budget: u64| {
+            let data = Drawn(9);
+            let given = PassContext { dataset: Some(&data), ..PassContext::new(&NoTarget, &Tapes) };
+            let mut cx = PassContext { pair_budget, state_budget, ..given };
+            let pipeline = Pipeline::parse("round-in-order{sweeps=1}", &crate::catalogue::passes()).unwrap();
+            let (model, _) = PassManager::default().run(&pipeline, two_products_of(40, 0.7), &mut cx).unwrap();
+            record::digest(model.plan())
+        };
+        let all = codes(1 << 30, 0);
+        assert!([(0, u64::MAX), (0, 0), (200, 0)].iter().all(|(pair, state)| codes(*pair, *state) == all));
     }
 
     #[test]

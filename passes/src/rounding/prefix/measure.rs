@@ -52,6 +52,9 @@ pub(in crate::rounding) fn measure(
     samples: usize,
     (roots, halves): (&Roots, Halves),
 ) -> Result<Measured, PassError> {
+    if layers.is_empty() {
+        return Ok(Measured::default());
+    }
     let crossing = Crossing::of(graph, plan);
     let readings: BTreeSet<Reading> = layers.iter().map(|layer| layer.reading).collect();
     let beside: Vec<Beside> =
@@ -84,7 +87,8 @@ pub(in crate::rounding) fn measure(
     });
     let odd = ends.planned.iter().filter(|(_, peaks)| peaks.nonfinite() > 0);
     let nonfinite = odd.map(|(reading, peaks)| (reading.version.0, peaks.nonfinite())).collect();
-    let mut measured = Measured { nonfinite, ..Measured::default() };
+    let peaks = ends.planned.iter().map(|(reading, peaks)| (*reading, peaks.values().to_vec())).collect();
+    let mut measured = Measured { nonfinite, peaks, ..Measured::default() };
     for batch in batches(&readings.into_iter().collect::<Vec<_>>(), &beside, &ends, (walk.sums_budget(), halves)) {
         let mine: Vec<Beside> =
             beside.iter().filter(|(_, _, reading)| batch.readings.contains(reading)).copied().collect();

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 pub(super) use self::measure::{Halves, measure};
 pub(super) use self::roots::Roots;
-pub(super) use self::target::{shift, target};
+pub(super) use self::target::{centered, shift, target};
 use crate::id::{NodeId, ValueId};
 use crate::observe::{Cross, Gram, Rows};
 use crate::simulate::Version;
@@ -60,6 +60,8 @@ pub(super) struct Measured {
     pub(super) of_sum: BTreeMap<NodeId, Cross>,
     /// How many of the values that layers read were NaN or infinite, where any were.
     pub(super) nonfinite: BTreeMap<ValueId, u64>,
+    /// Peaks of the channels of every reading, as planned.
+    pub(super) peaks: BTreeMap<Reading, Vec<f32>>,
 }
 
 impl Measured {
@@ -67,5 +69,6 @@ impl Measured {
         self.of_reading.extend(other.of_reading);
         self.of_sum.extend(other.of_sum);
         self.nonfinite.extend(other.nonfinite);
+        self.peaks.extend(other.peaks);
     }
 }

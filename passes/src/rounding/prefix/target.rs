@@ -42,6 +42,8 @@ pub(in crate::rounding) fn target(
             let moved = centered(sum, group, layer);
             pull += Mat::from_fn(d, per_group, |j, r| keep * moved[r * d + j]);
         }
+        // What is multiplied apart makes up for nothing here.
+        layer.kept().iter().for_each(|&j| (0..per_group).for_each(|r| pull[(j, r)] = 0.0));
         let step = factor.solve(&pull);
         for (r, row) in rows.enumerate() {
             for j in 0..d {
@@ -54,7 +56,7 @@ pub(in crate::rounding) fn target(
 }
 
 /// E\[a x̃ᵀ\], less the product of the means where a bias takes those.
-fn centered(cross: &Cross, group: usize, layer: &Layer<'_>) -> Vec<f64> {
+pub(in crate::rounding) fn centered(cross: &Cross, group: usize, layer: &Layer<'_>) -> Vec<f64> {
     let mut moments = cross.group(group).to_vec();
     if let Some(means) = layer.means(group) {
         for (row, a) in moments.chunks_exact_mut(cross.right).zip(cross.group_means(group)) {
