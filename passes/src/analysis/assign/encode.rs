@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::parameters::{parameters, weight_alone};
 use super::select::Selection;
 use super::width::Wide;
-use super::{Goal, Goals, logarithm, weights};
+use super::{Goal, Goals, formats, logarithm, weights};
 use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::Encoding;
 use crate::grid::Grid;
@@ -26,6 +26,8 @@ pub(super) struct Observers<'a> {
     pub(super) usual: &'a dyn Observer,
     /// Of tensors that a matrix product reads.
     pub(super) products: &'a dyn Observer,
+    /// The small floats among which that of every tensor is searched, with its range; none where they are not.
+    pub(super) formats: Vec<&'static dyn Grid>,
 }
 
 /// The decibels that the usual values of every tensor in `values` keep in the codes that it would get: their mean square, what
@@ -73,6 +75,10 @@ pub(super) fn encode(
     let products = read_by_products(graph, selection);
     let each = encodings.iter().map(|((value, _), encoding)| (*value, encoding));
     note_cuts(model, observers, (&products, each), patch);
+    if let Some(own) = observers.formats.first() {
+        let found = |encoding: &&Encoding| encoding.grid.info().about.name != own.info().about.name;
+        patch.count("formats of activations found", encodings.values().filter(found).count() as u64);
+    }
     for &(value, shares) in &selection.written {
         if wide.is_apart(value) {
             continue;
@@ -129,7 +135,10 @@ fn activations(
     let products = read_by_products(graph, selection);
     let encodings = parallel::map(&wanted, |(value, is_wide)| {
         let observer = if products.contains(value) { observers.products } else { observers.usual };
-        Some(activation(&seen(model, *value)?, observer, if *is_wide { others } else { usual }))
+        let (seen, goal) = (seen(model, *value)?, if *is_wide { others } else { usual });
+        let is_float = !goal.activation_grid().info().integer;
+        let fitted = || formats::fitted(&seen, &observers.formats, goal.scheme.power_of_two);
+        Some(is_float.then(fitted).flatten().unwrap_or_else(|| activation(&seen, observer, goal)))
     });
     wanted.into_iter().zip(encodings).filter_map(|(at, encoding)| Some((at, encoding?))).collect()
 }
@@ -152,13 +161,14 @@ fn note_cuts<'e>(
     (products, encodings): (&BTreeSet<ValueId>, impl Iterator<Item = (ValueId, &'e Encoding)>),
     patch: &mut Patch,
 ) {
-    if !observers.usual.is_judged() && !observers.products.is_judged() {
+    let fits = !observers.formats.is_empty();
+    if !observers.usual.is_judged() && !observers.products.is_judged() && !fits {
         return;
     }
     let (mut cut, mut all, mut apart) = (0_u64, 0, None);
     for (value, encoding) in encodings {
         let observer = if products.contains(&value) { observers.products } else { observers.usual };
-        let Some(seen) = seen(model, value).filter(|_| observer.is_judged()) else { continue };
+        let Some(seen) = seen(model, value).filter(|_| fits || observer.is_judged()) else { continue };
         let (low, high) = encoding.grid.range();
         let (scale, zero) =
             (f64::from(encoding.scale[0]), encoding.zero_point.first().map_or(0.0, |zero| f64::from(*zero)));
@@ -193,11 +203,8 @@ fn activation(seen: &Seen<'_>, observer: &dyn Observer, goal: &Goal) -> Encoding
         return symmetric(seen, observer, goal);
     }
     if !grid.info().integer {
-        let reach = sketch.max().max(-sketch.min());
-        #[expect(clippy::cast_possible_truncation, reason = "a scale rounded to f32")]
-        let scale =
-            if goal.scheme.power_of_two { weights::powers_of_two(reach / high)[1] } else { reach / high } as f32;
-        return Encoding::per_tensor(grid, if scale.is_normal() { scale } else { 1.0 }, 0);
+        let whole = formats::at(grid, sketch.max().max(-sketch.min()), goal.scheme.power_of_two);
+        return whole.unwrap_or_else(|| Encoding::per_tensor(grid, 1.0, 0));
     }
     let range = observer.judged(seen, Purpose { levels: high - low + 1.0, symmetric: false });
     let (scale, zero_point) = affine(range, low, high);

@@ -15,14 +15,16 @@ use std::sync::Arc;
 
 use crate::caches;
 use crate::diag::{self, Diagnostic, Place, Severity};
+use crate::encoding::Encoding;
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, ValueId};
-use crate::ir::Node;
+use crate::ir::{Graph, Node};
 use crate::model::{Decision, Edit, Model, Patch};
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 use crate::target::{Accepts, Scheme};
+use crate::tensor::Tensor;
 use crate::{observe, ops};
-pub(super) use weights::WeightScale;
+pub(super) use weights::{WeightScale, holds_zero};
 use width::Wide;
 
 crate::declare_pass! {
@@ -50,11 +52,11 @@ crate::declare_pass! {
             OptionInfo { name: "reach", doc: "the share of a token's range that its codes span, in schemes of `tok`: 0.9 for 4 bits and fewer, else 1" },
             OptionInfo {
                 name: "formats",
-                doc: "asked (default): that of the scheme; search: of all small floats of as many bits the one that fits each weight best",
+                doc: "asked (default): that of the scheme; search: of all small floats of as many bits the one that fits each weight best; both: activations of fixed ranges too, format and range together",
             },
             OptionInfo {
                 name: "others",
-                doc: "bits of integers, of fixed ranges, for activations that no layer or matrix product multiplies and for what the model is given, where the scheme has fewer; as the scheme says by default",
+                doc: "bits of integers, of fixed ranges, for activations that no layer or matrix product multiplies and for what the model is given, where the scheme has fewer; as the scheme says by default, and where its activations are floats",
             },
             OptionInfo { name: "weights", doc: "how weight scales are chosen: min-max, mse (default), or cfp, which cuts outliers off long rows" },
         ],
@@ -77,6 +79,8 @@ struct AssignEncodings {
     reach: Option<f64>,
     /// Whether every weight has the small float that fits it best.
     search: bool,
+    /// Whether activations of fixed ranges have, too.
+    fits: bool,
     /// Bits of activations that nothing multiplies, and of what the model is given, where the scheme has fewer.
     others: Option<u32>,
 }
@@ -115,11 +119,12 @@ impl AssignEncodings {
         if reach.is_some_and(|reach| !(0.1..=1.0).contains(&reach)) {
             return Err(OptionError { option: "reach".into(), problem: "it must lie between 0.1 and 1".into() });
         }
-        let search = match options.text("formats", "asked") {
-            "asked" => false,
-            "search" => true,
+        let (search, fits) = match options.text("formats", "asked") {
+            "asked" => (false, false),
+            "search" => (true, false),
+            "both" => (true, true),
             other => {
-                let problem = format!("`{other}` is none of asked, search");
+                let problem = format!("`{other}` is none of asked, search, both");
                 return Err(OptionError { option: "formats".into(), problem });
             }
         };
@@ -134,7 +139,7 @@ impl AssignEncodings {
             }
         };
         let weights = WeightScale::of(options)?;
-        Ok(Self { observer, products, weights, least: options.number("least-db")?, reach, search, others })
+        Ok(Self { observer, products, weights, least: options.number("least-db")?, reach, search, fits, others })
     }
 }
 
@@ -197,6 +202,18 @@ pub(super) fn reencode(
     }
 }
 
+/// How `tensor` would be written in the place of the weight of product `id`, whose activation has no fixed range.
+pub(super) fn encoding_in_place(
+    graph: &Graph,
+    id: NodeId,
+    tensor: &Tensor,
+    (scheme, weights): (Scheme, WeightScale),
+    accepts: &'static Accepts,
+) -> Option<Encoding> {
+    let goal = Goal::new(scheme, weights, accepts)?;
+    parameters::of_weight(tensor, graph.node(id)?, ops::linear(graph, id)?.out_axis, &goal)
+}
+
 impl Goal {
     fn new(scheme: Scheme, weights: WeightScale, accepts: &'static Accepts) -> Option<Self> {
         let scheme = accepts.completed(scheme);
@@ -251,7 +268,7 @@ impl Pass for AssignEncodings {
             false => BTreeSet::new(),
         };
         // What cuts ranges is judged by other samples than those that it goes by.
-        let judges = self.observer.is_judged() || self.products.is_judged();
+        let judges = self.observer.is_judged() || self.products.is_judged() || self.fits;
         let wishes = [Some(Wish::Distribution), judges.then_some(Wish::Judges)];
         values.into_iter().flat_map(|value| wishes.iter().flatten().map(move |wish| (value, *wish))).collect()
     }
@@ -269,7 +286,15 @@ impl Pass for AssignEncodings {
         if self.search {
             goals.found = formats::search(model, cx, &goals);
         }
-        let observers = encode::Observers { usual: self.observer.as_ref(), products: self.products.as_ref() };
+        let formats = if self.fits { formats::of_activations(cx, &goals.base) } else { Vec::new() };
+        if self.fits && formats.is_empty() {
+            return Err(PassError::Model(format!(
+                "formats=both: activations of scheme {} are no small floats with fixed ranges: ask for formats=search, or for a scheme such as \
+                 wfp8afp8",
+                cx.scheme
+            )));
+        }
+        let observers = encode::Observers { usual: self.observer.as_ref(), products: self.products.as_ref(), formats };
         let select = |coarse: &select::Coarse| {
             if cx.scheme.fixes_ranges() {
                 select::select(model, cx.target, cx.keep_float, coarse)

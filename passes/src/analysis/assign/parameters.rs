@@ -7,9 +7,11 @@ use crate::diag::{self, Diagnostic, Place, Severity};
 use crate::encoding::Encoding;
 use crate::grid::{self, Grid};
 use crate::id::{NodeId, Site};
+use crate::ir::Node;
 use crate::model::{Edit, Model};
 use crate::ops;
 use crate::target::Bias;
+use crate::tensor::Tensor;
 
 /// A 32-bit bias is kept this far from saturation.
 const BIAS_LIMIT: f64 = (1_u64 << 30) as f64;
@@ -17,21 +19,24 @@ const BIAS_LIMIT: f64 = (1_u64 << 30) as f64;
 /// The encoding of the weight of the linear node `id`, whose activation stays in float.
 pub(super) fn weight_alone(model: &Model, id: NodeId, goal: &Goal) -> Option<Edit> {
     let graph = model.graph();
-    let roles = ops::linear(graph, id)?;
-    let weight = graph.constant_input(graph.node(id)?, roles.weight.into())?;
-    let site = Site::Use { node: id, input: roles.weight };
+    let (node, roles) = (graph.node(id)?, ops::linear(graph, id)?);
+    let encoding = of_weight(graph.constant_input(node, roles.weight.into())?, node, roles.out_axis, goal)?;
+    Some(Edit::Encode { site: Site::Use { node: id, input: roles.weight }, encoding })
+}
+
+/// The encoding of `weight`, that of `node` or one in its place, beside an activation in float.
+pub(super) fn of_weight(weight: &Tensor, node: &Node, out_axis: usize, goal: &Goal) -> Option<Encoding> {
     let block = goal.scheme.block_format().map(|format| format.size).or(goal.scheme.block);
-    let inputs = weight.shape().get(1 - roles.out_axis).copied().unwrap_or(1).max(1);
-    let encoding = match block {
-        Some(size) => weights::blocked(weight, 1 - roles.out_axis, size.min(inputs), goal)?,
-        None if goal.scheme.asymmetric => weights::blocked(weight, 1 - roles.out_axis, inputs, goal)?,
+    let inputs = weight.shape().get(1 - out_axis).copied().unwrap_or(1).max(1);
+    Some(match block {
+        Some(size) => weights::blocked(weight, 1 - out_axis, size.min(inputs), goal)?,
+        None if goal.scheme.asymmetric => weights::blocked(weight, 1 - out_axis, inputs, goal)?,
         None => {
-            let scales = weights::scales(weight, roles.out_axis, goal.by_channel(graph.node(id)?), goal)?;
+            let scales = weights::scales(weight, out_axis, goal.by_channel(node), goal)?;
             #[expect(clippy::cast_possible_truncation, reason = "scales are used as f32")]
-            per_channel(goal.weight_grid, roles.out_axis, scales.into_iter().map(|s| s as f32).collect())
+            per_channel(goal.weight_grid, out_axis, scales.into_iter().map(|s| s as f32).collect())
         }
-    };
-    Some(Edit::Encode { site, encoding })
+    })
 }
 
 pub(super) struct Parameters {

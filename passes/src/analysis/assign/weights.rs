@@ -54,7 +54,7 @@ pub(super) fn weight_grid(scheme: &Scheme) -> Option<&'static dyn Grid> {
 const VANISHING: f32 = f32::EPSILON;
 
 /// Whether 0 is a point of `grid`: it is none of the signs.
-fn holds_zero(grid: &dyn Grid) -> bool {
+pub(in super::super) fn holds_zero(grid: &dyn Grid) -> bool {
     grid.nearest(0.0) == 0.0
 }
 
