@@ -7,6 +7,7 @@ mod balanced;
 mod boundaries;
 mod caches;
 mod cli;
+mod columns;
 mod degenerate;
 mod determinism;
 #[cfg(feature = "ort")]
@@ -24,6 +25,7 @@ mod layering;
 mod learning;
 mod mixed;
 mod normalize;
+mod norms;
 mod on_samples;
 mod registry;
 mod rotations;

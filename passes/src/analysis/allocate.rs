@@ -173,7 +173,7 @@ impl AllocateBits {
 }
 
 /// The scheme in so many bits, without zero points where the target has none for so many; `None` where it takes neither.
-fn in_bits(cx: &PassContext<'_>, weight_bits: u32) -> Option<Scheme> {
+pub(super) fn in_bits(cx: &PassContext<'_>, weight_bits: u32) -> Option<Scheme> {
     let scheme = Scheme { weight_bits, ..cx.scheme };
     let schemes = [scheme, Scheme { asymmetric: false, ..scheme }];
     schemes.into_iter().find(|scheme| cx.target.refuses(scheme).is_none())
