@@ -58,6 +58,8 @@ STEPS = {
                  ('in order, sum, coupled', f'calibrate, {ENCODE}, round-in-order{{refit=3, coupled=1}}'),
                  ('in order, sum, coupled=4', f'calibrate, {ENCODE}, round-in-order{{refit=3, coupled=4}}'),
                  ('in order, sum, stakes 0.5', f'calibrate, {ENCODE}, round-in-order{{refit=3, stakes=0.5}}'),
+                 ('in order, sum, readers', f'calibrate, {ENCODE}, round-in-order{{refit=3, coupled=1, readers=1}}'),
+                 ('inputs kept in float', f'calibrate, {ENCODE}, keep-columns{{share=0.01}}, round-in-order{{refit=3, coupled=1}}'),
                  ('in order, sum, adaptive 0.25', f'calibrate, {ENCODE}, round-in-order{{refit=3, adaptive=0.25}}'),
                  ('+ augment', f'calibrate, {ENCODE}, round-in-order{{damping=0.2, refit=3}}', '--augment', '8')],
 }

@@ -21,7 +21,7 @@ crate::declare_pass! {
     /// Keeps the weights of few inputs of every matrix product in float, in a product of their own:
     ///
     /// ```text
-    /// Y = X W + b   →   Y = (X W₀ + b) + X\[…, K\] W\[K, :\],   W₀ = W with the rows K of 0
+    /// Y = X W + b   →   Y = (X W₀ + b) + X[…, K] W[K, :],   W₀ = W with the rows K of 0
     /// ```
     ///
     /// K are the rows whose rounding costs most: by `moments` E\[x\[k\]²\] Σ Δ\[k, n\]², as many in every product; by `tacq`, `fisher` or
