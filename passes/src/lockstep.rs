@@ -349,7 +349,9 @@ impl<'a> Lockstep<'a> {
         start: impl Fn() -> S + Sync,
         see: impl Fn(&mut S, &mut Pair) -> Result<(), PassError> + Sync,
     ) -> Result<Vec<S>, PassError> {
-        parallel::workers(workers.clamp(1, self.cx.threads.max(1)), self.kept.len(), start, |state, index| {
+        // Stages that are made ready anew are so one at a time.
+        let most = if self.ready || self.n_kept == self.kept.len() { self.cx.threads.max(1) } else { 1 };
+        parallel::workers(workers.clamp(1, most), self.kept.len(), start, |state, index| {
             self.interrupted()?;
             if !wanted(index) {
                 return Ok(());

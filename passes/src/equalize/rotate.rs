@@ -28,7 +28,7 @@ crate::declare_pass! {
     /// So every norm loses its gain and its shift, and a head that is tied to the embedding gets a weight of its own. A stream whose norms have
     /// neither is taken for one that was rotated already.
     /// Done only where every node on the stream is accounted for: sums, products with constant weights, rows of a constant table, rows
-    /// laid out anew, `LayerNormalization`, and both kinds of norms written out. Anything else, such as a `Gemm` that `split-gemm` did not take apart,
+    /// laid out anew, `LayerNormalization`, `RMSNormalization`, and both kinds of norms written out. Anything else, such as a `Gemm` that `split-gemm` did not take apart,
     /// is named in a note, and its stream is left alone.
     INFO {
         name: "rotate",
@@ -143,7 +143,7 @@ pub(super) fn seed(options: &Options) -> Result<u64, OptionError> {
 /// Computes `stream` in the basis of `rotation` beside the old one, and lets its readers read that.
 fn turn(graph: &Graph, users: &Users, stream: &Stream, rotation: &dyn Rotation, patch: &mut Patch) -> Option<()> {
     let mut turned: BTreeMap<ValueId, ValueId> = BTreeMap::new();
-    let mut weights: BTreeMap<(ValueId, Option<ValueId>, bool), ValueId> = BTreeMap::new();
+    let mut weights: BTreeMap<(ValueId, Option<ValueId>, [bool; 2]), ValueId> = BTreeMap::new();
     for (id, node) in graph.nodes() {
         let Some(role) = stream.roles.get(&id) else { continue };
         let mut copy = node.clone();
@@ -172,7 +172,7 @@ fn turn(graph: &Graph, users: &Users, stream: &Stream, rotation: &dyn Rotation, 
         };
         if let Some(input) = constant {
             let value = node.input(input)?;
-            let key = (value, None, false);
+            let key = (value, None, [false; 2]);
             let made = match weights.get(&key) {
                 Some(made) => *made,
                 None => constant_of(graph, patch, value, rows(graph.constant(value)?, None, rotation)?),
@@ -185,7 +185,7 @@ fn turn(graph: &Graph, users: &Users, stream: &Stream, rotation: &dyn Rotation, 
         turned.insert(output, patch.node(copy, &format!("{}.rotated", source.name), source.ty.clone(), Some(id)));
     }
     for reader in &stream.readers {
-        let key = (reader.weight, reader.gain, true);
+        let key = (reader.weight, reader.gain, [true, reader.transposed]);
         let made = match weights.get(&key) {
             Some(made) => *made,
             None => constant_of(graph, patch, reader.weight, read(graph, reader, rotation)?),

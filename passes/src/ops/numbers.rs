@@ -34,13 +34,14 @@ fn of_value((graph, types): (&Graph, Types<'_>), value: ValueId, left: &mut usiz
             first()?.into_iter().map(|n| n.filter(fits)).collect()
         }
         "Gather" => {
-            let (data, at) = (first()?, graph.constant_input(node, 1)?.integers()?);
+            let at = graph.constant_input(node, 1).filter(|at| at.len() <= MAX_RANK)?;
+            let (data, at) = (first()?, at.integers()?);
             let count = i64::try_from(data.len()).ok()?;
             let index = |i: &i64| usize::try_from(if *i < 0 { i.saturating_add(count) } else { *i }).ok();
             at.iter().map(|i| data.get(index(i)?).copied()).collect::<Option<_>>()?
         }
         "Slice" => sliced(graph, node, &first()?)?,
-        "Concat" => {
+        "Concat" if node.inputs.len() <= MAX_RANK => {
             let mut all = Vec::new();
             for input in &node.inputs {
                 all.extend(of_value((graph, types), (*input)?, left)?);
@@ -69,7 +70,7 @@ fn extents(node: &Node, ty: &TensorType) -> Option<Vec<Option<i64>>> {
 /// What `Slice` leaves of `data`, a vector.
 fn sliced(graph: &Graph, node: &Node, data: &[Option<i64>]) -> Option<Vec<Option<i64>>> {
     let one = |input: usize, none: i64| match node.input(input) {
-        Some(_) => graph.constant_input(node, input)?.integers().filter(|all| all.len() == 1)?.first().copied(),
+        Some(_) => graph.constant_input(node, input).filter(|one| one.len() == 1)?.integers()?.first().copied(),
         None => Some(none),
     };
     positive_axis(one(3, 0)?, 1)?;

@@ -269,7 +269,7 @@ impl Learner {
             Err(error) => return Ok(Err(error.to_string())),
         };
         let left = cx.lone_budget.saturating_sub(beside);
-        let fed = (&program, samples.float.feeds.as_slice());
+        let fed = (&program, samples.float.feeds.as_slice(), room::longest(&samples));
         let mut correction = match self.correction((model, given), (block, number), fed, left)? {
             Ok(correction) => correction,
             Err(error) => return Ok(Err(error.to_string())),
@@ -333,7 +333,7 @@ impl Learner {
         &self,
         (model, given): (&Model, &Plan),
         (block, number): (&Block, usize),
-        (program, feeds): (&Program, &[Value<f32>]),
+        (program, feeds, longest): (&Program, &[Value<f32>], usize),
         bytes: u64,
     ) -> Result<Result<Option<Correction>, GradError>, PassError> {
         if self.correction <= 0.0 {
@@ -345,7 +345,7 @@ impl Learner {
             let found = Correction::of(model.graph(), model.stats(), plans, block, self.correction)?;
             let Some(found) = found else { return Ok(Ok(None)) };
             let own = found.feeds(program, feeds)?;
-            Ok(found.within(&own, bytes)?.map(Some))
+            Ok(found.within(&own, longest, bytes)?.map(Some))
         };
         let fitted: Result<Result<Option<Correction>, u64>, GradError> = fitted();
         match fitted {

@@ -87,14 +87,19 @@ impl Correction {
         Ok(Some(Self { program, leaves, marks, moved, lambda: LAMBDA * strength, at_once: usize::MAX }))
     }
 
-    /// The same with as many tapes side by side as so many `bytes` hold beside a group of samples like `feeds`; inside, the bytes that one
-    /// takes where they do not hold it.
-    pub(super) fn within(self, feeds: &[Value<f32>], bytes: u64) -> Result<Result<Self, u64>, GradError> {
-        let (sizes, _) = self.program.sizes(feeds)?;
+    /// The same with as many tapes side by side as so many `bytes` hold beside a group of samples that are `longest` times as large as
+    /// `feeds`; inside, the bytes that one takes where they do not hold it.
+    pub(super) fn within(
+        self,
+        feeds: &[Value<f32>],
+        longest: usize,
+        bytes: u64,
+    ) -> Result<Result<Self, u64>, GradError> {
+        let sizes = self.program.sizes(feeds)?.0.times(longest.max(1) as u64);
         let ends: Vec<Slot> = self.marks.iter().map(|(slot, _)| *slot).collect();
         let tape = self.program.tape.bytes(&[], &ends, &sizes).max(1);
         let moved: usize = self.moved.iter().filter_map(|at| real(&feeds[*at])).map(Array::len).sum();
-        let group = PER_MOVED * (GROUP * moved) as u64;
+        let group = PER_MOVED * (GROUP * moved * longest.max(1)) as u64;
         let at_once = usize::try_from(bytes.saturating_sub(group) / tape).unwrap_or(usize::MAX);
         tracing::debug!(tape, group, bytes, at_once, "memory of moves");
         Ok(if at_once > 0 { Ok(Self { at_once, ..self }) } else { Err(tape.saturating_add(group)) })
@@ -311,7 +316,7 @@ mod tests {
     fn memory_decides_how_many_run_at_once_and_not_how_they_move() {
         let feeds = samples(&correction(5.0));
         let moved = |bytes: u64| {
-            let found = correction(5.0).within(&feeds[0], bytes).unwrap();
+            let found = correction(5.0).within(&feeds[0], 1, bytes).unwrap();
             found.map(|found| (found.at_once, found.moves(&feeds).unwrap().0))
         };
         let (_, plenty) = moved(1 << 30).unwrap();

@@ -71,6 +71,11 @@ pub(crate) fn reserved(cx: &PassContext<'_>) -> u64 {
     cx.pair_budget / 2
 }
 
+/// How many times as large as the first sample the largest is, at most: tensors of a longer sample are larger.
+pub(super) fn longest(samples: &Samples) -> usize {
+    samples.all.iter().map(Sample::numbers).max().unwrap_or(0).div_ceil(samples.float.numbers().max(1))
+}
+
 /// What memory allows while `program` is learned from `samples`, where so many bytes are held `beside` it: by samples, that wait or that it is
 /// learned from, and by sessions of the walk.
 ///
@@ -83,8 +88,7 @@ pub(super) fn room(
     cx: &PassContext<'_>,
     beside: u64,
 ) -> Result<Result<Room, GradError>, PassError> {
-    // Tensors of a longer sample are larger.
-    let longest = samples.all.iter().map(Sample::numbers).max().unwrap_or(0).div_ceil(samples.float.numbers().max(1));
+    let longest = longest(samples);
     let sizes = match program.sizes(&samples.float.feeds) {
         Ok((sizes, _)) => sizes.times(longest.max(1) as u64),
         Err(error) => return Ok(Err(error)),

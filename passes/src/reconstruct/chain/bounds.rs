@@ -86,8 +86,8 @@ impl Chain {
         self.take_rooms(takes, bytes, &own).map_err(|(at, needed)| crowded(at, needed, bytes))
     }
 
-    /// The same for gradients that are drawn, of as many samples as there are lanes, where so many bytes are held `beside` samples, `per_weight` of
-    /// a block for each of its weights among them, in every lane; or why memory does not hold them.
+    /// The same for gradients that are drawn, of as many samples as there are lanes, where so many bytes are held `beside` samples, and
+    /// `per_weight` for every weight of a block and sample of a batch; or why memory does not hold them.
     pub(in super::super) fn fit_draws(
         &mut self,
         cx: &PassContext<'_>,
@@ -100,8 +100,8 @@ impl Chain {
         let takes = self.takes(longest).map_err(|error| error.to_string())?;
         let left = cx.lone_budget.saturating_sub(self.waiting).saturating_sub(beside);
         let between = takes.between(LANES, 0);
-        // Weights in float as leaves.
-        let own = |link: &Link, lanes: usize| between + (4 + per_weight * lanes as u64) * weights(&link.program);
+        // Weights in float as leaves; what samples leave stays until all of a batch have gone back, however few run at once.
+        let own = |link: &Link, _: usize| between + (4 + per_weight * LANES as u64) * weights(&link.program);
         self.take_rooms(&takes, left, &own).map_err(|(at, needed)| {
             format!(
                 "gradients of block {at} take {} MB for one sample, and {} MB are left: give smaller samples, or allow more with --max-memory",
