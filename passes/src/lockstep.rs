@@ -114,7 +114,7 @@ pub(crate) struct Lockstep<'a> {
     ran: usize,
 }
 
-/// So many times its weights take stages that stay ready: both versions, each small enough to be prepared for kernels as well.
+/// So many times its weights take stages that stay ready, at most: both versions, each prepared for kernels as well where it is small.
 const READY: u64 = 4;
 
 /// A stage that ran.

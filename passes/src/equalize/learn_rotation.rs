@@ -19,7 +19,7 @@ use crate::observe::Rows;
 use crate::pass::{Facts, OptionError, OptionInfo, Options, Pass, PassContext, PassEntry, PassError, PassInfo, Wish};
 
 crate::declare_pass! {
-    /// Turns the residual stream of a decoder as `rotate` does, into a basis that is learned: orthogonal, begun at the Hadamard matrix,
+    /// Turns the residual stream of a decoder as `rotate` does, into a basis that is learned: orthogonal, begun at that of `rotate`,
     /// and moved to where rounding the weights that read and write the stream loses less.
     ///
     /// What is learned against is the squared error of rounding to nearest in the bits and blocks of the scheme, in shares of the power

@@ -135,7 +135,7 @@ pub struct PassContext<'a> {
     pub pair_budget: u64,
     /// The most bytes that what a pass keeps of all weights may take, beside samples that wait and what is measured.
     pub state_budget: u64,
-    /// The same with samples that wait, for a pass during which nothing is measured and no executor holds the weights.
+    /// The same with samples that wait, for a pass during which nothing is measured: what sessions of the pass hold of weights comes out of it.
     pub lone_budget: u64,
     /// The bytes of tensors for one sample, where they are known; empty to have them worked out from the shapes.
     pub sizes: BTreeMap<ValueId, u64>,

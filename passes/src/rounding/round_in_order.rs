@@ -54,7 +54,8 @@ crate::declare_pass! {
     /// With `adaptive=η` H is (1 − η) E\[x̃ x̃ᵀ\] + η Σ Gᵀ G at the size of the former, with G the gradient of a weight by what the outputs lose on one
     /// sample: inputs count by what the outputs make of them.
     ///
-    /// Two runs of the model where memory holds the tensors between stages; samples for which it does not run again from their inputs.
+    /// Two runs of the model where memory holds the tensors between stages; samples for which it does not run again from their inputs,
+    /// by stages that are made ready anew where memory does not hold those.
     /// Everything that is no such layer goes to nearest, and so does everything where there are no
     /// samples. With `norms=1` the scales and shifts of norms that compute in float are fitted too, where they stand in the order;
     /// with `readers=1` once what reads them is rounded, to what that computes.
