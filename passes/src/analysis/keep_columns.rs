@@ -99,7 +99,7 @@ fn open(model: &Model, cx: &PassContext<'_>) -> Vec<Candidate> {
         let roles = ops::linear(graph, id).filter(|roles| roles.weight == 1)?;
         // Zeros stand for what is kept.
         model.plan().encoding(Site::Use { node: id, input: 1 }).filter(|encoding| holds_zero(encoding.grid))?;
-        (graph.constant_input(node, 1)?.shape().len() == 2).then_some(())?;
+        let [rows, columns] = *graph.constant_input(node, 1)?.shape() else { return None };
         // Shared weights stay.
         users.only_input(node.input(1)?)?;
         let fixed = model.plan().encoding_of_use(graph, id, 0).is_some_and(|e| !e.granularity.is_dynamic());
@@ -107,9 +107,8 @@ fn open(model: &Model, cx: &PassContext<'_>) -> Vec<Candidate> {
         let coded = model.plan().encoding(Site::Value(node.output(0)?)).is_some();
         let rounded = model.plan().codes(Site::Use { node: id, input: 1 }).is_some();
         (bare && !fixed && !coded && !rounded && ops::kept_rows(graph, id).is_none()).then_some(())?;
-        let shape = graph.constant_input(node, 1)?.shape();
-        let (&outputs, &inputs) = (shape.get(roles.out_axis)?, shape.get(1 - roles.out_axis)?);
-        (shape.len() == 2).then_some(Candidate { node: id, roles, inputs, outputs, saliency: Vec::new() })
+        let (inputs, outputs) = if roles.out_axis == 1 { (rows, columns) } else { (columns, rows) };
+        Some(Candidate { node: id, roles, inputs, outputs, saliency: Vec::new() })
     };
     graph.nodes().filter_map(|(id, _)| candidate(id)).collect()
 }

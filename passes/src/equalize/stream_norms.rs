@@ -106,8 +106,11 @@ impl Norm {
         (alone && whole).then(|| Self {
             source,
             nodes: [mean, difference].into_iter().chain(self.nodes.iter().copied()).collect(),
+            result: self.result,
             is_centered: true,
-            ..Self { nodes: Vec::new(), ..*self }
+            is_whole: false,
+            gain: None,
+            shift: None,
         })
     }
 
@@ -137,10 +140,12 @@ impl Norm {
 
 /// What stands between a norm and those who read it.
 pub(super) struct Affine {
+    /// Rows \[D\].
     pub(super) gain: Option<ValueId>,
     pub(super) shift: Option<ValueId>,
     /// The product and the sum, where they are nodes of their own, and the input of each in which the norm arrives.
     pub(super) nodes: Vec<(NodeId, usize)>,
+    /// What is read in the end, \[..., D\].
     pub(super) result: ValueId,
 }
 

@@ -125,8 +125,7 @@ impl Read {
         }
     }
 
-    /// The edits that fit the norm, its `layers` being rounded in `work`, with whether anything was gained; `None` where they are not rounded
-    /// by data. `users` tells biases, `of_sums` whether those take what sums lack.
+    /// The edits that fit the norm, its `layers` being rounded in `work`; `None` where nothing is gained, or they are not rounded by data. `users` tells biases, `of_sums` whether those take what sums lack.
     pub(super) fn fit(
         &self,
         work: &Model,
